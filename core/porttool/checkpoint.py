@@ -1,0 +1,146 @@
+"""The canonical checkpoint: one folder, unsharded over ranks, verified before it is used.
+
+    checkpoint.json   the manifest: config, special ids, provenance, SHA-256 of every file
+    model*.safetensors
+    tokenizer/        the tokenizer's files, as they came
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self, TypeVar
+
+from pydantic import ValidationError
+
+from porttool.component import explain
+from porttool.config import (
+    Closed,
+    Dtype,
+    ModelConfig,
+    PromptTemplate,
+    SpecialTokens,
+)
+from porttool.errors import CheckpointError, SourceError
+from porttool.folder import FileRecord, verify_files
+from porttool.sources.safetensors_file import SafetensorsFile
+
+M = TypeVar("M", bound=Closed)
+
+MANIFEST = "checkpoint.json"
+TOKENIZER = "tokenizer"
+FORMAT_VERSION = 1
+
+
+class PluginRecord(Closed):
+    """Which plugin made something: the component's name, its distribution and version."""
+
+    component: str
+    distribution: str
+    version: str
+    api_version: int
+
+
+class SourceRecord(Closed):
+    """Where a checkpoint came from; `fingerprint` covers names, sizes and times of its files."""
+
+    path: str
+    fingerprint: str
+
+
+class CheckpointManifest(Closed):
+    """Everything about a checkpoint but its tensors."""
+
+    format: Literal["porttool-checkpoint"] = "porttool-checkpoint"
+    format_version: Literal[1] = 1
+    porttool_version: str
+    family: str
+    plugin: PluginRecord
+    source: SourceRecord
+    config: ModelConfig
+    tokens: SpecialTokens
+    prompt: PromptTemplate | None
+    dtype: Dtype
+    dummy: bool = False
+    tensors: dict[str, tuple[int, ...]]
+    files: dict[str, FileRecord]
+
+
+class Checkpoint:
+    """An opened checkpoint: its manifest, and its tensors read by name and by row."""
+
+    def __init__(self, path: Path, manifest: CheckpointManifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.config = manifest.config
+        self._where: dict[str, SafetensorsFile] = {}
+        for name in manifest.files:
+            if name.endswith(".safetensors") and "/" not in name:
+                file = SafetensorsFile(path / name)
+                self._where.update(dict.fromkeys(file.infos(), file))
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool = True) -> Self:
+        """Open a folder; `verify` checks every file's hash first.
+
+        Raises CheckpointError if it is not whole, was altered, or has another format version.
+        """
+        manifest = read_manifest(path, MANIFEST, CheckpointManifest)
+        if verify:
+            verify_files(path, manifest.files)
+        try:
+            checkpoint = cls(path, manifest)
+        except SourceError as error:
+            raise CheckpointError(str(error)) from error
+        checkpoint.require_tensors()
+        return checkpoint
+
+    def require_tensors(self) -> None:
+        """Check the names, shapes and types of the tensors against the manifest."""
+        wanted = self.manifest.tensors
+        for name in sorted(wanted.keys() ^ self._where.keys()):
+            problem = "is missing" if name in wanted else "does not belong here"
+            raise CheckpointError(f"{self.path}: the tensor {name} {problem}; convert it again")
+        for name, file in self._where.items():
+            info = file.infos()[name]
+            if info.shape != wanted[name] or info.dtype != self.manifest.dtype:
+                raise CheckpointError(
+                    f"{self.path}: {name} is {info.dtype} {list(info.shape)}, the manifest says "
+                    f"{self.manifest.dtype} {list(wanted[name])}; convert it again"
+                )
+
+    def names(self) -> list[str]:
+        """Return the canonical names of all tensors."""
+        return list(self._where)
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        """Return the file that holds a tensor."""
+        return self._where[name]
+
+    def weight_files(self) -> list[str]:
+        """Return the names of the files that hold tensors."""
+        return sorted({f.path.name for f in self._where.values()})
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer's files."""
+        return self.path / TOKENIZER
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the manifest: the checkpoint's identity."""
+        import hashlib
+
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+
+def read_manifest(path: Path, name: str, model: type[M]) -> M:
+    """Read and validate a folder's manifest; CheckpointError if it is missing or not ours."""
+    file = path / name
+    if not file.is_file():
+        partial = path.with_name(f".{path.name}.partial")
+        hint = "; an interrupted run left it half done, run it again" if partial.exists() else ""
+        raise CheckpointError(f"{path}: there is no {name} here{hint}")
+    try:
+        return model.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: not a manifest of this version: {explain(error)}") from error

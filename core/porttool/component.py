@@ -1,0 +1,50 @@
+"""The one shape that every plugin class has."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from porttool.errors import UsageError
+
+
+class Options(BaseModel):
+    """Options of a component: closed, frozen, settable as `--set NAME VALUE`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Component(ABC):
+    """A named thing that a plugin provides; what it can be told is its `Options`.
+
+    `name` is unique among the components of a kind. A subclass narrows `Options` by a nested
+    class of that name.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        self.options = self.parse(options or {})
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> Options:
+        """Validate options; an unknown name or a bad value is a UsageError naming it."""
+        try:
+            return cls.Options.model_validate(dict(options))
+        except ValidationError as error:
+            known = ", ".join(cls.Options.model_fields) or "none"
+            raise UsageError(
+                f"bad option for {cls.name!r}: {explain(error)}; its options are: {known}"
+            ) from error
+
+
+def explain(error: ValidationError) -> str:
+    """Return a validation error as one line: field, what is wrong with it, what it was."""
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e['input']!r:.80})"
+        for e in error.errors()
+    )

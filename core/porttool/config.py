@@ -1,0 +1,195 @@
+"""Closed models of what a decoder is: its shape, its prompt tables, how to sample from it."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu"]
+Norm = Literal["layernorm", "layernorm1p", "rmsnorm"]
+Position = Literal["learned", "rotary"]
+Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+
+MAX_DIMENSION = 1 << 24
+"""No dimension of a language model comes near this; a larger one is a damaged or hostile file."""
+
+
+class Closed(BaseModel):
+    """A frozen model that refuses fields it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Closed):
+    """The shape of a decoder-only transformer: everything that changes its arithmetic.
+
+    Weights are [out, in]. The fused projection `attention.qkv` has rows q | k | v, each head after
+    head; a gated MLP's `mlp.up` has rows gate (activated) | linear. `layernorm1p` stores its
+    weight minus one. Query and key are rotated in halves (GPT-NeoX order) over the first
+    `rotary_fraction` of each head.
+    """
+
+    vocab_size: PositiveInt = Field(le=MAX_DIMENSION)
+    n_positions: PositiveInt = Field(le=MAX_DIMENSION)
+    n_layer: PositiveInt = Field(le=4096)
+    n_head: PositiveInt = Field(le=MAX_DIMENSION)
+    n_kv_head: PositiveInt = Field(le=MAX_DIMENSION)
+    head_dim: PositiveInt = Field(le=MAX_DIMENSION)
+    d_model: PositiveInt = Field(le=MAX_DIMENSION)
+    d_ff: PositiveInt = Field(le=MAX_DIMENSION)
+    activation: Activation
+    gated: bool = False
+    norm: Norm = "layernorm"
+    norm_eps: PositiveFloat = 1e-5
+    position: Position = "learned"
+    rotary_fraction: float = Field(default=1.0, gt=0, le=1)
+    rotary_base: PositiveFloat = 10000.0
+    attention_scale: PositiveFloat
+    inverse_layer_scale: bool = False
+    upcast_attention: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    norm_bias: bool = True
+    tied_head: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
+            )
+        if self.position == "rotary" and self.rotary_dim % 2:
+            raise ValueError(f"rotary dimension {self.rotary_dim} is odd")
+        if self.norm == "rmsnorm" and self.norm_bias:
+            raise ValueError("rmsnorm has no bias: set norm_bias to false")
+        return self
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading elements of each head that are rotated."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def qkv_dim(self) -> int:
+        """Rows of the fused query, key and value projection."""
+        return (self.n_head + 2 * self.n_kv_head) * self.head_dim
+
+    @property
+    def up_dim(self) -> int:
+        """Rows of the MLP's first projection, both halves of a gated one."""
+        return self.d_ff * (2 if self.gated else 1)
+
+    def layer_scale(self, layer: int) -> float:
+        """Factor on the query-key product of the layer with this zero-based index."""
+        return self.attention_scale / (layer + 1 if self.inverse_layer_scale else 1)
+
+
+class SpecialTokens(Closed):
+    """Ids with a meaning: where text begins, every id that ends it, and what fills a batch."""
+
+    bos: int | None = Field(default=None, ge=0)
+    eos: tuple[int, ...] = ()
+    pad: int | None = Field(default=None, ge=0)
+
+
+class PromptTemplate(Closed):
+    """How an instruction model wants to be asked.
+
+    `plain` holds `{instruction}`; `with_input` also holds `{input}`. `answer_marker` is the last
+    line of both: what follows it is the answer.
+    """
+
+    plain: str
+    with_input: str
+    answer_marker: str
+
+
+class PromptTableConfig(Closed):
+    """A prompt table's shape: one run of virtual tokens for each task."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    lengths: tuple[PositiveInt, ...]
+    d_model: PositiveInt
+    dtype: Dtype
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.tasks) != len(self.lengths) or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError("every task needs one length and a name of its own")
+        return self
+
+    @property
+    def n_rows(self) -> int:
+        """Virtual tokens over all tasks."""
+        return sum(self.lengths)
+
+
+class Limits(Closed):
+    """What an engine is built for; a request beyond any of these is refused before it runs."""
+
+    max_batch_size: PositiveInt = 8
+    max_input_len: PositiveInt
+    max_output_len: PositiveInt
+    max_beam_width: PositiveInt = 8
+    max_prompt_rows: int = Field(default=0, ge=0)
+
+    @property
+    def max_len(self) -> int:
+        """Tokens that one row of the KV cache holds."""
+        return self.max_input_len + self.max_output_len
+
+
+class Sampling(Closed):
+    """How the next token is chosen, and when to stop.
+
+    With `temperature` 0 (the default) decoding is greedy. `num_beams` above 1 selects beam
+    search, whose score is the sum of log-probabilities divided by length ** `length_penalty`.
+    `stop` are strings, `bad_words` token sequences that must not appear.
+    """
+
+    max_new_tokens: PositiveInt = 64
+    min_new_tokens: int = Field(default=0, ge=0)
+    ignore_eos: bool = False
+    temperature: float = Field(default=0.0, ge=0)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    seed: int = 0
+    repetition_penalty: PositiveFloat = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop: tuple[str, ...] = ()
+    num_beams: PositiveInt = 1
+    num_return_sequences: PositiveInt = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    logprobs: bool = False
+    keep_logits: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} exceeds "
+                f"max_new_tokens {self.max_new_tokens}"
+            )
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError("beam search does not sample: set temperature to 0")
+        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
+            raise ValueError("num_return_sequences exceeds num_beams")
+        if not all(self.bad_words) or not all(self.stop):
+            raise ValueError("an empty bad word or stop string would match everywhere")
+        return self
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """True when each next token is the highest logit and nothing else is asked for."""
+        return self == Sampling(
+            max_new_tokens=self.max_new_tokens,
+            ignore_eos=self.ignore_eos,
+            stop=self.stop,
+            seed=self.seed,
+        )

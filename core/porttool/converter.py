@@ -1,0 +1,252 @@
+"""The contract of a converter, and the driver that turns a source into a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ValidationError
+
+from porttool.checkpoint import (
+    MANIFEST,
+    TOKENIZER,
+    Checkpoint,
+    CheckpointManifest,
+    PluginRecord,
+    SourceRecord,
+)
+from porttool.component import Component, explain
+from porttool.config import Dtype, ModelConfig, PromptTemplate, SpecialTokens
+from porttool.errors import SourceError
+from porttool.folder import PendingFolder, pending_folder, require_space
+from porttool.progress import SILENT, Progress
+from porttool.shards import MAX_SHARD_BYTES, TensorJob, plan_shards, write_shards
+from porttool.weights import Take, TensorSource, WeightMap, cast, map_tensor, resolve_rules
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FLOATS: tuple[Dtype, ...] = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that was recognised and indexed: nothing of its weights is in memory yet."""
+
+    config: ModelConfig
+    tokens: SpecialTokens
+    tensors: TensorSource
+    tokenizer: tuple[Path, ...] = ()
+
+
+class Converter(Component):
+    """Reads one family from one kind of source. `name` is `family` or `family/format`.
+
+    `refines` names the converter that this one takes precedence over when both match.
+    `hub_id` is where the family's own weights are published.
+    """
+
+    family: ClassVar[str]
+    source_format: ClassVar[str] = "Hugging Face folder"
+    refines: ClassVar[str | None] = None
+    hub_id: ClassVar[str | None] = None
+    prompt: ClassVar[PromptTemplate | None] = None
+
+    @abstractmethod
+    def matches(self, source: Path) -> bool:
+        """Return true if the source is this family's; look at configs and indexes only."""
+
+    @abstractmethod
+    def config(self, source: Path) -> ModelConfig:
+        """Read the config alone, refusing what it does not know."""
+
+    @abstractmethod
+    def open(self, source: Path) -> Source:
+        """Read the config and index the tensors, without reading them."""
+
+    @abstractmethod
+    def weight_map(self, config: ModelConfig) -> WeightMap:
+        """Return the table from canonical names to source names."""
+
+    def module(self, config: ModelConfig) -> nn.Module:
+        """Return the module, without memory, whose state dict is what a checkpoint must hold."""
+        from porttool.nn import meta_decoder
+
+        return meta_decoder(config)
+
+
+def validated(file: Path, read: Callable[[], ModelConfig]) -> ModelConfig:
+    """Run a config reader; impossible values become a SourceError naming the file."""
+    try:
+        return read()
+    except ValidationError as error:
+        raise SourceError(f"{file}: an impossible config: {explain(error)}") from error
+
+
+class Refinement(Converter):
+    """A converter that reads everything as another one does, and is chosen before it.
+
+    It may come from another plugin than the one that it refines, which core finds by name.
+    """
+
+    refines: ClassVar[str | None]
+
+    def __init__(self, base: Converter, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(options)
+        self.base = base
+
+    @abstractmethod
+    def recognises(self, config: ModelConfig) -> bool:
+        """Tell this family from others that the base converter reads."""
+
+    def matches(self, source: Path) -> bool:
+        """Return true if the base reads it and its config is recognised."""
+        try:
+            return self.base.matches(source) and self.recognises(self.base.config(source))
+        except SourceError:
+            return False
+
+    def config(self, source: Path) -> ModelConfig:
+        """Read the config as the base does."""
+        return self.base.config(source)
+
+    def open(self, source: Path) -> Source:
+        """Open the source as the base does."""
+        return self.base.open(source)
+
+    def weight_map(self, config: ModelConfig) -> WeightMap:
+        """Return the base's table."""
+        return self.base.weight_map(config)
+
+
+def convert(
+    converter: Converter,
+    source_path: Path,
+    output: Path,
+    *,
+    plugin: PluginRecord,
+    dtype: Dtype | None = None,
+    workers: int = 2,
+    replace: bool = False,
+    allow_nonfinite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = SILENT,
+) -> Checkpoint:
+    """Turn a source into a checkpoint folder, tensor by tensor; resume what was interrupted.
+
+    Peak resident memory stays within twice the largest tensor and a constant. `dtype` defaults to
+    the source's own. Raises SourceError for anything wrong with the source, by tensor and file.
+    """
+    source = converter.open(source_path)
+    weight_map = converter.weight_map(source.config)
+    jobs = plan_jobs(converter, source, weight_map, dtype, allow_nonfinite)
+    check_duplicates(source.tensors, weight_map.duplicates)
+    record = SourceRecord(path=str(source_path), fingerprint=fingerprint(source_path))
+    manifest = CheckpointManifest(
+        porttool_version=version("porttool"),
+        family=converter.family,
+        plugin=plugin,
+        source=record,
+        config=source.config,
+        tokens=source.tokens,
+        prompt=converter.prompt,
+        dtype=dtype or source_dtype(source.tensors),
+        tensors={job.name: job.shape for job in jobs},
+        files={},
+    )
+    require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
+    key = hashlib.sha256(f"{manifest.model_dump_json()}{max_shard_bytes}".encode()).hexdigest()
+    with pending_folder(output, key, replace=replace) as folder:
+        progress.start(f"convert {converter.name}", sum(job.nbytes for job in jobs))
+        write_shards(
+            folder, plan_shards(jobs, "model", max_shard_bytes), workers=workers, progress=progress
+        )
+        copy_tokenizer(folder, source.tokenizer)
+        if fingerprint(source_path) != record.fingerprint:
+            raise SourceError(f"{source_path}: changed while it was read; convert it again")
+        finished = manifest.model_copy(update={"files": dict(sorted(folder.files.items()))})
+        folder.finish(MANIFEST, finished.model_dump_json(indent=1))
+        progress.finish()
+    return Checkpoint.open(output, verify=False)
+
+
+def plan_jobs(
+    converter: Converter,
+    source: Source,
+    weight_map: WeightMap,
+    dtype: Dtype | None,
+    allow_nonfinite: bool,
+) -> list[TensorJob]:
+    """Account for every tensor on both sides and say how each canonical one is made."""
+    infos = source.tensors.infos()
+    shapes = {n: tuple(t.shape) for n, t in converter.module(source.config).state_dict().items()}
+    target = dtype or source_dtype(source.tensors)
+    return [
+        TensorJob(
+            name,
+            shapes[name],
+            target,
+            sum(infos[n].nbytes for n in rule.names),
+            partial(make_tensor, name, shapes[name], rule, source, target, allow_nonfinite),
+        )
+        for name, rule in resolve_rules(shapes, weight_map, infos).items()
+    ]
+
+
+def make_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    rule: Take,
+    source: Source,
+    dtype: Dtype,
+    allow_nonfinite: bool,
+) -> Tensor:
+    """Read, transform and cast one canonical tensor."""
+    mapped = map_tensor(name, shape, rule, source.tensors, source.config)
+    return cast(name, mapped, dtype, allow_nonfinite=allow_nonfinite)
+
+
+def source_dtype(tensors: TensorSource) -> Dtype:
+    """Return the widest floating type among the tensors that have dimensions."""
+    found = {i.dtype for i in tensors.infos().values() if i.shape}
+    if {"float16", "bfloat16"} <= found:
+        return "float32"
+    for dtype in reversed(FLOATS):
+        if dtype in found:
+            return dtype
+    raise SourceError("the source holds no floating-point tensors")
+
+
+def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> None:
+    """Refuse a stored copy that is not one."""
+    infos = tensors.infos()
+    for copy, original in duplicates.items():
+        if copy in infos and not tensors.load(copy).equal(tensors.load(original)):
+            raise SourceError(
+                f"{copy} in {infos[copy].file} differs from {original}, although the config says "
+                "that they are tied; set tie_word_embeddings to false if they are not"
+            )
+
+
+def copy_tokenizer(folder: PendingFolder, files: Sequence[Path]) -> None:
+    """Put the tokenizer's files beside the weights."""
+    for file in files:
+        folder.add_bytes(f"{TOKENIZER}/{file.name}", file.read_bytes())
+
+
+def fingerprint(source: Path) -> str:
+    """Return a hash over the source's file names, sizes and times: what resuming relies on."""
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    stats = [
+        (str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns)
+        for f in files
+        if f.is_file()
+    ]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Triton kernels of the CUDA path. Each also runs under Triton's interpreter on a CPU."""

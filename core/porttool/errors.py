@@ -1,0 +1,47 @@
+"""Every error that a user can cause: what happened, in which file or tensor, and what to do next."""
+
+
+class PorttoolError(Exception):
+    """Base of all errors that the command line shows as one message, without a traceback."""
+
+    exit_status = 1
+
+
+class UsageError(PorttoolError):
+    """The request itself cannot be carried out: an unknown name, a bad option, a limit exceeded."""
+
+    exit_status = 2
+
+
+class SourceError(PorttoolError):
+    """A source checkpoint is missing, damaged, hostile or of another family."""
+
+
+class CheckpointError(PorttoolError):
+    """A porttool checkpoint is incomplete, altered or from an incompatible version."""
+
+
+class EngineError(PorttoolError):
+    """An engine cannot be built, opened or run."""
+
+
+class PluginError(PorttoolError):
+    """A plugin is broken, blocked, or clashes with another one."""
+
+
+class CheckFailed(PorttoolError):
+    """A check ran to its end and its verdict is no."""
+
+
+class MissingExtra(PorttoolError):
+    """An optional dependency is not installed.
+
+    `extra` is the name of the extra that brings it, `package` the import that failed.
+    """
+
+    def __init__(self, extra: str, package: str) -> None:
+        super().__init__(
+            f"the package {package!r} is not installed; install it with "
+            f"pip install 'porttool[{extra}]'"
+        )
+        self.extra = extra

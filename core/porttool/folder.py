@@ -1,0 +1,197 @@
+"""A folder that appears whole or not at all: written beside its place, then renamed.
+
+While it is written it is `.<name>.partial`, locked by its writer, with a journal of the files that
+are complete. A killed writer leaves that behind; the same work finds it and goes on. The manifest
+is written last, with the SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from porttool.config import Closed
+from porttool.errors import CheckpointError, PorttoolError, UsageError
+
+JOURNAL = "journal.jsonl"
+BLOCK = 1 << 22
+
+
+class FileRecord(Closed):
+    """Size and SHA-256 of a file, as a manifest keeps them."""
+
+    bytes: int
+    sha256: str
+
+
+class PendingFolder:
+    """A folder being written. Use `pending_folder` to get one."""
+
+    def __init__(self, target: Path, path: Path) -> None:
+        self.target = target
+        self.path = path
+        self.files: dict[str, FileRecord] = {}
+
+    def add_file(self, name: str, record: FileRecord) -> None:
+        """Note a complete file, so that a later run need not write it again."""
+        self.files[name] = record
+        entry = json.dumps({"name": name, **record.model_dump()})
+        with (self.path / JOURNAL).open("a") as journal:
+            journal.write(entry + "\n")
+            sync(journal)
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """Write a small file whole."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(data)
+            sync(file)
+        self.add_file(name, FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+
+    def finish(self, manifest_name: str, manifest: str) -> None:
+        """Write the manifest and put the folder in its place, over an older one if there is one."""
+        with (self.path / manifest_name).open("w") as file:
+            file.write(manifest)
+            sync(file)
+        (self.path / JOURNAL).unlink()
+        old = self.target.with_name(f".{self.target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.target.exists():
+            self.target.rename(old)
+        self.path.rename(self.target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def resume(self, fingerprint: str) -> None:
+        """Take over what an interrupted run of the same work left, or start from nothing."""
+        head, *entries = read_journal(self.path / JOURNAL) or [{}]
+        if head.get("fingerprint") == fingerprint:
+            for entry in entries:
+                name = str(entry.pop("name"))
+                path = self.path / name
+                if path.is_file() and path.stat().st_size == entry["bytes"]:
+                    self.files[name] = FileRecord.model_validate(entry)
+            return
+        for child in self.path.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        with (self.path / JOURNAL).open("w") as journal:
+            journal.write(json.dumps({"fingerprint": fingerprint}) + "\n")
+            sync(journal)
+
+
+def read_journal(path: Path) -> list[dict[str, object]]:
+    """Return the journal's entries; a last line that was cut off by a kill does not count."""
+    if not path.is_file():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+@contextmanager
+def pending_folder(target: Path, fingerprint: str, *, replace: bool) -> Iterator[PendingFolder]:
+    """Open a folder for writing; `fingerprint` says what work it is, for resuming.
+
+    Raises UsageError if the target exists and `replace` is false, and PorttoolError if another
+    process writes there, the place cannot be written, or the disk fills up.
+    """
+    if target.exists() and not replace:
+        raise UsageError(f"{target} exists already; choose another --output, or add --force")
+    path = target.with_name(f".{target.name}.partial")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path, target):
+            folder = PendingFolder(target, path)
+            folder.resume(fingerprint)
+            yield folder
+    except OSError as error:
+        raise PorttoolError(explain_os_error(error, target, path)) from error
+
+
+def explain_os_error(error: OSError, target: Path, path: Path) -> str:
+    """Return what went wrong with the disk, and what is left."""
+    if error.errno == errno.ENOSPC:
+        return (
+            f"{target}: the disk is full; the complete files are kept in {path}, "
+            "free some space and run the same command again to go on"
+        )
+    return f"{error.filename or target}: {error.strerror or error}"
+
+
+@contextmanager
+def locked(path: Path, target: Path) -> Iterator[None]:
+    """Hold a lock on a folder that dies with the process; raise if another process has it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or path.stat().st_ino != os.fstat(descriptor).st_ino:
+            raise PorttoolError(f"{target} was finished by another process meanwhile")
+        yield
+    except BlockingIOError as error:
+        raise PorttoolError(f"{target} is being written by another process") from error
+    finally:
+        os.close(descriptor)
+
+
+def sync(file: IO[str] | IO[bytes]) -> None:
+    """Push a file's data to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def require_space(target: Path, n_bytes: int) -> None:
+    """Raise before the work begins if the disk has no room for so many bytes."""
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < n_bytes:
+        raise PorttoolError(
+            f"{target}: {n_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
+            "free some space, or choose another --output or a smaller --dtype"
+        )
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Return a file's size and SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> None:
+    """Check every file's size and hash; name the first that is missing or altered."""
+    for name, record in files.items():
+        path = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise CheckpointError(f"{folder}: the manifest names a file outside: {name!r}")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing; make the folder again")
+        if path.stat().st_size != record.bytes:
+            raise CheckpointError(
+                f"{path}: has {path.stat().st_size} bytes, the manifest says {record.bytes}; "
+                "the folder is incomplete or altered, make it again"
+            )
+    with ThreadPoolExecutor() as pool:
+        hashed = pool.map(hash_file, [folder / name for name in files])
+        for (name, record), actual in zip(files.items(), hashed, strict=True):
+            if actual != record:
+                raise CheckpointError(
+                    f"{folder / name}: its SHA-256 is not the manifest's; "
+                    "the file was altered, make the folder again"
+                )

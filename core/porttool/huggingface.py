@@ -1,0 +1,281 @@
+"""Reading a model folder in Hugging Face's layout, strictly and without transformers."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from porttool.config import ModelConfig, SpecialTokens
+from porttool.converter import Converter, Source, validated
+from porttool.errors import SourceError
+from porttool.sources.safetensors_file import SafetensorsFile
+from porttool.sources.torch_file import open_torch_file
+from porttool.weights import TensorInfo, TensorSource, listing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+MAX_JSON = 64_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+
+INERT_KEYS = frozenset({
+    "_name_or_path", "_commit_hash", "architectures", "model_type", "transformers_version",
+    "torch_dtype", "dtype", "use_cache", "output_past", "output_attentions",
+    "output_hidden_states", "return_dict", "return_dict_in_generate", "initializer_range",
+    "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
+    "finetuning_task", "tokenizer_class", "prefix", "is_decoder", "max_length", "min_length",
+    "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
+    "bos_token_id", "eos_token_id", "pad_token_id", "gradient_checkpointing",
+    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
+    "summary_first_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx",
+    "chunk_size_feed_forward",
+})  # fmt: skip
+"""Keys that change no arithmetic of a forward pass (dropout is off; special ids are read apart)."""
+
+MUST_BE = {
+    "add_cross_attention": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None,
+    "pruned_heads": {}, "tie_encoder_decoder": False, "quantization_config": None,
+    "torchscript": False,
+}  # fmt: skip
+"""Keys that would change the model unless they have this value."""
+
+
+class SourceConfig:
+    """A config.json that remembers which keys were read, so that none is ignored by accident."""
+
+    def __init__(self, values: Mapping[str, Any], file: Path) -> None:
+        self.values = values
+        self.file = file
+        self._read = set(INERT_KEYS)
+
+    def take(self, key: str, *defaults: Any) -> Any:
+        """Return a key's value; the default only where the key is absent or null."""
+        self._read.add(key)
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if defaults:
+            return defaults[0]
+        raise SourceError(f"{self.file}: the key {key!r} is missing")
+
+    def integer(self, key: str, *defaults: int | None) -> int:
+        """Return a positive integer."""
+        value = self.take(key, *defaults)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SourceError(f"{self.file}: {key!r} should be a positive integer, not {value!r}")
+        return value
+
+    def quotient(self, key: str, divisor: str) -> int:
+        """Return one positive integer divided by another; a remainder is refused."""
+        value, by = self.integer(key), self.integer(divisor)
+        if value % by:
+            raise SourceError(f"{self.file}: {key!r} {value} is not a multiple of {divisor!r} {by}")
+        return value // by
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Return a boolean."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise SourceError(f"{self.file}: {key!r} should be true or false, not {value!r}")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        """Return a number."""
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise SourceError(f"{self.file}: {key!r} should be a number, not {value!r}")
+        return float(value)
+
+    def one_of(self, key: str, choices: Mapping[str, T], *defaults: str) -> T:
+        """Return what a name stands for; an unknown name is refused with the known ones."""
+        value = self.take(key, *defaults)
+        if not isinstance(value, str) or value not in choices:
+            known = ", ".join(sorted(choices))
+            raise SourceError(f"{self.file}: {key!r} is {value!r}; porttool knows: {known}")
+        return choices[value]
+
+    def ignore(self, *keys: str) -> None:
+        """Declare keys of this family that change no arithmetic."""
+        self._read.update(keys)
+
+    def finish(self) -> None:
+        """Refuse every key that nothing read."""
+        for key, wanted in MUST_BE.items():
+            if (value := self.values.get(key)) not in (None, wanted):
+                raise SourceError(f"{self.file}: {key!r} is {value!r}, which porttool cannot port")
+        unread = sorted(self.values.keys() - self._read - MUST_BE.keys())
+        if unread:
+            raise SourceError(
+                f"{self.file}: unknown keys that could change the model: {listing(unread)}; "
+                "if they do not, delete them from a copy of the config"
+            )
+
+
+class HuggingFaceConverter(Converter):
+    """A family in Hugging Face's layout: say which configs are yours and how to read one."""
+
+    model_types: ClassVar[frozenset[str]]
+    prefix: ClassVar[str] = "transformer."
+
+    def matches(self, source: Path) -> bool:
+        """Return true if config.json names one of the family's model types."""
+        try:
+            return read_config(source).get("model_type") in self.model_types
+        except SourceError:
+            return False
+
+    @abstractmethod
+    def read_config(self, config: SourceConfig) -> ModelConfig:
+        """Map every key that matters; `finish` is called afterwards."""
+
+    def config(self, source: Path) -> ModelConfig:
+        """Read config.json; a key that nothing accounts for is refused by name."""
+        values = read_config(source)
+        config = SourceConfig(values, source / "config.json")
+        if "auto_map" in values:
+            raise SourceError(
+                f"{config.file}: 'auto_map' says that this model runs code of its own, "
+                "which porttool never does; convert it with the family that it belongs to"
+            )
+        model = validated(config.file, lambda: self.read_config(config))
+        config.finish()
+        return model
+
+    def open(self, source: Path) -> Source:
+        """Read the config and the special ids, and index the tensors."""
+        model = self.config(source)
+        return Source(
+            config=model,
+            tokens=read_special_tokens(source, read_config(source), model.vocab_size),
+            tensors=Unprefixed(open_tensors(source), self.prefix),
+            tokenizer=tuple(source / n for n in TOKENIZER_FILES if (source / n).is_file()),
+        )
+
+
+class Unprefixed(TensorSource):
+    """The same tensors under names without a prefix that some of them may carry."""
+
+    def __init__(self, inner: TensorSource, prefix: str) -> None:
+        self._inner = inner
+        self._names: dict[str, str] = {}
+        for name in inner.infos():
+            short = name.removeprefix(prefix)
+            if short in self._names:
+                file = inner.infos()[name].file
+                raise SourceError(f"{file}: {short} is there twice, with and without {prefix!r}")
+            self._names[short] = name
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor under its short name."""
+        infos = self._inner.infos()
+        return {short: infos[name] for short, name in self._names.items()}
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor by its short name."""
+        return self._inner.load(self._names[name])
+
+
+class ShardedTensors(TensorSource):
+    """Tensors spread over several files; a name in two of them is refused."""
+
+    def __init__(self, parts: Mapping[str, TensorSource]) -> None:
+        self._where: dict[str, TensorSource] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for file, part in parts.items():
+            for name, info in part.infos().items():
+                if name in self._where:
+                    raise SourceError(f"{name} is in {self._infos[name].file} and again in {file}")
+                self._where[name] = part
+                self._infos[name] = info
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor of every file."""
+        return self._infos
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor from its file."""
+        return self._where[name].load(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; SourceError if it is missing, huge or damaged."""
+    if not path.is_file():
+        raise SourceError(f"{path}: the file is missing")
+    if path.stat().st_size > MAX_JSON:
+        raise SourceError(f"{path}: {path.stat().st_size} bytes is no config")
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: damaged JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise SourceError(f"{path}: should hold a JSON object")
+    return values
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """Read config.json of a folder; files of 2019 name no model type and are GPT-2's."""
+    values = read_json(source / "config.json")
+    if "model_type" not in values and "n_embd" in values:
+        return {**values, "model_type": "gpt2"}
+    return values
+
+
+def open_tensors(source: Path) -> TensorSource:
+    """Open a folder's weights: safetensors before .bin, an index before a single file."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (source / f"{name}.index.json").is_file():
+            return open_indexed(source, f"{name}.index.json")
+        if (source / name).is_file():
+            return open_weight_file(source / name)
+    raise SourceError(f"{source}: no model.safetensors, no pytorch_model.bin and no index of them")
+
+
+def open_weight_file(path: Path) -> TensorSource:
+    """Open one file by its suffix."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else open_torch_file(path)
+
+
+def open_indexed(source: Path, index: str) -> TensorSource:
+    """Open every shard that an index names, and hold the index to what they contain."""
+    weight_map = read_json(source / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        raise SourceError(f"{source / index}: there is no weight_map")
+    files = sorted(set(weight_map.values()))
+    for file in files:
+        if Path(file).name != file:
+            raise SourceError(f"{source / index}: names a file outside the folder: {file!r}")
+        if not (source / file).is_file():
+            raise SourceError(f"{source / file}: the shard is missing; fetch it again")
+    tensors = ShardedTensors({file: open_weight_file(source / file) for file in files})
+    found = {name: info.file for name, info in tensors.infos().items()}
+    wrong = sorted(n for n in weight_map.keys() | found.keys() if weight_map.get(n) != found.get(n))
+    if wrong:
+        raise SourceError(
+            f"{source / index}: the index and its shards disagree about: {listing(wrong)}"
+        )
+    return tensors
+
+
+def read_special_tokens(source: Path, values: Mapping[str, Any], vocab_size: int) -> SpecialTokens:
+    """Read bos, eos and pad ids; generation_config.json goes before config.json, as when run."""
+    generation = source / "generation_config.json"
+    merged = {**values, **(read_json(generation) if generation.is_file() else {})}
+    ids = {key: merged.get(f"{key}_token_id", values.get(f"{key}_token_id"))
+           for key in ("bos", "eos", "pad")}  # fmt: skip
+    eos = ids["eos"]
+    ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    for value in (*ends, ids["bos"], ids["pad"]):
+        if value is not None and not (isinstance(value, int) and 0 <= value < vocab_size):
+            raise SourceError(
+                f"{source}: the special token id {value!r} is outside the vocabulary of "
+                f"{vocab_size}; correct config.json or generation_config.json"
+            )
+    return SpecialTokens(bos=ids["bos"], eos=ends, pad=ids["pad"])

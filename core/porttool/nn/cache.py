@@ -1,0 +1,47 @@
+"""The static key and value cache: a fixed number of slots of a fixed capacity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from porttool.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of every layer, [n_layer, n_slots, n_kv_head, capacity, head_dim] each.
+
+    A row of a batch lives in one slot; where its next token goes is the caller's to say, so rows
+    join, leave and step back without any bookkeeping here.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_slots: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (config.n_layer, n_slots, config.n_kv_head, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(
+        self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store [n, n_kv_head, width, head_dim] at positions [n, width]; return the rows' all.
+
+        The result is [n, n_kv_head, reach, head_dim], where reach covers the last position.
+        """
+        reach = int(positions.max()) + 1
+        index = (slots[:, None], slice(None), positions)
+        self.keys[layer][index] = keys.transpose(1, 2)
+        self.values[layer][index] = values.transpose(1, 2)
+        return self.keys[layer, slots, :, :reach], self.values[layer, slots, :, :reach]
+
+    def copy_slots(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole slots, as if at once: a target may also be a source."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]

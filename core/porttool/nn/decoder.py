@@ -1,0 +1,121 @@
+"""The decoder: embeddings, layers, final norm and head, configured by ModelConfig alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from porttool.config import ModelConfig
+from porttool.nn.attention import Attention
+from porttool.nn.cache import KVCache
+from porttool.nn.mlp import MLP
+from porttool.nn.norm import Norm
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of a running batch feeds: some tokens for some rows.
+
+    slots    [n] int64: the cache slot of each row, no slot twice
+    tokens   [n, width] int64, padded on the right with any valid id; ids from vocab_size on are
+             rows of the prompt table
+    starts   [n] int64: tokens of the row that the cache holds already
+    lengths  [n] int64: how many of the row's tokens are real, 1 to width
+
+    Prefill is many tokens a row, plain decode one, verification of drafted tokens a few.
+    """
+
+    slots: Tensor
+    tokens: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def prefill(cls, prompts: list[list[int]], slots: list[int] | None = None) -> Step:
+        """Build the first step of prompts of any lengths."""
+        lengths = [len(p) for p in prompts]
+        tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        where = list(range(len(prompts))) if slots is None else slots
+        return cls(torch.tensor(where), tokens, torch.zeros(len(prompts), dtype=torch.int64),
+                   torch.tensor(lengths))  # fmt: skip
+
+    @property
+    def positions(self) -> Tensor:
+        """Position of every token, padding included: [n, width]."""
+        return self.starts[:, None] + torch.arange(
+            self.tokens.shape[1], device=self.tokens.device
+        )
+
+    def to(self, device: torch.device | str) -> Step:
+        """Return the same step on a device."""
+        return Step(*(getattr(self, f).to(device) for f in ("slots", "tokens", "starts", "lengths")))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer: x + attention(norm1 x), then x + mlp(norm2 x)."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.norm1 = Norm(config)
+        self.attention = Attention(config, index)
+        self.norm2 = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cache: KVCache | None, slots: Tensor
+    ) -> Tensor:
+        """Map [n, width, d_model] to the same shape."""
+        x = x + self.attention(self.norm1(x), positions, cache, slots)
+        x = x + self.mlp(self.norm2(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """The whole model. Its parameter names and shapes are the canonical checkpoint's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        if config.position == "learned":
+            self.position = nn.Embedding(config.n_positions, config.d_model)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
+        self.norm = Norm(config)
+        if not config.tied_head:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.prompt_table: Tensor | None = None
+
+    def forward(self, step: Step, cache: KVCache | None = None) -> Tensor:
+        """Return logits [n, width, vocab_size]; rows past their length hold nothing of use."""
+        positions = step.positions.clamp(max=self.config.n_positions - 1)
+        x = self.embed(step.tokens, positions)
+        for layer in self.layers:
+            x = layer(x, positions, cache, step.slots)
+        return self.logits(self.norm(x))
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings, or prompt-table rows, plus learned positions: [n, width, d_model]."""
+        x: Tensor = self.embedding(tokens.clamp(max=self.config.vocab_size - 1))
+        if self.prompt_table is not None:
+            row = (tokens - self.config.vocab_size).clamp(min=0)
+            virtual = (tokens >= self.config.vocab_size)[..., None]
+            x = torch.where(virtual, F.embedding(row, self.prompt_table), x)
+        if self.config.position == "learned":
+            x = x + self.position(positions)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Project normalised hidden states [..., d_model] on the vocabulary."""
+        weight = self.embedding.weight if self.config.tied_head else self.head.weight
+        return F.linear(x, weight)
+
+
+def meta_decoder(config: ModelConfig) -> Decoder:
+    """Build a decoder without memory: its state dict names and shapes what a checkpoint holds."""
+    with torch.device("meta"):
+        return Decoder(config)

@@ -1,0 +1,291 @@
+"""Finding plugins and what they bring. A broken plugin is set aside, named and explained.
+
+Everything goes through the entry-point group `porttool`, core's own engines and evaluators too.
+`PORTTOOL_PLUGINS` (a comma-separated list of entry-point names) allows only those,
+`PORTTOOL_DISABLE_PLUGINS` leaves those out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import pluggy
+
+from porttool import hookspecs
+from porttool.errors import PluginError, UsageError
+
+if TYPE_CHECKING:
+    import click
+
+    from porttool.builder import Builder
+    from porttool.checkpoint import PluginRecord
+    from porttool.component import Component
+    from porttool.converter import Converter
+    from porttool.evaluator import Evaluator
+    from porttool.runner import Runner
+
+T = TypeVar("T", bound="Component")
+
+GROUP = "porttool"
+ALLOW = "PORTTOOL_PLUGINS"
+DENY = "PORTTOOL_DISABLE_PLUGINS"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point: its name, and the distribution that brought it."""
+
+    name: str
+    distribution: str
+    version: str
+    error: str | None = None
+    """Why it could not be used; None for a healthy plugin."""
+
+
+@dataclass
+class Catalog(Generic[T]):
+    """The components of one kind, by name."""
+
+    kind: str
+    classes: dict[str, type[T]] = field(default_factory=dict)
+    origin: dict[str, Plugin] = field(default_factory=dict)
+
+    def get(self, name: str) -> type[T]:
+        """Return a component; an unknown name is a UsageError with a suggestion."""
+        if name in self.classes:
+            return self.classes[name]
+        close = difflib.get_close_matches(name, self.classes, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(sorted(self.classes)) or "none"
+        raise UsageError(f"there is no {self.kind} named {name!r}{hint} (installed: {known})")
+
+    def add(self, component: type[T], plugin: Plugin) -> None:
+        """Add a component; a name that is taken is a PluginError naming both distributions."""
+        if component.name in self.classes:
+            other = self.origin[component.name]
+            raise PluginError(
+                f"the {self.kind} {component.name!r} comes from two plugins: {other.name} of "
+                f"{other.distribution} {other.version}, and {plugin.name} of "
+                f"{plugin.distribution} {plugin.version}; uninstall one, or name it in {DENY}"
+            )
+        self.classes[component.name] = component
+        self.origin[component.name] = plugin
+
+    def __iter__(self) -> Iterator[type[T]]:
+        """Iterate over the components in order of name."""
+        return iter(self.classes[name] for name in sorted(self.classes))
+
+
+class Registry:
+    """Every installed plugin and what it brings, by kind and name."""
+
+    def __init__(self, manager: pluggy.PluginManager, plugins: list[Plugin]) -> None:
+        self._manager = manager
+        self.plugins = plugins
+
+    @cached_property
+    def converters(self) -> Catalog[Converter]:
+        """Converters by name."""
+        from porttool.converter import Converter
+
+        return self._collect("converter", Converter)
+
+    @cached_property
+    def builders(self) -> Catalog[Builder]:
+        """Builders by the kind of engine."""
+        from porttool.builder import Builder
+
+        return self._collect("builder", Builder)
+
+    @cached_property
+    def runners(self) -> Catalog[Runner]:
+        """Runners by the kind of engine."""
+        from porttool.runner import Runner
+
+        return self._collect("runner", Runner)
+
+    @cached_property
+    def evaluators(self) -> Catalog[Evaluator]:
+        """Evaluators by name."""
+        from porttool.evaluator import Evaluator
+
+        return self._collect("evaluator", Evaluator)
+
+    @property
+    def catalogs(self) -> tuple[Catalog[Any], ...]:
+        """All four catalogs; reading them is what finds a broken hook."""
+        return (self.converters, self.builders, self.runners, self.evaluators)
+
+    def converter(self, name: str) -> Converter:
+        """Return a converter, standing on the one that it refines."""
+        from porttool.converter import Refinement
+
+        found = self.converters.get(name)
+        if issubclass(found, Refinement):
+            return found(self.converter(str(found.refines)))
+        return found()
+
+    def record(self, catalog: Catalog[Any], name: str) -> PluginRecord:
+        """Return what a manifest keeps of the plugin that a component came from."""
+        from porttool.checkpoint import PluginRecord
+
+        plugin = catalog.origin[name]
+        return PluginRecord(
+            component=name,
+            distribution=plugin.distribution,
+            version=plugin.version,
+            api_version=hookspecs.API_VERSION,
+        )
+
+    def add_commands(self, group: click.Group) -> None:
+        """Let plugins add their commands; one that fails is set aside."""
+        for impl in self._manager.hook.porttool_commands.get_hookimpls():
+            try:
+                impl.function(group)
+            except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+                self._set_aside(impl.plugin_name, error)
+
+    def _collect(self, kind: str, base: type[T]) -> Catalog[T]:
+        catalog: Catalog[T] = Catalog(kind)
+        by_name = {plugin.name: plugin for plugin in self.plugins}
+        hook = getattr(self._manager.hook, f"porttool_{kind}s")
+        for impl in sorted(hook.get_hookimpls(), key=lambda i: str(i.plugin_name)):
+            try:
+                found = checked(impl.function(), kind, base)
+            except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+                self._set_aside(impl.plugin_name, error)
+                continue
+            for component in found:
+                catalog.add(component, by_name[impl.plugin_name])
+        return catalog
+
+    def _set_aside(self, name: str, error: Exception) -> None:
+        self.plugins = [
+            broken(p, error) if p.name == name and p.error is None else p for p in self.plugins
+        ]
+
+
+def checked(components: Iterable[Any], kind: str, base: type[T]) -> list[type[T]]:
+    """Return a hook's classes if they are complete components of the kind; else PluginError."""
+    result = []
+    for component in components:
+        if not (inspect.isclass(component) and issubclass(component, base)):
+            raise PluginError(f"porttool_{kind}s returned {component!r}, not a {base.__name__}")
+        if not isinstance(getattr(component, "name", None), str):
+            raise PluginError(f"{component.__qualname__} has no name")
+        if missing := sorted(getattr(component, "__abstractmethods__", ())):
+            raise PluginError(f"{component.__qualname__} lacks {', '.join(missing)}")
+        result.append(component)
+    return result
+
+
+def load_registry() -> Registry:
+    """Load every allowed plugin of the entry-point group."""
+    manager = pluggy.PluginManager("porttool")
+    manager.add_hookspecs(hookspecs)
+    plugins = [load_plugin(manager, entry) for entry in allowed(entry_points(group=GROUP))]
+    return Registry(manager, plugins)
+
+
+def allowed(entries: Iterable[EntryPoint]) -> list[EntryPoint]:
+    """Return the entry points that the environment allows, each once, in order of name."""
+    allow, deny = names_in(ALLOW), names_in(DENY)
+    unique = {(e.name, e.value): e for e in entries}
+    return [
+        entry
+        for (name, _), entry in sorted(unique.items())
+        if (not allow or name in allow) and name not in deny
+    ]
+
+
+def names_in(variable: str) -> set[str]:
+    """Return the comma-separated names in an environment variable."""
+    return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
+
+
+def load_plugin(manager: pluggy.PluginManager, entry: EntryPoint) -> Plugin:
+    """Import and register one plugin; whatever goes wrong is kept with it."""
+    distribution = entry.dist
+    plugin = Plugin(
+        entry.name,
+        distribution.name if distribution else "unknown",
+        distribution.version if distribution else "unknown",
+    )
+    try:
+        module = entry.load()
+        require_api(module)
+        manager.register(module, name=entry.name)
+        require_known_hooks(manager, module)
+    except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+        if manager.has_plugin(entry.name):
+            manager.unregister(name=entry.name)
+        return broken(plugin, error)
+    return plugin
+
+
+def require_api(module: ModuleType) -> None:
+    """Refuse a plugin that was written for another version of the hooks."""
+    found = getattr(module, "api_version", None)
+    if found != hookspecs.API_VERSION:
+        raise PluginError(
+            f"it says api_version = {found!r}, this porttool needs {hookspecs.API_VERSION}"
+        )
+
+
+def require_known_hooks(manager: pluggy.PluginManager, module: ModuleType) -> None:
+    """Refuse a hook implementation whose name no hook has: a misspelling would never be called."""
+    for caller in manager.get_hookcallers(module) or ():
+        if caller.spec is None:
+            raise PluginError(f"there is no hook named {caller.name!r}")
+
+
+def broken(plugin: Plugin, error: Exception) -> Plugin:
+    """Return the plugin with the reason why it is not used."""
+    reason = f"{type(error).__name__}: {error}"
+    return Plugin(plugin.name, plugin.distribution, plugin.version, reason)
+
+
+def choose_converter(registry: Registry, source: Path, model: str | None = None) -> Converter:
+    """Return the one converter for a source, among a family's if `model` names one.
+
+    A converter that another match refines steps back. None or several left is a UsageError that
+    says which families do match.
+    """
+    names = named_converters(registry, model) if model else list(registry.converters.classes)
+    matching = matches(registry, source, names)
+    refined = {c.refines for c in matching}
+    left = [c for c in matching if c.name not in refined]
+    if len(left) == 1:
+        return left[0]
+    if left:
+        listed = ", ".join(sorted(c.name for c in left))
+        raise UsageError(f"{source}: several converters match: {listed}; choose one with --model")
+    if not model:
+        raise UsageError(
+            f"{source}: no installed family recognises this; "
+            "`porttool plugins list` shows what each reads"
+        )
+    others = {c.family for c in matches(registry, source, list(registry.converters.classes))}
+    hint = f"; it looks like {', '.join(sorted(others))}" if others else ""
+    raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
+
+
+def matches(registry: Registry, source: Path, names: list[str]) -> list[Converter]:
+    """Return those of the named converters that recognise a source."""
+    found = [registry.converter(name) for name in names]
+    return [converter for converter in found if converter.matches(source)]
+
+
+def named_converters(registry: Registry, model: str) -> list[str]:
+    """Return the names of a family's converters, or the one of that full name."""
+    found = [c.name for c in registry.converters if model in (c.family, c.name)]
+    return found or [registry.converters.get(model).name]

@@ -1,0 +1,96 @@
+"""The contract of a runner: one loaded engine, token ids in, logits out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from porttool.component import Component
+from porttool.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from porttool.engine import Engine
+    from porttool.nn import Step
+    from porttool.plugins import Registry
+
+
+class Runner(Component):
+    """A loaded engine. It owns a KV cache of `n_slots` rows of `max_len` tokens each.
+
+    The caller says which slot a row lives in and how many of its tokens the cache holds, so rows
+    may join, leave, or go back to an earlier length at any step without telling the runner.
+    A runner never samples, never sees text and never stops by itself.
+    """
+
+    decodes_on_device: ClassVar[bool] = False
+    """True when `decode` is implemented: several greedy tokens without leaving the device."""
+
+    traces: ClassVar[bool] = False
+    """True when `trace` is implemented."""
+
+    def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(options)
+        self.engine = engine
+        self.config = engine.manifest.config
+        self.n_slots = engine.manifest.limits.max_batch_size
+        self.max_len = engine.manifest.limits.max_len
+
+    @abstractmethod
+    def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
+        """Feed tokens; return float32 logits [n, vocab_size] of each row's last real token.
+
+        With `all_positions` the result is [n, width, vocab_size]; rows past their length are
+        undefined. The tensors of `step` are on the CPU; the result is on the runner's device.
+        """
+
+    @abstractmethod
+    def copy_slots(self, source: list[int], target: list[int]) -> None:
+        """Copy whole cache rows, as if at once: beams are re-ordered by it."""
+
+    def decode(self, step: Step, n_tokens: int) -> Tensor:
+        """Feed one token a row, then its greedy successors: [n, n_tokens] on the runner's device.
+
+        Only called when `decodes_on_device`; rows run on past an end token, the caller cuts.
+        """
+        raise EngineError(f"the {self.name} runner does not decode on the device")
+
+    def trace(self, step: Step) -> dict[str, Tensor]:
+        """Feed tokens; return what went into and came out of every weight-bearing operation.
+
+        Keys are `<canonical module>.in` and `.out`, for example `layers.0.attention.qkv.out`.
+        Only called when `traces`.
+        """
+        raise EngineError(f"the {self.name} runner does not trace")
+
+    def load_prompt_table(self, table: Tensor | None) -> None:
+        """Use rows of [n_rows, d_model] for token ids from vocab_size on; None takes it away."""
+        raise EngineError(f"the {self.name} runner has no room for a prompt table")
+
+    @property
+    def description(self) -> str:
+        """Where and how it runs, in a few words: shown to the user and kept in reports."""
+        return self.name
+
+    def check(self, step: Step) -> None:
+        """Refuse a step that the cache or the model cannot hold, with the numbers."""
+        reach = int((step.starts + step.lengths).max())
+        if reach > self.max_len:
+            raise UsageError(
+                f"a row would reach {reach} tokens, but the engine holds {self.max_len}; "
+                "build it with larger --max-input-len or --max-output-len"
+            )
+        if int(step.slots.max()) >= self.n_slots:
+            raise UsageError(
+                f"slot {int(step.slots.max())} asked for, but the engine has {self.n_slots}; "
+                "build it with a larger --max-batch-size"
+            )
+
+
+def load_runner(
+    engine: Engine, registry: Registry, options: Mapping[str, Any] | None = None
+) -> Runner:
+    """Load an opened engine with the runner of its kind."""
+    return registry.runners.get(engine.manifest.kind)(engine, options)

@@ -1,0 +1,156 @@
+"""Writing safetensors files tensor by tensor: prepared ahead, hashed beside, never held whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from porttool.folder import FileRecord, PendingFolder, sync
+from porttool.progress import Progress
+from porttool.sources.safetensors_file import CODES, DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_SHARD_BYTES = 1 << 30
+"""A shard is the unit of resuming and of parallel verification."""
+
+
+@dataclass(frozen=True)
+class TensorJob:
+    """One tensor to write: what it will be, what its making costs in memory, and how to make it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    cost: int
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * DTYPES[CODES[self.dtype]][1]
+
+
+def plan_shards(
+    jobs: Sequence[TensorJob], stem: str, max_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[TensorJob]]:
+    """Divide jobs, in order, into files of at most max_bytes, or of one tensor: name → jobs."""
+    shards: list[list[TensorJob]] = [[]]
+    size = 0
+    for job in jobs:
+        if shards[-1] and size + job.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(job)
+        size += job.nbytes
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    n = len(shards)
+    return {f"{stem}-{i + 1:05}-of-{n:05}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def encode_header(jobs: Sequence[TensorJob], metadata: Mapping[str, str]) -> bytes:
+    """Return the length prefix and the header, padded so that the data is aligned to 64 bytes."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for job in jobs:
+        begin, end = end, end + job.nbytes
+        entries[job.name] = {
+            "dtype": CODES[job.dtype], "shape": list(job.shape), "data_offsets": [begin, end],
+        }  # fmt: skip
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return struct.pack("<Q", len(text)) + text
+
+
+def make_ahead(
+    jobs: Iterable[TensorJob], *, workers: int, budget: int
+) -> Iterator[tuple[TensorJob, Tensor]]:
+    """Make tensors on `workers` threads, in order, with at most `budget` bytes under way.
+
+    A single tensor may exceed the budget; it is then the only one under way.
+    """
+    waiting: deque[tuple[TensorJob, Future[Tensor]]] = deque()
+    queue = deque(jobs)
+    with ThreadPoolExecutor(workers) as pool:
+        spent = 0
+        try:
+            while queue or waiting:
+                while queue and (not waiting or spent + queue[0].cost <= budget):
+                    job = queue.popleft()
+                    waiting.append((job, pool.submit(job.make)))
+                    spent += job.cost
+                job, future = waiting.popleft()
+                yield job, future.result()
+                del future
+                spent -= job.cost
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_shards(
+    folder: PendingFolder,
+    shards: Mapping[str, Sequence[TensorJob]],
+    *,
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Write every shard that the folder does not hold yet."""
+    todo = {name: jobs for name, jobs in shards.items() if name not in folder.files}
+    jobs = [job for shard in todo.values() for job in shard]
+    budget = 2 * max((job.cost for job in jobs), default=0)
+    progress.advance(sum(j.nbytes for n, s in shards.items() if n not in todo for j in s))
+    with closing(make_ahead(jobs, workers=workers, budget=budget)) as tensors:
+        for name, shard in todo.items():
+            with (folder.path / name).open("wb", buffering=0) as file:
+                record = write_tensors(file, shard, tensors, progress)
+                sync(file)
+            folder.add_file(name, record)
+
+
+def write_tensors(
+    file: IO[bytes],
+    shard: Sequence[TensorJob],
+    tensors: Iterator[tuple[TensorJob, Tensor]],
+    progress: Progress,
+) -> FileRecord:
+    """Write a header and its tensors; hash each on a second thread while it is written."""
+    digest = hashlib.sha256()
+    header = encode_header(shard, {"format": "pt"})
+    file.write(header)
+    digest.update(header)
+    size = len(header)
+    with ThreadPoolExecutor(1) as hasher:
+        for _ in shard:
+            job, tensor = next(tensors)
+            data = as_bytes(tensor)
+            hashed = hasher.submit(digest.update, data)
+            write_all(file, data)
+            hashed.result()
+            size += len(data)
+            progress.advance(job.nbytes)
+            del tensor, data, hashed
+    return FileRecord(bytes=size, sha256=digest.hexdigest())
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """View a contiguous tensor's memory as bytes."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def write_all(file: IO[bytes], data: memoryview) -> None:
+    """Write to an unbuffered file until everything is written."""
+    while data:
+        data = data[file.write(data[: 1 << 30]) :]

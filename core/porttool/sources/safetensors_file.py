@@ -1,0 +1,148 @@
+"""One .safetensors file, its header checked against the file before anything is read.
+
+The format: 8 bytes little-endian header length, a JSON header of name → dtype, shape and data
+offsets, then the data. Read by pread into memory of its own, so that resident memory stays
+bounded; a memory map would count every page that was touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from porttool.errors import SourceError
+from porttool.weights import TensorInfo, TensorSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U8": ("uint8", 1), "BOOL": ("bool", 1),
+}  # fmt: skip
+CODES = {name: code for code, (name, _) in DTYPES.items()}
+MAX_HEADER = 100_000_000
+"""The format's own limit on the header, in bytes."""
+
+
+class SafetensorsFile(TensorSource):
+    """The tensors of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        header, start = read_header(path)
+        self._index(header, start)
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor's name, shape, type and size."""
+        return self._infos
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return self.load_rows(name, 0, None)
+
+    def load_rows(self, name: str, first: int, last: int | None) -> Tensor:
+        """Read rows first to last (exclusive) of a tensor's leading dimension."""
+        import torch
+
+        info = self._infos[name]
+        rows = info.shape[0] if info.shape else 1
+        row_bytes = info.nbytes // max(rows, 1)
+        last = rows if last is None else last
+        buffer = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
+        read_exactly(self.path, buffer, self._offsets[name] + first * row_bytes)
+        shape = (last - first, *info.shape[1:]) if info.shape else ()
+        return buffer.view(getattr(torch, info.dtype)).view(shape)
+
+    def _index(self, header: dict[str, Any], start: int) -> None:
+        size = self.path.stat().st_size
+        expected = 0
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        for name, entry in sorted(entries.items(), key=lambda item: _begin(item[1])):
+            info, begin = check_entry(self.path, name, entry)
+            if begin != expected:
+                raise SourceError(f"{self.path}: the data of {name} overlaps or leaves a gap")
+            expected = begin + info.nbytes
+            self._infos[name] = info
+            self._offsets[name] = start + begin
+        if start + expected != size:
+            raise SourceError(
+                f"{self.path}: the header describes {start + expected} bytes, the file has {size}; "
+                "it is truncated or damaged, fetch it again"
+            )
+        self.metadata = dict(header.get("__metadata__") or {})
+
+
+def _begin(entry: Any) -> int:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    return offsets[0] if isinstance(offsets, list) and offsets and _is_size(offsets[0]) else -1
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the JSON header and where the data starts; a lying length is a SourceError."""
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+            if not 2 <= length <= min(MAX_HEADER, path.stat().st_size - 8):
+                raise SourceError(f"{path}: not a safetensors file, or its header length lies")
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: the file is missing") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path}: the safetensors header is damaged: {error}") from error
+    if not isinstance(header, dict):
+        raise SourceError(f"{path}: the safetensors header is not an object")
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
+    """Validate one header entry; return what it says and where its data begins."""
+    try:
+        dtype, width = DTYPES[entry["dtype"]]
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"{path}: the header entry of {name} is malformed") from error
+    if not (isinstance(shape, list) and all(map(_is_size, [*shape, begin, end]))):
+        raise SourceError(f"{path}: the header entry of {name} has impossible numbers")
+    nbytes = math.prod(shape) * width
+    if end - begin != nbytes:
+        raise SourceError(
+            f"{path}: {name} of shape {shape} needs {nbytes} bytes, the header gives {end - begin}"
+        )
+    return TensorInfo(tuple(shape), dtype, nbytes, path.name), begin
+
+
+def read_exactly(path: Path, buffer: Tensor, offset: int) -> None:
+    """Fill a uint8 tensor from a file; a short file is a SourceError."""
+    view = memoryview(buffer.numpy())
+    done = 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while done < len(view):
+            n = os.preadv(descriptor, [view[done : done + (1 << 30)]], offset + done)
+            if n == 0:
+                raise SourceError(f"{path}: ended early; it is truncated or changed while read")
+            done += n
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""One pickled torch file (.bin, .pt, .ckpt), unpickled by torch's weights-only reader alone.
+
+The memory map makes reading lazy; each tensor is copied out and its pages are given back, so that
+resident memory stays bounded. torch before 2.10 is refused: its weights-only reader can be made
+to corrupt memory (GHSA-63cw-57p8-fm3p).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from porttool.errors import SourceError
+from porttool.weights import TensorInfo, TensorSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAFE_TORCH = (2, 10)
+
+
+class TensorTree(TensorSource):
+    """Tensors that torch.load returned, by name; `mapped` when they are pages of the file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], file: str, *, mapped: bool) -> None:
+        self._tensors = dict(tensors)
+        self._mapped = mapped
+        self._infos = {
+            name: TensorInfo(
+                tuple(t.shape), str(t.dtype).removeprefix("torch."),
+                t.numel() * t.element_size(), file,
+            )
+            for name, t in tensors.items()
+        }  # fmt: skip
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor's name, shape, type and size."""
+        return self._infos
+
+    def load(self, name: str) -> Tensor:
+        """Copy one tensor out of the map and give its pages back."""
+        copy = self._tensors[name].clone()
+        if self._mapped:
+            release_pages(self._tensors[name])
+        return copy
+
+
+def open_torch_file(path: Path) -> TensorTree:
+    """Open a file that holds one flat dictionary of tensors."""
+    tree = load_tree(path)
+    if not isinstance(tree, dict):
+        raise SourceError(f"{path}: holds {type(tree).__name__}, not a dictionary of tensors")
+    return TensorTree(only_tensors(tree, path), path.name, mapped=zipfile.is_zipfile(path))
+
+
+def only_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Return the dictionary if every value is a dense tensor under a string; else SourceError."""
+    import torch
+
+    for name, value in tree.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise SourceError(f"{path}: {name!r} is {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise SourceError(f"{path}: {name!r} is not a plain dense tensor")
+    return dict(tree)
+
+
+def load_tree(path: Path) -> Any:
+    """Unpickle a torch file with the weights-only reader; anything else in it is a SourceError."""
+    import torch
+
+    require_safe_torch(torch.__version__)
+    if not path.is_file():
+        raise SourceError(f"{path}: the file is missing")
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        check_zip(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise SourceError(
+            f"{path}: refused, because it is damaged or its pickle wants more than tensors: "
+            f"{reason(error)}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError,
+            IndexError, OverflowError, MemoryError, OSError) as error:  # fmt: skip
+        raise SourceError(
+            f"{path}: cannot be read, it is truncated or damaged: {reason(error)}"
+        ) from error
+
+
+def reason(error: BaseException) -> str:
+    """Return the first telling line of torch's long message, without its advice to trust files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    text = (telling or lines or [type(error).__name__])[0]
+    return text.split("Please use")[0].split("WeightsUnpickler error: ")[-1][:300]
+
+
+def require_safe_torch(version: str) -> None:
+    """Refuse a torch whose weights-only reader is known to be unsafe."""
+    major, minor = (int(part) for part in version.split("+")[0].split(".")[:2])
+    if (major, minor) < SAFE_TORCH:
+        raise SourceError(
+            f"reading pickled weights needs torch 2.10 or newer, this is {version}; "
+            "update torch or convert from safetensors"
+        )
+
+
+def check_zip(path: Path) -> None:
+    """Refuse archives with compressed, doubled or overlapping entries before torch sees them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = sorted(archive.infolist(), key=lambda e: e.header_offset)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise SourceError(f"{path}: the archive is truncated or damaged: {error}") from error
+    if len({e.filename for e in entries}) != len(entries):
+        raise SourceError(f"{path}: the archive holds an entry twice")
+    end = 0
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise SourceError(f"{path}: the entry {entry.filename!r} is compressed")
+        if entry.header_offset < end:
+            raise SourceError(f"{path}: the entry {entry.filename!r} overlaps another")
+        end = entry.header_offset + entry.file_size
+    if end > path.stat().st_size:
+        raise SourceError(f"{path}: an entry reaches beyond the file's end")
+
+
+def release_pages(tensor: Tensor) -> None:
+    """Give the whole pages of a file-mapped tensor back; they are read again when touched.
+
+    Never call it on memory that is not a file's: its contents would be gone.
+    """
+    storage = tensor.untyped_storage()
+    first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

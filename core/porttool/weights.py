@@ -1,0 +1,173 @@
+"""Weight rules: which source tensors make a canonical tensor, and how. Strict both ways."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from porttool.config import ModelConfig
+from porttool.errors import SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Via = Callable[[ModelConfig, Sequence[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a source tensor before it is read; `file` is for messages."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    file: str
+
+
+class TensorSource(ABC):
+    """Named tensors that can be read one at a time, in any order, from several threads."""
+
+    @abstractmethod
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor's name and what is known of it."""
+
+    @abstractmethod
+    def load(self, name: str) -> Tensor:
+        """Read one tensor into memory of its own."""
+
+
+def as_is(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
+    """Take one tensor unchanged."""
+    return tensors[0]
+
+
+def transpose(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
+    """Turn one [in, out] matrix into [out, in]."""
+    return tensors[0].t()
+
+
+def concat(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
+    """Join tensors along their first dimension."""
+    import torch
+
+    return torch.cat(list(tensors))
+
+
+@dataclass(frozen=True)
+class Take:
+    """A rule: these source tensors, through `via`, make one canonical tensor."""
+
+    names: tuple[str, ...]
+    via: Via = field(default=as_is)
+
+    def at(self, layer: str) -> Take:
+        """Return the rule with `{i}` filled in."""
+        return replace(self, names=tuple(n.replace("{i}", layer) for n in self.names))
+
+
+def take(*names: str, via: Via = as_is) -> Take:
+    """Write a rule; `{i}` in a name stands for the layer."""
+    return Take(names, via)
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """A family's table: canonical template → rule, and what to do with the rest.
+
+    `unused` are source names (shell patterns) that carry no weights. `duplicates` maps a source
+    name to the one that it must equal, as a stored copy of a tied head must.
+    """
+
+    rules: Mapping[str, Take]
+    unused: tuple[str, ...] = ()
+    duplicates: Mapping[str, str] = field(default_factory=dict)
+
+
+_LAYER = re.compile(r"^layers\.(\d+)\.")
+
+
+def resolve_rules(
+    wanted: Iterable[str], weight_map: WeightMap, present: Mapping[str, TensorInfo]
+) -> dict[str, Take]:
+    """Match every canonical name with its rule and account for every source tensor.
+
+    Raises SourceError naming missing source tensors and those that no rule knows.
+    """
+    resolved: dict[str, Take] = {}
+    for name in wanted:
+        layer = _LAYER.match(name)
+        template = _LAYER.sub("layers.{i}.", name)
+        if template not in weight_map.rules:
+            raise SourceError(f"the family has no weight rule for {template!r}")
+        resolved[name] = weight_map.rules[template].at(layer[1] if layer else "")
+    used = {n for rule in resolved.values() for n in rule.names}
+    missing = sorted(used - present.keys())
+    extra = sorted(
+        n for n in present.keys() - used - weight_map.duplicates.keys()
+        if not any(fnmatchcase(n, pattern) for pattern in weight_map.unused)
+    )  # fmt: skip
+    if missing:
+        raise SourceError(f"tensors missing from the source: {listing(missing)}")
+    if extra:
+        where = {present[n].file for n in extra}
+        raise SourceError(
+            f"tensors that nothing accounts for in {listing(sorted(where))}: {listing(extra)}; "
+            "the config and the weights disagree, or this is another family"
+        )
+    return resolved
+
+
+def listing(names: Sequence[str], most: int = 6) -> str:
+    """Return names as text, the first few and a count of the rest."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
+
+
+def map_tensor(
+    name: str, shape: tuple[int, ...], rule: Take, source: TensorSource, config: ModelConfig
+) -> Tensor:
+    """Read a rule's sources and make the canonical tensor; a wrong shape is a SourceError."""
+    tensors = [source.load(n) for n in rule.names]
+    try:
+        result = rule.via(config, tensors)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise SourceError(
+            f"{name} cannot be made of {describe(rule, source)}: {error}"
+        ) from error
+    if tuple(result.shape) != shape:
+        raise SourceError(
+            f"{name} should be {list(shape)} but comes out as {list(result.shape)} "
+            f"of {describe(rule, source)}; the config and the weights disagree"
+        )
+    return result
+
+
+def describe(rule: Take, source: TensorSource) -> str:
+    """Return a rule's source tensors as text: name, shape and file."""
+    infos = source.infos()
+    return ", ".join(f"{n} {list(infos[n].shape)} in {infos[n].file}" for n in rule.names)
+
+
+def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False) -> Tensor:
+    """Convert to a contiguous tensor of `dtype`; refuse NaN, infinity and overflow by name.
+
+    A float64 sum is finite only if every element is: one pass, no temporary of the same size.
+    """
+    import torch
+
+    result = tensor.to(getattr(torch, dtype)).contiguous()
+    if allow_nonfinite or bool(result.sum(dtype=torch.float64).isfinite()):
+        return result
+    if bool(tensor.sum(dtype=torch.float64).isfinite()):
+        raise SourceError(
+            f"{name}: values up to {float(tensor.abs().max()):.3g} do not fit {dtype}; "
+            "choose --dtype bfloat16 or float32"
+        )
+    raise SourceError(
+        f"{name}: holds NaN or infinity; the source is damaged "
+        "(--allow-nonfinite converts it all the same)"
+    )

@@ -1,0 +1,22 @@
+"""GPT-2, and every model that keeps its layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from porttool import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from porttool import Converter
+
+api_version = 1
+
+
+@hookimpl
+def porttool_converters() -> Iterable[type[Converter]]:
+    """Return the converters of this family."""
+    from porttool_gpt2.converter import GPT2Converter
+
+    return [GPT2Converter]
