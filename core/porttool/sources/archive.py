@@ -1,0 +1,215 @@
+"""A tar archive read member by member: nothing is ever unpacked, so no name in it can do harm.
+
+A plain tar is read in place. A gzipped one has to be decompressed from its start to find its
+members, and again up to a member to read it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+
+from porttool.errors import SourceError
+
+MAX_MEMBERS = 1_000_000
+MAX_HEADER = 1 << 20
+"""Bytes of one member's extended header; names and dates are all that belongs there."""
+MAX_GROWTH = 200
+"""Weights hardly compress: what unpacks to more than this many times itself is a trap."""
+SMALL = 1 << 30
+"""Up to so many bytes unpacked nothing is a trap."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a file's data lies in the unpacked archive, in bytes."""
+
+    offset: int
+    size: int
+
+
+class Archive:
+    """The regular files of a .tar or .tar.gz, indexed and checked before anything is read.
+
+    Names come without a leading `./`. Links, devices, sparse files, absolute names, `..`, names
+    that appear twice and sizes that cannot be are a SourceError naming the member.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.compressed = is_gzip(path)
+        self._members: dict[str, Member] = {}
+        try:
+            self._index()
+        except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+            raise SourceError(
+                f"{path}: not a tar archive, or truncated or damaged: {error}"
+            ) from error
+
+    def names(self) -> list[str]:
+        """Return the names of all files, in the archive's order."""
+        return list(self._members)
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether there is a file of this name."""
+        return name in self._members
+
+    def size(self, name: str) -> int:
+        """Return a file's size in bytes."""
+        return self._member(name).size
+
+    def offset(self, name: str) -> int | None:
+        """Return where a file's data begins in the archive; None if that is compressed."""
+        return None if self.compressed else self._member(name).offset
+
+    def open(self, name: str) -> BinaryIO:
+        """Open one file for reading; close it after use. It can seek, backwards at a cost."""
+        member = self._member(name)
+        return io.BufferedReader(Section(self._unpacked(), member), 1 << 20)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return a small file whole; one of more than `limit` bytes is a SourceError."""
+        size = self.size(name)
+        if size > limit:
+            raise SourceError(
+                f"{self.path}: {name} has {size} bytes, more than the {limit} expected"
+            )
+        try:
+            with self.open(name) as file:
+                data = file.read()
+        except (OSError, EOFError, zlib.error) as error:
+            raise SourceError(f"{self.path}: {name} is damaged: {error}") from error
+        if len(data) != size:
+            raise SourceError(f"{self.path}: {name} is truncated; fetch the archive again")
+        return data
+
+    def _member(self, name: str) -> Member:
+        if name not in self._members:
+            raise SourceError(f"{self.path}: there is no {name} in this archive")
+        return self._members[name]
+
+    def _unpacked(self) -> BinaryIO:
+        if self.compressed:
+            return cast("BinaryIO", gzip.open(self.path, "rb"))
+        return self.path.open("rb")
+
+    def _index(self) -> None:
+        size = self.path.stat().st_size
+        limit = max(SMALL, size * MAX_GROWTH) if self.compressed else size
+        with HeaderReader(self._unpacked()) as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
+            for count, info in enumerate(tar):
+                self._check(info, limit, count)
+                name = plain_name(self.path, info.name)
+                if not info.isfile():
+                    continue
+                if name in self._members:
+                    raise SourceError(f"{self.path}: {name!r} is in the archive twice")
+                self._members[name] = Member(info.offset_data, info.size)
+            raw.seek(tar.offset)
+            if any(raw.read(tarfile.BLOCKSIZE)):
+                raise SourceError(f"{self.path}: damaged at byte {tar.offset}; fetch it again")
+
+    def _check(self, info: tarfile.TarInfo, limit: int, count: int) -> None:
+        if not (info.isfile() or info.isdir()) or info.issparse():
+            raise SourceError(f"{self.path}: {info.name!r} is a link, a device or a sparse file")
+        if count >= MAX_MEMBERS:
+            raise SourceError(f"{self.path}: more than {MAX_MEMBERS} members")
+        if info.size < 0 or info.offset_data + info.size > limit:
+            raise SourceError(
+                f"{self.path}: {info.name!r} claims {info.size} bytes, more than there can be; "
+                "the archive is truncated or hostile"
+            )
+
+
+class HeaderReader(io.RawIOBase):
+    """A file in which nothing large is read at once: tarfile would take any header's word."""
+
+    def __init__(self, inner: BinaryIO) -> None:
+        self._inner = inner
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Read bytes; a request beyond any honest header is refused."""
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._inner.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a position."""
+        return self._inner.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._inner.tell()
+
+    def close(self) -> None:
+        """Close the file too."""
+        self._inner.close()
+        super().close()
+
+
+class Section(io.RawIOBase):
+    """Part of a file as a file."""
+
+    def __init__(self, inner: BinaryIO, member: Member) -> None:
+        self._inner = inner
+        self._member = member
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Tell that it can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """Tell that it can seek."""
+        return True
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        """Read up to the section's end."""
+        wanted = min(len(buffer), self._member.size - self._at)
+        if wanted <= 0:
+            return 0
+        self._inner.seek(self._member.offset + self._at)
+        data = self._inner.read(wanted)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        """Go to a position counted from the section's start, the current one or its end."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._member.size}[whence]
+        if base + offset < 0:
+            raise ValueError(f"negative position {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        """Return the position in the section."""
+        return self._at
+
+    def close(self) -> None:
+        """Close the file too."""
+        self._inner.close()
+        super().close()
+
+
+def is_gzip(path: Path) -> bool:
+    """Tell a gzipped file by its first bytes; a missing one is a SourceError."""
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"\x1f\x8b"
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror or error}") from error
+
+
+def plain_name(path: Path, name: str) -> str:
+    """Return a member's name without `./`; one that leads outside is a SourceError."""
+    parts = PurePosixPath(name).parts
+    if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise SourceError(f"{path}: the member {name!r} leads outside the archive")
+    return "/".join(parts)
