@@ -185,11 +185,12 @@ class Sampling(Closed):
         return self
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """True when each next token is the highest logit and nothing else is asked for."""
-        return self == Sampling(
-            max_new_tokens=self.max_new_tokens,
-            ignore_eos=self.ignore_eos,
-            stop=self.stop,
-            seed=self.seed,
+    def adjusts(self) -> bool:
+        """True when logits are changed before a token is chosen from them."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.bad_words
+            or self.min_new_tokens
         )

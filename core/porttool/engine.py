@@ -1,0 +1,181 @@
+"""An engine: one folder that a runner loads, its manifest, and the driver that builds it.
+
+    engine.json       the manifest: kind, config, limits, versions, SHA-256 of every file
+    rank0/ …          what the builder wrote for each rank
+    tokenizer/        the tokenizer's files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from porttool.builder import Builder, BuildRequest, Rank
+from porttool.checkpoint import TOKENIZER, Checkpoint, PluginRecord, read_manifest
+from porttool.config import Closed, Dtype, Limits, ModelConfig, PromptTemplate, SpecialTokens
+from porttool.errors import EngineError, UsageError
+from porttool.folder import hash_file, pending_folder, verify_files
+from porttool.folder import FileRecord
+from porttool.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from porttool.plugins import Registry
+
+MANIFEST = "engine.json"
+DEFAULT_OUTPUT_LEN = 100
+
+
+class EngineManifest(Closed):
+    """Everything about an engine but its weights. `built` is the builder's own record."""
+
+    format: Literal["porttool-engine"] = "porttool-engine"
+    format_version: Literal[1] = 1
+    porttool_version: str
+    kind: str
+    family: str
+    builder: PluginRecord
+    converter: PluginRecord
+    checkpoint_digest: str
+    config: ModelConfig
+    tokens: SpecialTokens
+    prompt: PromptTemplate | None
+    dtype: Dtype
+    limits: Limits
+    world_size: int
+    dummy: bool
+    built: tuple[dict[str, Any], ...]
+    files: dict[str, FileRecord]
+
+
+class Engine:
+    """An opened engine folder, verified."""
+
+    def __init__(self, path: Path, manifest: EngineManifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: Path, registry: Registry | None = None, *, verify: bool = True) -> Self:
+        """Open a folder after checking every file's hash.
+
+        With a registry the engine's kind must be installed, at the version that built it.
+        Raises CheckpointError for a folder that is not whole, EngineError for a version clash.
+        """
+        manifest = read_manifest(path, MANIFEST, EngineManifest)
+        if registry is not None:
+            require_same_builder(path, manifest, registry)
+        if verify:
+            verify_files(path, manifest.files)
+        return cls(path, manifest)
+
+    def rank_path(self, rank: int = 0) -> Path:
+        """Return the folder of one rank's files."""
+        return self.path / f"rank{rank}"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer's files."""
+        return self.path / TOKENIZER
+
+
+def require_same_builder(path: Path, manifest: EngineManifest, registry: Registry) -> None:
+    """Refuse an engine whose builder is not installed or has another version now."""
+    registry.runners.get(manifest.kind)
+    now = registry.record(registry.builders, registry.builders.get(manifest.kind).name)
+    was = manifest.builder
+    if (was.distribution, was.version) != (now.distribution, now.version):
+        raise EngineError(
+            f"{path}: built by {was.distribution} {was.version}, installed is {now.distribution} "
+            f"{now.version}; build it again from its checkpoint"
+        )
+
+
+def choose_limits(
+    config: ModelConfig,
+    *,
+    max_batch_size: int = 8,
+    max_input_len: int | None = None,
+    max_output_len: int | None = None,
+    max_beam_width: int = 8,
+    max_prompt_rows: int = 0,
+) -> Limits:
+    """Fill in what was not asked for and hold the sum to the model's positions."""
+    if max_output_len is None:
+        room = config.n_positions - (max_input_len or config.n_positions // 2)
+        max_output_len = max(1, min(DEFAULT_OUTPUT_LEN, room))
+    if max_input_len is None:
+        max_input_len = max(1, config.n_positions - max_output_len)
+    if config.position == "learned" and max_input_len + max_output_len > config.n_positions:
+        raise UsageError(
+            f"--max-input-len {max_input_len} plus --max-output-len {max_output_len} is more than "
+            f"the model's {config.n_positions} positions"
+        )
+    return Limits(
+        max_batch_size=max_batch_size,
+        max_input_len=max_input_len,
+        max_output_len=max_output_len,
+        max_beam_width=max_beam_width,
+        max_prompt_rows=max_prompt_rows,
+    )
+
+
+def build(
+    checkpoint: Checkpoint,
+    builder: Builder,
+    output: Path,
+    *,
+    plugin: PluginRecord,
+    limits: Limits,
+    dtype: Dtype | None = None,
+    world_size: int = 1,
+    replace: bool = False,
+    progress: Progress = SILENT,
+) -> Engine:
+    """Build an engine folder from a checkpoint, all ranks one after the other.
+
+    `dtype` defaults to the checkpoint's. The folder appears only when it is whole.
+    """
+    made = checkpoint.manifest
+    request = BuildRequest(dtype or made.dtype, limits, made.config)
+    identity = repr((checkpoint.digest, request, world_size, plugin, builder.options))
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    with pending_folder(output, key, replace=replace) as folder:
+        built = []
+        for index in range(world_size):
+            out = folder.path / f"rank{index}"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            rank = Rank(index, world_size)
+            built.append(
+                dict(builder.build_rank(checkpoint, request, rank, out=out, progress=progress))
+            )
+        if checkpoint.tokenizer.is_dir():
+            shutil.copytree(checkpoint.tokenizer, folder.path / TOKENIZER, dirs_exist_ok=True)
+        manifest = EngineManifest(
+            porttool_version=version("porttool"),
+            kind=builder.name,
+            family=made.family,
+            builder=plugin,
+            converter=made.plugin,
+            checkpoint_digest=checkpoint.digest,
+            config=made.config,
+            tokens=made.tokens,
+            prompt=made.prompt,
+            dtype=request.dtype,
+            limits=limits,
+            world_size=world_size,
+            dummy=made.dummy,
+            built=tuple(built),
+            files=record_files(folder.path),
+        )
+        folder.finish(MANIFEST, manifest.model_dump_json(indent=1))
+    return Engine(output, manifest)
+
+
+def record_files(folder: Path) -> dict[str, FileRecord]:
+    """Hash every file that a build left in a folder."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.parent != folder)
+    return {f.relative_to(folder).as_posix(): hash_file(f) for f in files}

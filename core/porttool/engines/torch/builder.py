@@ -1,0 +1,83 @@
+"""Building a torch engine: one rank's slices of the checkpoint, in the engine's type."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from porttool.builder import Builder, BuildRequest, Rank
+from porttool.config import Dtype
+from porttool.folder import PendingFolder, require_space
+from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.sharding import rank_config, shard
+from porttool.weights import cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from porttool.checkpoint import Checkpoint
+    from porttool.progress import Progress
+
+
+class TorchBuilder(Builder):
+    """Writes safetensors; a single rank of the checkpoint's own type shares its files instead."""
+
+    name = "torch"
+
+    def build_rank(
+        self,
+        checkpoint: Checkpoint,
+        request: BuildRequest,
+        rank: Rank,
+        *,
+        out: Path,
+        progress: Progress,
+    ) -> Mapping[str, Any]:
+        """Link or write one rank's weights."""
+        config = rank_config(request.config, rank.world_size)
+        if rank.world_size == 1 and request.dtype == checkpoint.manifest.dtype:
+            for name in checkpoint.weight_files():
+                link_or_copy(checkpoint.path / name, out / name)
+            return {"rank": rank.index, "weights": "the checkpoint's own"}
+        jobs = [rank_job(checkpoint, name, request.dtype, rank) for name in checkpoint.names()]
+        require_space(out, sum(job.nbytes for job in jobs))
+        progress.start(f"build rank {rank.index}", sum(job.nbytes for job in jobs))
+        folder = PendingFolder(out, out)
+        write_shards(folder, plan_shards(jobs, "model"), workers=2, progress=progress)
+        (out / "journal.jsonl").unlink()
+        progress.finish()
+        return {"rank": rank.index, "weights": f"{request.dtype} slices", "n_head": config.n_head}
+
+
+def rank_job(checkpoint: Checkpoint, name: str, dtype: Dtype, rank: Rank) -> TensorJob:
+    """Say how one rank's part of one tensor is read and written."""
+    file = checkpoint.file_of(name)
+    info = file.infos()[name]
+
+    def make() -> Tensor:
+        part = shard(name, checkpoint.config, rank, partial(file.load_rows, name), info.shape[0])
+        return cast(name, part, dtype)
+
+    return TensorJob(name, rank_shape(checkpoint, name, rank), dtype, info.nbytes, make)
+
+
+def rank_shape(checkpoint: Checkpoint, name: str, rank: Rank) -> tuple[int, ...]:
+    """Return the shape of one rank's part, read off a tensor without memory."""
+    import torch
+
+    shape = checkpoint.file_of(name).infos()[name].shape
+    whole = torch.empty(shape, device="meta")
+    part = shard(name, checkpoint.config, rank, lambda a, b: whole[a:b], shape[0])
+    return tuple(part.shape)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Share a file by a hard link, or copy it where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,101 @@
+"""What a running batch keeps on the device: cache, rows, and scratch that graphs point into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from porttool.config import ModelConfig
+
+HISTORY = 256
+"""Greedy tokens a row may leave on the device before the host collects them."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one step: int32 [rows] each; a negative slot is padding."""
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    cursor: Tensor
+    history: Tensor  # [rows, HISTORY]
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Activations between kernels, for the largest step that runs through fixed buffers."""
+
+    x: Tensor  # [rows, d_model] float32: the residual stream
+    qkv: Tensor  # [rows, qkv_dim]
+    attended: Tensor  # [rows, n_head * head_dim]
+    hidden: Tensor  # [rows, d_ff]
+    part: Tensor  # [rows, n_head, splits, head_dim] float32
+    top: Tensor  # [rows, n_head, splits] float32
+    total: Tensor  # [rows, n_head, splits] float32
+    best: Tensor  # [rows, programs of the head] float32
+    where: Tensor  # the same, int32
+
+
+def make_rows(n: int, device: str) -> Rows:
+    """Allocate the state of n rows, all of them padding."""
+
+    def ints(fill: int = 0) -> Tensor:
+        return torch.full((n,), fill, dtype=torch.int32, device=device)
+
+    history = torch.zeros(n, HISTORY, dtype=torch.int32, device=device)
+    return Rows(ints(), ints(), ints(-1), ints(), history)
+
+
+def make_scratch(
+    config: ModelConfig, n: int, *, splits: int, n_best: int, dtype: torch.dtype, device: str
+) -> Scratch:
+    """Allocate scratch for n rows."""
+    c = config
+
+    def new(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(n, *shape, dtype=kind, device=device)
+
+    return Scratch(
+        x=new(c.d_model),
+        qkv=new(c.qkv_dim, kind=dtype),
+        attended=new(c.n_head * c.head_dim, kind=dtype),
+        hidden=new(c.d_ff, kind=dtype),
+        part=new(c.n_head, splits, c.head_dim),
+        top=new(c.n_head, splits),
+        total=new(c.n_head, splits),
+        best=new(n_best),
+        where=new(n_best, kind=torch.int32),
+    )
+
+
+@dataclass(frozen=True)
+class DeviceCache:
+    """Keys and values, [n_layer, n_slots, n_kv_head, capacity, head_dim] each."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """Positions a slot holds."""
+        return self.keys.shape[3]
+
+    def copy_slots(self, source: Tensor, target: Tensor) -> None:
+        """Copy whole slots as if at once, one layer at a time to bound the temporary memory."""
+        for layer in range(self.keys.shape[0]):
+            self.keys[layer, target] = self.keys[layer, source]
+            self.values[layer, target] = self.values[layer, source]
+
+
+def rotary_tables(config: ModelConfig, length: int, device: str) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [length, rotary_dim / 2] in float32 (Su et al. 2021, section 3.2.2)."""
+    if config.position != "rotary":
+        empty = torch.zeros(1, device=device)
+        return empty, empty
+    steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.float64)
+    frequency = 1.0 / config.rotary_base ** (steps / config.rotary_dim)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angles.cos().float().to(device), angles.sin().float().to(device)

@@ -1,0 +1,103 @@
+"""Many tokens of a row at once: rotary positions with cache append, and flash attention.
+
+Tokens of all rows are packed without padding: token i belongs to cache slot slots[i] at
+positions[i].
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from porttool.engines.torch.kernels.attention import rotated
+
+
+@triton.jit
+def append_kernel(
+    qkv, query, keys, values, slots, positions, cosine, sine, capacity,
+    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Store the rotated keys and the values of packed tokens in the cache, queries in `query`.
+
+    qkv [tokens, (HEADS + 2 KV) DIM]; query [tokens, HEADS * DIM]; grid (head blocks, tokens).
+    """
+    token = tl.program_id(1)
+    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    d = tl.broadcast_to(tl.arange(0, BLOCK_D)[None, :], (BLOCK_H, BLOCK_D))
+    live = (head < HEADS + 2 * KV) & (d < DIM)
+    position = tl.load(positions + token)
+    slot = tl.load(slots + token)
+    base = qkv + token.to(tl.int64) * ((HEADS + 2 * KV) * DIM)
+    plain = tl.load(base + head * DIM + d, mask=live, other=0.0)
+    kind = keys.dtype.element_ty
+    turned = rotated(base, head, d, d, position, cosine, sine, DIM, ROTARY, live).to(kind)
+    own = query + token.to(tl.int64) * (HEADS * DIM)
+    tl.store(own + head * DIM + d, turned, mask=live & (head < HEADS))
+    kv = head - HEADS
+    at = (tl.maximum(slot, 0).to(tl.int64) * KV + kv % KV) * capacity * DIM + position * DIM + d
+    stored = live & (slot >= 0)
+    tl.store(keys + at, turned, mask=stored & (kv >= 0) & (kv < KV))
+    tl.store(values + at, plain.to(kind), mask=stored & (kv >= KV))
+
+
+@triton.jit
+def prefill_attention(
+    query, keys, values, row_slots, row_starts, row_first, out, scale, capacity,
+    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Causal attention of packed queries over the cache (Dao 2023), keys shared as configured.
+
+    query, out [tokens, HEADS * DIM]; row r owns tokens row_first[r] .. row_first[r + 1] - 1, its
+    first at position row_starts[r] of slot row_slots[r]; grid (query blocks, HEADS, rows).
+    """
+    row, head = tl.program_id(2), tl.program_id(1)
+    first = tl.load(row_first + row)
+    width = tl.load(row_first + row + 1) - first
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest first
+    if block < width:
+        begin = tl.load(row_starts + row)
+        slot = tl.load(row_slots + row)
+        i = block + tl.arange(0, BLOCK_Q)
+        d = tl.arange(0, BLOCK_D)
+        t = tl.arange(0, BLOCK_T)
+        whole = d < DIM
+        at = (first + i).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
+        inside = (i < width)[:, None] & whole[None, :]
+        q = tl.load(query + at, mask=inside, other=0.0)
+        start = (slot.to(tl.int64) * KV + head // (HEADS // KV)) * capacity * DIM
+        reach = begin + tl.minimum(block + BLOCK_Q, width)
+        highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        weight_sum = tl.zeros((BLOCK_Q,), tl.float32)
+        acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        plain = (begin + block + 1) // BLOCK_T * BLOCK_T  # below it no query masks any key
+        factor = scale * 1.4426950408889634
+        for low in range(0, plain, BLOCK_T):
+            k = tl.load(keys + start + (low + t)[None, :] * DIM + d[:, None],
+                        mask=whole[:, None], other=0.0)  # fmt: skip
+            v = tl.load(values + start + (low + t)[:, None] * DIM + d[None, :],
+                        mask=whole[None, :], other=0.0)  # fmt: skip
+            score = tl.dot(q, k, input_precision=PRECISION) * factor
+            above = tl.maximum(highest, tl.max(score, 1))
+            weight = tl.exp2(score - above[:, None])
+            shrink = tl.exp2(highest - above)
+            weight_sum = weight_sum * shrink + tl.sum(weight, 1)
+            acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+            highest = above
+        for low in range(plain, reach, BLOCK_T):
+            seen = low + t
+            k = tl.load(keys + start + seen[None, :] * DIM + d[:, None],
+                        mask=whole[:, None] & (seen < reach)[None, :], other=0.0)  # fmt: skip
+            v = tl.load(values + start + seen[:, None] * DIM + d[None, :],
+                        mask=whole[None, :] & (seen < reach)[:, None], other=0.0)  # fmt: skip
+            score = tl.dot(q, k, input_precision=PRECISION) * factor
+            score = tl.where(seen[None, :] <= (begin + i)[:, None], score, float("-inf"))
+            above = tl.maximum(highest, tl.max(score, 1))
+            weight = tl.exp2(score - above[:, None])
+            shrink = tl.exp2(highest - above)
+            weight_sum = weight_sum * shrink + tl.sum(weight, 1)
+            acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+            highest = above
+        average = (acc / weight_sum[:, None]).to(out.dtype.element_ty)
+        tl.store(out + at, average, mask=inside)

@@ -1,0 +1,116 @@
+"""The torch runner: picks the device's decoder and speaks the runner's contract for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from porttool.component import Options
+from porttool.errors import EngineError, UsageError
+from porttool.runner import Runner
+from porttool.sources.safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from porttool.engine import Engine
+    from porttool.engines.torch.device_decoder import CanonicalDecoder, DeviceDecoder
+    from porttool.nn import Step
+
+
+class TorchOptions(Options):
+    """`device`: auto takes the GPU if there is one. `canonical`: the slow reference decoder."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    canonical: bool = False
+
+
+class TorchRunner(Runner):
+    """Runs a torch engine on a CPU or a GPU."""
+
+    name = "torch"
+    Options = TorchOptions
+    traces = True
+
+    def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(engine, options)
+        if engine.manifest.world_size != 1:
+            raise EngineError(
+                f"{engine.path} is built for {engine.manifest.world_size} ranks; "
+                "build it with --tp 1 to run it in one process"
+            )
+        self.device = choose_device(cast("TorchOptions", self.options).device)
+        self._decoder = self._make_decoder()
+
+    @property
+    def description(self) -> str:
+        """Kind, device and type."""
+        return f"torch, {self._decoder.description}, {self.engine.manifest.dtype}"
+
+    @property
+    def decodes_on_device(self) -> bool:  # type: ignore[override]
+        """True on a GPU."""
+        return self._decoder.decodes_on_device
+
+    def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
+        """Feed tokens; return logits."""
+        self.check(step)
+        return self._decoder.step(step, all_positions=all_positions)
+
+    def copy_slots(self, source: list[int], target: list[int]) -> None:
+        """Copy cache rows."""
+        self._decoder.copy_slots(source, target)
+
+    def decode(self, step: Step, n_tokens: int) -> Tensor:
+        """Return greedy tokens without leaving the device."""
+        return self._decoder.decode(step, n_tokens)
+
+    def load_prompt_table(self, table: Tensor | None) -> None:
+        """Use a prompt table that fits the room reserved at build."""
+        room = self.engine.manifest.limits.max_prompt_rows
+        if table is not None and table.shape[0] > room:
+            raise UsageError(
+                f"the prompt table has {table.shape[0]} rows, the engine has room for {room}; "
+                f"build it with --max-prompt-embedding-table-size {table.shape[0]}"
+            )
+        self._decoder.load_prompt_table(table)
+
+    def trace(self, step: Step) -> dict[str, Tensor]:
+        """Run the engine's weights through the canonical decoder and record every operation."""
+        from porttool.nn.trace import traced
+
+        return traced(self._canonical().module, step)
+
+    def _canonical(self) -> CanonicalDecoder:
+        import torch
+
+        from porttool.engines.torch.device_decoder import CanonicalDecoder
+
+        manifest = self.engine.manifest
+        return CanonicalDecoder(
+            manifest.config,
+            load_weights(self.engine.rank_path()),
+            dtype=getattr(torch, manifest.dtype),
+            limits=manifest.limits,
+            device=self.device,
+        )
+
+    def _make_decoder(self) -> DeviceDecoder:
+        return self._canonical()
+
+
+def choose_device(wanted: str) -> str:
+    """Return cpu or cuda; a GPU that was asked for and is not there is a UsageError."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UsageError("device cuda was asked for, but torch sees no GPU; use device cpu")
+    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor of one rank's files."""
+    files = [SafetensorsFile(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: file.load(name) for file in files for name in file.infos()}

@@ -1,0 +1,164 @@
+"""Text to token ids and back, with the files that travelled with a checkpoint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from porttool.errors import CheckpointError, MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from porttool.config import PromptTemplate
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer(ABC):
+    """Encodes text without adding anything, and decodes ids."""
+
+    @property
+    @abstractmethod
+    def n_tokens(self) -> int:
+        """Ids run from 0 to n_tokens - 1."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Return a text's ids; no special ids are added."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; special ids vanish."""
+
+
+class BPETokenizer(Tokenizer):
+    """A tokenizer of the tokenizers library."""
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        self._inner = inner
+
+    @property
+    def n_tokens(self) -> int:
+        """Ids with the added ones; a gap below the highest counts as ids."""
+        return 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> list[int]:
+        """Encode without special ids."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode, leaving special ids out."""
+        return self._inner.decode(list(ids), skip_special_tokens=True)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model, with the ids that it was trained with and no others."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise MissingExtra("gpt-next", "sentencepiece") from error
+        self._inner = SentencePieceProcessor(model_file=str(path))
+
+    @property
+    def n_tokens(self) -> int:
+        """Pieces of the model."""
+        return int(self._inner.vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Encode without bos or eos."""
+        return list(self._inner.encode_as_ids(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode pieces to text."""
+        return str(self._inner.decode_ids(list(ids)))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load whatever tokenizer a folder holds; CheckpointError if there is none or it is damaged."""
+    if (folder / "tokenizer.json").is_file():
+        return BPETokenizer(guarded(folder / "tokenizer.json", load_json_tokenizer))
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return BPETokenizer(guarded(folder, load_byte_bpe))
+    if (folder / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(folder / "tokenizer.model")
+    raise CheckpointError(
+        f"{folder}: there is no tokenizer here (tokenizer.json, vocab.json with merges.txt, or "
+        "tokenizer.model); give token ids instead of text, or name a folder with --tokenizer"
+    )
+
+
+def guarded(
+    path: Path, load: Callable[[Path], tokenizers.Tokenizer]
+) -> tokenizers.Tokenizer:
+    """Turn the tokenizers library's bare exceptions into a CheckpointError naming the file."""
+    try:
+        return load(path)
+    except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+        raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}") from error
+
+
+def load_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """Load tokenizer.json, without the truncation and padding it may ask for."""
+    import tokenizers
+
+    loaded = tokenizers.Tokenizer.from_file(str(path))
+    loaded.no_truncation()
+    loaded.no_padding()
+    return loaded
+
+
+def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
+    """Build GPT-2's byte-level BPE from vocab.json and merges.txt, and added_tokens.json."""
+    import json
+
+    import tokenizers
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>"] if built.token_to_id("<|endoftext|>") is not None else []
+    added = folder / "added_tokens.json"
+    if added.is_file():
+        special += sorted(json.loads(added.read_text()), key=json.loads(added.read_text()).get)
+    built.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    return built
+
+
+class TextStream:
+    """Turns a growing list of ids into pieces of text that are safe to show."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def push(self, token: int) -> str:
+        """Add an id; return the new text, or nothing while a character is incomplete."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith(REPLACEMENT) or not text.startswith(self._shown):
+            return ""
+        piece, self._shown = text[len(self._shown) :], text
+        return piece
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        text = self._tokenizer.decode(self._ids)
+        return text[len(self._shown) :] if text.startswith(self._shown) else ""
+
+
+def fill_template(template: PromptTemplate | None, instruction: str, given: str = "") -> str:
+    """Return the prompt for an instruction; UsageError if the model has no template."""
+    if template is None:
+        raise UsageError("this model has no instruction template; pass plain text instead")
+    if given:
+        return template.with_input.replace("{instruction}", instruction).replace("{input}", given)
+    return template.plain.replace("{instruction}", instruction)
