@@ -13,7 +13,7 @@ from porttool.hookspecs import API_VERSION, hookimpl
 if TYPE_CHECKING:
     from porttool.builder import Builder
     from porttool.checkpoint import Checkpoint
-    from porttool.config import ModelConfig, PromptTemplate, Sampling
+    from porttool.config import Activation, ModelConfig, PromptTemplate, Sampling
     from porttool.converter import Converter, Refinement, Source
     from porttool.engine import Engine
     from porttool.errors import PorttoolError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from porttool.weights import WeightMap, concat, take, transpose
 
 _HOMES = {
+    "Activation": "config",
     "Builder": "builder",
     "Checkpoint": "checkpoint",
     "Converter": "converter",
@@ -44,7 +45,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "API_VERSION", "Builder", "Checkpoint", "Converter", "Engine", "Evaluator",
+    "API_VERSION", "Activation", "Builder", "Checkpoint", "Converter", "Engine", "Evaluator",
     "HuggingFaceConverter", "ModelConfig", "PorttoolError", "PromptTemplate", "Refinement", "Runner", "Sampling",
     "Source", "SourceConfig", "WeightMap", "concat", "hookimpl", "take", "transpose",
 ]  # fmt: skip

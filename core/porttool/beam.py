@@ -110,7 +110,8 @@ def extend(
         logprobs = adjust(logprobs, sampling, [group.prompt] * n, group.tokens, eos)
     total = logprobs + group.scores[:, None]
     values, flat = total.flatten().topk(min(max(2, 1 + len(eos)) * n, n * vocab))
-    candidates = [(v, f // vocab, f % vocab) for v, f in zip(values.tolist(), flat.tolist(), strict=True)]
+    ranked = zip(values.tolist(), flat.tolist(), strict=True)
+    candidates = [(value, place // vocab, place % vocab) for value, place in ranked]
     length = len(group.tokens[0]) + 1
     last = length == sampling.max_new_tokens
     going: list[tuple[float, int, int]] = []

@@ -1,8 +1,8 @@
 """The canonical checkpoint: one folder, unsharded over ranks, verified before it is used.
 
-    checkpoint.json   the manifest: config, special ids, provenance, SHA-256 of every file
-    model*.safetensors
-    tokenizer/        the tokenizer's files, as they came
+checkpoint.json   the manifest: config, special ids, provenance, SHA-256 of every file
+model*.safetensors
+tokenizer/        the tokenizer's files, as they came
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from porttool.component import explain
 from porttool.config import (
     Closed,
     Dtype,
+    InfillTokens,
     ModelConfig,
     PromptTemplate,
     SpecialTokens,
@@ -59,6 +60,7 @@ class CheckpointManifest(Closed):
     config: ModelConfig
     tokens: SpecialTokens
     prompt: PromptTemplate | None
+    infill: InfillTokens | None = None
     dtype: Dtype
     dummy: bool = False
     tensors: dict[str, tuple[int, ...]]
@@ -143,4 +145,6 @@ def read_manifest(path: Path, name: str, model: type[M]) -> M:
     try:
         return model.model_validate_json(file.read_bytes())
     except ValidationError as error:
-        raise CheckpointError(f"{file}: not a manifest of this version: {explain(error)}") from error
+        raise CheckpointError(
+            f"{file}: not a manifest of this version: {explain(error)}"
+        ) from error

@@ -106,6 +106,18 @@ class PromptTemplate(Closed):
     answer_marker: str
 
 
+class InfillTokens(Closed):
+    """The tokens, as text, around what an infilling model is to fill in (Bavarian et al. 2022)."""
+
+    prefix: str
+    middle: str
+    suffix: str
+
+    def prompt(self, before: str, after: str) -> str:
+        """Return the prompt that asks for what belongs between two texts: prefix, suffix, middle."""
+        return f"{self.prefix}{before}{self.suffix}{after}{self.middle}"
+
+
 class PromptTableConfig(Closed):
     """A prompt table's shape: one run of virtual tokens for each task."""
 
@@ -173,8 +185,7 @@ class Sampling(Closed):
     def _check(self) -> Self:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens {self.min_new_tokens} exceeds "
-                f"max_new_tokens {self.max_new_tokens}"
+                f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
             )
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("beam search does not sample: set temperature to 0")

@@ -6,7 +6,8 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from porttool.checkpoint import (
     SourceRecord,
 )
 from porttool.component import Component, explain
-from porttool.config import Dtype, ModelConfig, PromptTemplate, SpecialTokens
+from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, SpecialTokens
 from porttool.errors import SourceError
 from porttool.folder import PendingFolder, pending_folder, require_space
 from porttool.progress import SILENT, Progress
@@ -38,12 +39,20 @@ FLOATS: tuple[Dtype, ...] = ("float16", "bfloat16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Source:
-    """A source that was recognised and indexed: nothing of its weights is in memory yet."""
+    """A source that was recognised and indexed: nothing of its weights is in memory yet.
+
+    The tokenizer's files are copied as they are, or given by name as bytes where the source keeps
+    them inside or under other names. `weight_map` goes before the converter's own, where the
+    table depends on what the source holds.
+    """
 
     config: ModelConfig
     tokens: SpecialTokens
     tensors: TensorSource
     tokenizer: tuple[Path, ...] = ()
+    tokenizer_data: Mapping[str, bytes] = field(default_factory=dict)
+    infill: InfillTokens | None = None
+    weight_map: WeightMap | None = None
 
 
 class Converter(Component):
@@ -74,6 +83,15 @@ class Converter(Component):
     @abstractmethod
     def weight_map(self, config: ModelConfig) -> WeightMap:
         """Return the table from canonical names to source names."""
+
+    def prepare(
+        self, source: Path, scratch: Path, progress: Progress
+    ) -> AbstractContextManager[Path]:
+        """Make a source readable in place: the path given is what `open` is called with.
+
+        What this puts into the folder `scratch` is gone when the context ends.
+        """
+        return nullcontext(source)
 
     def module(self, config: ModelConfig) -> nn.Module:
         """Return the module, without memory, whose state dict is what a checkpoint must hold."""
@@ -144,36 +162,39 @@ def convert(
     Peak resident memory stays within twice the largest tensor and a constant. `dtype` defaults to
     the source's own. Raises SourceError for anything wrong with the source, by tensor and file.
     """
-    source = converter.open(source_path)
-    weight_map = converter.weight_map(source.config)
-    jobs = plan_jobs(converter, source, weight_map, dtype, allow_nonfinite)
-    check_duplicates(source.tensors, weight_map.duplicates)
     record = SourceRecord(path=str(source_path), fingerprint=fingerprint(source_path))
-    manifest = CheckpointManifest(
-        porttool_version=version("porttool"),
-        family=converter.family,
-        plugin=plugin,
-        source=record,
-        config=source.config,
-        tokens=source.tokens,
-        prompt=converter.prompt,
-        dtype=dtype or source_dtype(source.tensors),
-        tensors={job.name: job.shape for job in jobs},
-        files={},
-    )
-    require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
-    key = hashlib.sha256(f"{manifest.model_dump_json()}{max_shard_bytes}".encode()).hexdigest()
-    with pending_folder(output, key, replace=replace) as folder:
-        progress.start(f"convert {converter.name}", sum(job.nbytes for job in jobs))
-        write_shards(
-            folder, plan_shards(jobs, "model", max_shard_bytes), workers=workers, progress=progress
+    scratch = output.absolute().parent
+    scratch.mkdir(parents=True, exist_ok=True)
+    with converter.prepare(source_path, scratch, progress) as readable:
+        source = converter.open(readable)
+        weight_map = source.weight_map or converter.weight_map(source.config)
+        jobs = plan_jobs(converter, source, weight_map, dtype, allow_nonfinite)
+        check_duplicates(source.tensors, weight_map.duplicates)
+        manifest = CheckpointManifest(
+            porttool_version=version("porttool"),
+            family=converter.family,
+            plugin=plugin,
+            source=record,
+            config=source.config,
+            tokens=source.tokens,
+            prompt=converter.prompt,
+            infill=source.infill,
+            dtype=dtype or source_dtype(source.tensors),
+            tensors={job.name: job.shape for job in jobs},
+            files={},
         )
-        copy_tokenizer(folder, source.tokenizer)
-        if fingerprint(source_path) != record.fingerprint:
-            raise SourceError(f"{source_path}: changed while it was read; convert it again")
-        finished = manifest.model_copy(update={"files": dict(sorted(folder.files.items()))})
-        folder.finish(MANIFEST, finished.model_dump_json(indent=1))
-        progress.finish()
+        require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
+        shards = plan_shards(jobs, "model", max_shard_bytes)
+        key = hashlib.sha256(f"{manifest.model_dump_json()}{max_shard_bytes}".encode()).hexdigest()
+        with pending_folder(output, key, replace=replace) as folder:
+            progress.start(f"convert {converter.name}", sum(job.nbytes for job in jobs))
+            write_shards(folder, shards, workers=workers, progress=progress)
+            copy_tokenizer(folder, source)
+            if fingerprint(source_path) != record.fingerprint:
+                raise SourceError(f"{source_path}: changed while it was read; convert it again")
+            finished = manifest.model_copy(update={"files": dict(sorted(folder.files.items()))})
+            folder.finish(MANIFEST, finished.model_dump_json(indent=1))
+            progress.finish()
     return Checkpoint.open(output, verify=False)
 
 
@@ -235,10 +256,12 @@ def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> No
             )
 
 
-def copy_tokenizer(folder: PendingFolder, files: Sequence[Path]) -> None:
+def copy_tokenizer(folder: PendingFolder, source: Source) -> None:
     """Put the tokenizer's files beside the weights."""
-    for file in files:
+    for file in source.tokenizer:
         folder.add_bytes(f"{TOKENIZER}/{file.name}", file.read_bytes())
+    for name, data in source.tokenizer_data.items():
+        folder.add_bytes(f"{TOKENIZER}/{name}", data)
 
 
 def fingerprint(source: Path) -> str:

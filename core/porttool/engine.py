@@ -1,8 +1,8 @@
 """An engine: one folder that a runner loads, its manifest, and the driver that builds it.
 
-    engine.json       the manifest: kind, config, limits, versions, SHA-256 of every file
-    rank0/ …          what the builder wrote for each rank
-    tokenizer/        the tokenizer's files
+engine.json       the manifest: kind, config, limits, versions, SHA-256 of every file
+rank0/ …          what the builder wrote for each rank
+tokenizer/        the tokenizer's files
 """
 
 from __future__ import annotations

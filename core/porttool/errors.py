@@ -1,4 +1,4 @@
-"""Every error that a user can cause: what happened, in which file or tensor, and what to do next."""
+"""Every error that a user can cause: what happened, in which file or tensor, what to do next."""
 
 
 class PorttoolError(Exception):

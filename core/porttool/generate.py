@@ -190,7 +190,8 @@ class Loop:
             self.accept(rows, logits)
             return
         room = min(self.sampling.max_new_tokens - len(r.tokens) for r in rows)
-        for row, tokens in zip(rows, self.runner.decode(step, min(room, CHUNK)).tolist(), strict=True):
+        decoded = self.runner.decode(step, min(room, CHUNK)).tolist()
+        for row, tokens in zip(rows, decoded, strict=True):
             row.cached += len(tokens)
             for token in tokens:
                 if not row.finish:

@@ -40,7 +40,7 @@ INERT_KEYS = frozenset({
 })  # fmt: skip
 """Keys that change no arithmetic of a forward pass (dropout is off; special ids are read apart)."""
 
-MUST_BE = {
+MUST_BE: dict[str, Any] = {
     "add_cross_attention": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None,
     "pruned_heads": {}, "tie_encoder_decoder": False, "quantization_config": None,
     "torchscript": False,

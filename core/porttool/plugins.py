@@ -154,8 +154,8 @@ class Registry:
             except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
                 self._set_aside(impl.plugin_name, error)
 
-    def _collect(self, kind: str, base: type[T]) -> Catalog[T]:
-        catalog: Catalog[T] = Catalog(kind)
+    def _collect(self, kind: str, base: Any) -> Catalog[Any]:
+        catalog: Catalog[Any] = Catalog(kind)
         by_name = {plugin.name: plugin for plugin in self.plugins}
         hook = getattr(self._manager.hook, f"porttool_{kind}s")
         for impl in sorted(hook.get_hookimpls(), key=lambda i: str(i.plugin_name)):
@@ -174,7 +174,7 @@ class Registry:
         ]
 
 
-def checked(components: Iterable[Any], kind: str, base: type[T]) -> list[type[T]]:
+def checked(components: Iterable[Any], kind: str, base: type[Component]) -> list[Any]:
     """Return a hook's classes if they are complete components of the kind; else PluginError."""
     result = []
     for component in components:

@@ -57,12 +57,14 @@ def penalise(
 def bad_tokens(bad_words: Sequence[Sequence[int]], history: Sequence[int]) -> list[int]:
     """Return the tokens that would complete a bad word after this history."""
     return [
-        word[-1] for word in bad_words if len(word) == 1 or tuple(history[1 - len(word) :]) == tuple(word[:-1])
-    ]  # fmt: skip
+        word[-1]
+        for word in bad_words
+        if len(word) == 1 or tuple(history[1 - len(word) :]) == tuple(word[:-1])
+    ]
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Return logits [n, vocab_size] over temperature, with everything outside the limits at -inf."""
+    """Return logits [n, vocab_size] over temperature; what the limits exclude is -inf."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]

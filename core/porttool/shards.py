@@ -7,11 +7,10 @@ import json
 import math
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from porttool.folder import FileRecord, PendingFolder, sync
@@ -75,7 +74,7 @@ def encode_header(jobs: Sequence[TensorJob], metadata: Mapping[str, str]) -> byt
 
 def make_ahead(
     jobs: Iterable[TensorJob], *, workers: int, budget: int
-) -> Iterator[tuple[TensorJob, Tensor]]:
+) -> Generator[tuple[TensorJob, Tensor]]:
     """Make tensors on `workers` threads, in order, with at most `budget` bytes under way.
 
     A single tensor may exceed the budget; it is then the only one under way.
@@ -147,7 +146,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     """View a contiguous tensor's memory as bytes."""
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_all(file: IO[bytes], data: memoryview) -> None:

@@ -93,9 +93,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def guarded(
-    path: Path, load: Callable[[Path], tokenizers.Tokenizer]
-) -> tokenizers.Tokenizer:
+def guarded(path: Path, load: Callable[[Path], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
     """Turn the tokenizers library's bare exceptions into a CheckpointError naming the file."""
     try:
         return load(path)

@@ -57,6 +57,21 @@ def concat(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors))
 
 
+def interleaved_qkv(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
+    """Turn rows ordered by key head (its queries, key, value) into q | k | v.
+
+    Several tensors are tensor-parallel parts, each with whole key heads.
+    """
+    import torch
+
+    group = config.n_head // config.n_kv_head
+    heads = [t.unflatten(0, (-1, group + 2, config.head_dim)) for t in tensors]
+    query = [h[:, :group].flatten(0, 2) for h in heads]  # [heads * head_dim, ...] of each part
+    key = [h[:, group].flatten(0, 1) for h in heads]
+    value = [h[:, group + 1].flatten(0, 1) for h in heads]
+    return torch.cat(query + key + value)
+
+
 @dataclass(frozen=True)
 class Take:
     """A rule: these source tensors, through `via`, make one canonical tensor."""
@@ -78,6 +93,7 @@ def take(*names: str, via: Via = as_is) -> Take:
 class WeightMap:
     """A family's table: canonical template → rule, and what to do with the rest.
 
+    A rule for one layer's tensor, by its full name, goes before the template's.
     `unused` are source names (shell patterns) that carry no weights. `duplicates` maps a source
     name to the one that it must equal, as a stored copy of a tied head must.
     """
@@ -101,9 +117,10 @@ def resolve_rules(
     for name in wanted:
         layer = _LAYER.match(name)
         template = _LAYER.sub("layers.{i}.", name)
-        if template not in weight_map.rules:
+        rule = weight_map.rules.get(name) or weight_map.rules.get(template)
+        if rule is None:
             raise SourceError(f"the family has no weight rule for {template!r}")
-        resolved[name] = weight_map.rules[template].at(layer[1] if layer else "")
+        resolved[name] = rule.at(layer[1] if layer else "")
     used = {n for rule in resolved.values() for n in rule.names}
     missing = sorted(used - present.keys())
     extra = sorted(
@@ -135,9 +152,7 @@ def map_tensor(
     try:
         result = rule.via(config, tensors)
     except (RuntimeError, ValueError, IndexError) as error:
-        raise SourceError(
-            f"{name} cannot be made of {describe(rule, source)}: {error}"
-        ) from error
+        raise SourceError(f"{name} cannot be made of {describe(rule, source)}: {error}") from error
     if tuple(result.shape) != shape:
         raise SourceError(
             f"{name} should be {list(shape)} but comes out as {list(result.shape)} "

@@ -38,9 +38,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, config.qkv_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=config.out_bias)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: KVCache | None, slots: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, slots: Tensor) -> Tensor:
         """Map x [n, width, d_model] at positions [n, width]; the cache holds what came before."""
         query, key, value = self.project(x, positions)
         if cache is not None:

@@ -47,13 +47,12 @@ class Step:
     @property
     def positions(self) -> Tensor:
         """Position of every token, padding included: [n, width]."""
-        return self.starts[:, None] + torch.arange(
-            self.tokens.shape[1], device=self.tokens.device
-        )
+        return self.starts[:, None] + torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
     def to(self, device: torch.device | str) -> Step:
         """Return the same step on a device."""
-        return Step(*(getattr(self, f).to(device) for f in ("slots", "tokens", "starts", "lengths")))
+        fields = (self.slots, self.tokens, self.starts, self.lengths)
+        return Step(*(tensor.to(device) for tensor in fields))
 
 
 class Layer(nn.Module):
@@ -66,13 +65,11 @@ class Layer(nn.Module):
         self.norm2 = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, cache: KVCache | None, slots: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, slots: Tensor) -> Tensor:
         """Map [n, width, d_model] to the same shape."""
         x = x + self.attention(self.norm1(x), positions, cache, slots)
-        x = x + self.mlp(self.norm2(x))
-        return x
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class Decoder(nn.Module):

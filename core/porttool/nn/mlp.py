@@ -49,9 +49,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., d_model] to the same shape."""
         hidden = self.up(x)  # [..., up_dim]
-        if not self.gated:
-            out: Tensor = self.down(self.act(hidden))
-            return out
-        gate, linear = hidden.chunk(2, dim=-1)
-        out = self.down(self.act(gate) * linear)
+        if self.gated:
+            gate, linear = hidden.chunk(2, dim=-1)
+            hidden = self.act(gate) * linear
+        else:
+            hidden = self.act(hidden)
+        out: Tensor = self.down(hidden)
         return out

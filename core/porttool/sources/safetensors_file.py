@@ -135,7 +135,7 @@ def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
 
 def read_exactly(path: Path, buffer: Tensor, offset: int) -> None:
     """Fill a uint8 tensor from a file; a short file is a SourceError."""
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
     done = 0
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from porttool import (
+    Activation,
     HuggingFaceConverter,
     ModelConfig,
     SourceConfig,
@@ -13,7 +14,7 @@ from porttool import (
     transpose,
 )
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
