@@ -1,8 +1,9 @@
-"""The contract of an evaluator: measure a port beside its reference and come to a verdict."""
+"""The contract of an evaluator: measure a port beside its source and come to verdicts."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,15 @@ from pydantic import Field
 
 from porttool.component import Component
 from porttool.config import Closed
+from porttool.errors import CheckFailed
 from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from porttool.converter import Converter
     from porttool.runner import Runner
     from porttool.text import Tokenizer
+
+REPORT = "report.json"
 
 
 class Verdict(Closed):
@@ -30,6 +35,14 @@ class Verdict(Closed):
     detail: str = ""
 
 
+class Table(Closed):
+    """Rows of text under column heads, for whoever shows a report."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
 class Report(Closed):
     """What an evaluation found. `measurements` is the evaluator's own record, JSON all through."""
 
@@ -37,6 +50,8 @@ class Report(Closed):
     engine: str
     reference: str
     verdicts: tuple[Verdict, ...]
+    tables: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
     measurements: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -44,22 +59,48 @@ class Report(Closed):
         """True only if something was checked and every verdict is yes."""
         return bool(self.verdicts) and all(v.passed is True for v in self.verdicts)
 
+    def require_pass(self) -> None:
+        """Raise CheckFailed naming every verdict that is not yes, or that there is none."""
+        if self.passed:
+            return
+        failed = [v for v in self.verdicts if v.passed is not True]
+        what = "; ".join(
+            f"{v.name}: {v.found}, bound {v.bound}" + (f" ({v.detail})" if v.detail else "")
+            for v in failed
+        )
+        raise CheckFailed(f"{self.evaluator}: {what or 'nothing was compared'}")
+
+
+@dataclass(frozen=True)
+class Port:
+    """An engine beside the source that it came from; either side may be absent.
+
+    `source` is the Hugging Face folder and `converter` what reads it. `tokenizer` defaults to the
+    source's own.
+    """
+
+    runner: Runner | None = None
+    tokenizer: Tokenizer | None = None
+    source: Path | None = None
+    converter: Converter | None = None
+
 
 class Evaluator(Component):
-    """Compares a runner with a reference model. Either side may come from a saved result."""
+    """Compares an engine with its source. Either side may come from a saved result."""
 
     @abstractmethod
-    def run(
-        self,
-        *,
-        runner: Runner | None,
-        tokenizer: Tokenizer | None,
-        reference: Path | None,
-        output: Path,
-        progress: Progress = SILENT,
-    ) -> Report:
-        """Evaluate and leave the report's files in `output`.
+    def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
+        """Evaluate, and leave whatever files belong to the report in `output`, which exists.
 
-        `reference` is a Hugging Face folder. A missing side must have been saved in `output` by
-        an earlier run; if it was not, that is a UsageError saying which command makes it.
+        What is missing and cannot be done without is a UsageError saying how to get it.
         """
+
+
+def evaluate(
+    evaluator: Evaluator, port: Port, output: Path, *, progress: Progress = SILENT
+) -> Report:
+    """Run an evaluator and keep its report as `report.json` in `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    report = evaluator.run(port, output, progress=progress)
+    (output / REPORT).write_text(report.model_dump_json(indent=1) + "\n")
+    return report
