@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.checkpoint import TOKENIZER, Checkpoint, PluginRecord, read_manifest
-from porttool.config import Closed, Dtype, Limits, ModelConfig, PromptTemplate, SpecialTokens
-from porttool.errors import EngineError, UsageError
+from porttool.config import (
+    Closed,
+    Dtype,
+    InfillTokens,
+    Limits,
+    ModelConfig,
+    PromptTemplate,
+    SpecialTokens,
+)
+from porttool.errors import UsageError
 from porttool.folder import hash_file, pending_folder, verify_files
 from porttool.folder import FileRecord
 from porttool.progress import SILENT, Progress
@@ -42,6 +50,7 @@ class EngineManifest(Closed):
     config: ModelConfig
     tokens: SpecialTokens
     prompt: PromptTemplate | None
+    infill: InfillTokens | None = None
     dtype: Dtype
     limits: Limits
     world_size: int
@@ -62,11 +71,12 @@ class Engine:
         """Open a folder after checking every file's hash.
 
         With a registry the engine's kind must be installed, at the version that built it.
-        Raises CheckpointError for a folder that is not whole, EngineError for a version clash.
+        Raises CheckpointError for a folder that is not whole, PluginError for a version clash.
         """
         manifest = read_manifest(path, MANIFEST, EngineManifest)
         if registry is not None:
-            require_same_builder(path, manifest, registry)
+            registry.runners.get(manifest.kind)
+            registry.require(registry.builders, manifest.builder, f"{path} was built by")
         if verify:
             verify_files(path, manifest.files)
         return cls(path, manifest)
@@ -79,18 +89,6 @@ class Engine:
     def tokenizer(self) -> Path:
         """Folder of the tokenizer's files."""
         return self.path / TOKENIZER
-
-
-def require_same_builder(path: Path, manifest: EngineManifest, registry: Registry) -> None:
-    """Refuse an engine whose builder is not installed or has another version now."""
-    registry.runners.get(manifest.kind)
-    now = registry.record(registry.builders, registry.builders.get(manifest.kind).name)
-    was = manifest.builder
-    if (was.distribution, was.version) != (now.distribution, now.version):
-        raise EngineError(
-            f"{path}: built by {was.distribution} {was.version}, installed is {now.distribution} "
-            f"{now.version}; build it again from its checkpoint"
-        )
 
 
 def choose_limits(
@@ -164,6 +162,7 @@ def build(
             config=made.config,
             tokens=made.tokens,
             prompt=made.prompt,
+            infill=made.infill,
             dtype=request.dtype,
             limits=limits,
             world_size=world_size,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from porttool.config import ModelConfig, SpecialTokens
 from porttool.converter import Converter, Source, validated
 from porttool.errors import SourceError
+from porttool.sources.ranks import Renamed
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.sources.torch_file import open_torch_file
 from porttool.weights import TensorInfo, TensorSource, listing
@@ -120,9 +121,14 @@ class SourceConfig:
 
 
 class HuggingFaceConverter(Converter):
-    """A family in Hugging Face's layout: say which configs are yours and how to read one."""
+    """A family in Hugging Face's layout: say which configs are yours and how to read one.
+
+    `implements` names the classes of `auto_map` that `nn` computes exactly: a folder may name
+    these, and no others, as code of its own.
+    """
 
     model_types: ClassVar[frozenset[str]]
+    implements: ClassVar[frozenset[str]] = frozenset()
     prefix: ClassVar[str] = "transformer."
 
     def matches(self, source: Path) -> bool:
@@ -140,47 +146,48 @@ class HuggingFaceConverter(Converter):
         """Read config.json; a key that nothing accounts for is refused by name."""
         values = read_config(source)
         config = SourceConfig(values, source / "config.json")
-        if "auto_map" in values:
+        if foreign := foreign_code(values) - self.implements:
             raise SourceError(
-                f"{config.file}: 'auto_map' says that this model runs code of its own, "
-                "which porttool never does; convert it with the family that it belongs to"
+                f"{config.file}: 'auto_map' names code of its own ({listing(sorted(foreign))}), "
+                f"which porttool never runs and {self.name!r} does not stand for; convert it with "
+                "the family that it belongs to, which is found without --model"
             )
+        config.ignore("auto_map")
         model = validated(config.file, lambda: self.read_config(config))
         config.finish()
         return model
+
+    def special_tokens(self, source: Path, model: ModelConfig) -> SpecialTokens:
+        """Read the ids that the folder declares; one outside the vocabulary is refused."""
+        return check_special_ids(special_ids(source), model.vocab_size, source)
 
     def open(self, source: Path) -> Source:
         """Read the config and the special ids, and index the tensors."""
         model = self.config(source)
         return Source(
             config=model,
-            tokens=read_special_tokens(source, read_config(source), model.vocab_size),
-            tensors=Unprefixed(open_tensors(source), self.prefix),
+            tokens=self.special_tokens(source, model),
+            tensors=unprefixed(open_tensors(source), self.prefix),
             tokenizer=tuple(source / n for n in TOKENIZER_FILES if (source / n).is_file()),
         )
 
 
-class Unprefixed(TensorSource):
-    """The same tensors under names without a prefix that some of them may carry."""
+def foreign_code(values: Mapping[str, Any]) -> set[str]:
+    """Return the classes that a config's auto_map names, without the repository they are in."""
+    named = values.get("auto_map") or {}
+    listed = named.values() if isinstance(named, dict) else [named]
+    return {str(name).split("--")[-1] for name in listed}
 
-    def __init__(self, inner: TensorSource, prefix: str) -> None:
-        self._inner = inner
-        self._names: dict[str, str] = {}
-        for name in inner.infos():
-            short = name.removeprefix(prefix)
-            if short in self._names:
-                file = inner.infos()[name].file
-                raise SourceError(f"{file}: {short} is there twice, with and without {prefix!r}")
-            self._names[short] = name
 
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Return every tensor under its short name."""
-        infos = self._inner.infos()
-        return {short: infos[name] for short, name in self._names.items()}
-
-    def load(self, name: str) -> Tensor:
-        """Read one tensor by its short name."""
-        return self._inner.load(self._names[name])
+def unprefixed(inner: TensorSource, prefix: str) -> TensorSource:
+    """Return the same tensors under names without a prefix that some of them may carry."""
+    names: dict[str, str] = {}
+    for name, info in inner.infos().items():
+        short = name.removeprefix(prefix)
+        if short in names:
+            raise SourceError(f"{info.file}: {short} is there twice, with and without {prefix!r}")
+        names[short] = name
+    return Renamed(inner, names)
 
 
 class ShardedTensors(TensorSource):
@@ -264,12 +271,17 @@ def open_indexed(source: Path, index: str) -> TensorSource:
     return tensors
 
 
-def read_special_tokens(source: Path, values: Mapping[str, Any], vocab_size: int) -> SpecialTokens:
-    """Read bos, eos and pad ids; generation_config.json goes before config.json, as when run."""
+def special_ids(source: Path) -> dict[str, Any]:
+    """Read bos, eos and pad; generation_config.json goes before config.json, as when run."""
+    values = read_config(source)
     generation = source / "generation_config.json"
     merged = {**values, **(read_json(generation) if generation.is_file() else {})}
-    ids = {key: merged.get(f"{key}_token_id", values.get(f"{key}_token_id"))
-           for key in ("bos", "eos", "pad")}  # fmt: skip
+    keys = {key: f"{key}_token_id" for key in ("bos", "eos", "pad")}
+    return {key: merged.get(name, values.get(name)) for key, name in keys.items()}
+
+
+def check_special_ids(ids: Mapping[str, Any], vocab_size: int, source: Path) -> SpecialTokens:
+    """Return the ids as special tokens; one that no token can have is a SourceError."""
     eos = ids["eos"]
     ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     for value in (*ends, ids["bos"], ids["pad"]):
