@@ -25,13 +25,13 @@ class Component(ABC):
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[BaseModel]] = Options
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         self.options = self.parse(options or {})
 
     @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> Options:
+    def parse(cls, options: Mapping[str, Any]) -> BaseModel:
         """Validate options; an unknown name or a bad value is a UsageError naming it."""
         try:
             return cls.Options.model_validate(dict(options))

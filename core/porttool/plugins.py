@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -125,14 +125,14 @@ class Registry:
         """All four catalogs; reading them is what finds a broken hook."""
         return (self.converters, self.builders, self.runners, self.evaluators)
 
-    def converter(self, name: str) -> Converter:
+    def converter(self, name: str, options: Mapping[str, Any] | None = None) -> Converter:
         """Return a converter, standing on the one that it refines."""
         from porttool.converter import Refinement
 
         found = self.converters.get(name)
         if issubclass(found, Refinement):
-            return found(self.converter(str(found.refines)))
-        return found()
+            return found(self.converter(str(found.refines)), options)
+        return found(options)
 
     def record(self, catalog: Catalog[Any], name: str) -> PluginRecord:
         """Return what a manifest keeps of the plugin that a component came from."""
@@ -145,6 +145,20 @@ class Registry:
             version=plugin.version,
             api_version=hookspecs.API_VERSION,
         )
+
+    def require(self, catalog: Catalog[Any], made: PluginRecord, what: str) -> None:
+        """Refuse something made by a plugin that is missing or has another version now."""
+        if made.component not in catalog.classes:
+            raise PluginError(
+                f"{what} {made.component!r} of {made.distribution} {made.version}, which is not "
+                f"installed; install {made.distribution}=={made.version}"
+            )
+        now = self.record(catalog, made.component)
+        if now != made:
+            raise PluginError(
+                f"{what} {made.component!r} of {made.distribution} {made.version}, installed is "
+                f"{now.distribution} {now.version}; make it again, or install that version"
+            )
 
     def add_commands(self, group: click.Group) -> None:
         """Let plugins add their commands; one that fails is set aside."""
@@ -254,7 +268,12 @@ def broken(plugin: Plugin, error: Exception) -> Plugin:
     return Plugin(plugin.name, plugin.distribution, plugin.version, reason)
 
 
-def choose_converter(registry: Registry, source: Path, model: str | None = None) -> Converter:
+def choose_converter(
+    registry: Registry,
+    source: Path,
+    model: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Converter:
     """Return the one converter for a source, among a family's if `model` names one.
 
     A converter that another match refines steps back. None or several left is a UsageError that
@@ -265,7 +284,7 @@ def choose_converter(registry: Registry, source: Path, model: str | None = None)
     refined = {c.refines for c in matching}
     left = [c for c in matching if c.name not in refined]
     if len(left) == 1:
-        return left[0]
+        return registry.converter(left[0].name, options)
     if left:
         listed = ", ".join(sorted(c.name for c in left))
         raise UsageError(f"{source}: several converters match: {listed}; choose one with --model")

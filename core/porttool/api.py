@@ -1,0 +1,155 @@
+"""The commands as functions: each chooses plugins and paths, then calls the driver of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from porttool.checkpoint import Checkpoint
+from porttool.config import Dtype
+from porttool.converter import convert as convert_source
+from porttool.engine import Engine, choose_limits
+from porttool.engine import build as build_engine
+from porttool.errors import MissingExtra, UsageError
+from porttool.hub import resolve_source
+from porttool.plugins import Registry, choose_converter, load_registry, named_converters
+from porttool.progress import SILENT, Progress
+from porttool.runner import Runner, load_runner
+from porttool.text import Tokenizer, load_tokenizer
+from porttool.workspace import Workspace
+
+if TYPE_CHECKING:
+    from porttool.evaluator import Report
+
+
+def convert(
+    source: str | Path | None = None,
+    output: Path | None = None,
+    *,
+    model: str | None = None,
+    dtype: Dtype | None = None,
+    workers: int = 2,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    options: Mapping[str, Any] | None = None,
+    workspace: Workspace | None = None,
+    registry: Registry | None = None,
+    progress: Progress = SILENT,
+) -> Checkpoint:
+    """Turn a source checkpoint into porttool's.
+
+    `source` is a local path or a hub id and defaults to the family's own; `model` names the
+    family and, if `output` is not given, the place under the work folder.
+    """
+    registry = registry or load_registry()
+    path = resolve_source(str(source) if source else None, default_hub_id(registry, model))
+    converter = choose_converter(registry, path, model, options)
+    target = output or (workspace or Workspace.choose(None)).checkpoint(converter.family)
+    return convert_source(
+        converter,
+        path,
+        target,
+        plugin=registry.record(registry.converters, converter.name),
+        dtype=dtype,
+        workers=workers,
+        replace=force,
+        allow_nonfinite=allow_nonfinite,
+        progress=progress,
+    )
+
+
+def default_hub_id(registry: Registry, model: str | None) -> str | None:
+    """Return where a family's weights are published."""
+    if model is None:
+        return None
+    ids = [registry.converters.get(n).hub_id for n in named_converters(registry, model)]
+    return next((hub_id for hub_id in ids if hub_id), None)
+
+
+def build(
+    checkpoint: Path | None = None,
+    output: Path | None = None,
+    *,
+    model: str | None = None,
+    engine: str = "torch",
+    dtype: Dtype | None = None,
+    tensor_parallel: int = 1,
+    max_batch_size: int = 8,
+    max_input_len: int | None = None,
+    max_output_len: int | None = None,
+    max_beam_width: int = 8,
+    max_prompt_rows: int = 0,
+    force: bool = False,
+    options: Mapping[str, Any] | None = None,
+    workspace: Workspace | None = None,
+    registry: Registry | None = None,
+    progress: Progress = SILENT,
+) -> Engine:
+    """Build an engine from a checkpoint; `engine` is its kind, one of the installed builders."""
+    registry = registry or load_registry()
+    space = workspace or Workspace.choose(None)
+    builder = registry.builders.get(engine)(options)
+    if model is None and (checkpoint is None or output is None):
+        raise UsageError("name the checkpoint and --output, or a model with --model")
+    opened = open_checkpoint(checkpoint or space.checkpoint(str(model)), registry)
+    limits = choose_limits(
+        opened.config,
+        max_batch_size=max_batch_size,
+        max_input_len=max_input_len,
+        max_output_len=max_output_len,
+        max_beam_width=max_beam_width,
+        max_prompt_rows=max_prompt_rows,
+    )
+    return build_engine(
+        opened,
+        builder,
+        output or space.engine(str(model)),
+        plugin=registry.record(registry.builders, engine),
+        limits=limits,
+        dtype=dtype,
+        world_size=tensor_parallel,
+        replace=force,
+        progress=progress,
+    )
+
+
+def open_checkpoint(path: Path, registry: Registry) -> Checkpoint:
+    """Open a verified checkpoint whose family is installed at the version that made it."""
+    checkpoint = Checkpoint.open(path)
+    made = checkpoint.manifest.plugin
+    registry.require(registry.converters, made, f"{path} was converted by")
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine ready to run: its runner, and its tokenizer if it has one."""
+
+    engine: Engine
+    runner: Runner
+    tokenizer: Tokenizer | None
+
+
+def load(
+    engine: Path | None = None,
+    *,
+    model: str | None = None,
+    tokenizer: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    workspace: Workspace | None = None,
+    registry: Registry | None = None,
+) -> LoadedEngine:
+    """Open, verify and load an engine of a path or of a model."""
+    registry = registry or load_registry()
+    path = (workspace or Workspace.choose(None)).find_engine(engine, model)
+    opened = Engine.open(path, registry)
+    folder = tokenizer or opened.tokenizer
+    text = load_tokenizer(folder) if tokenizer or folder.is_dir() else None
+    if text is not None and text.n_tokens > opened.manifest.config.vocab_size:
+        raise UsageError(
+            f"{folder}: the tokenizer has {text.n_tokens} ids, the model only "
+            f"{opened.manifest.config.vocab_size}; it belongs to another model"
+        )
+    return LoadedEngine(opened, load_runner(opened, registry, options), text)

@@ -1,0 +1,75 @@
+"""The command line: one thin file a command. Commands are imported when they are used."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from porttool.cli import console
+from porttool.errors import PorttoolError
+
+COMMANDS = (
+    "convert", "build", "run", "summarize", "verify", "inspect", "plugins", "demo",
+)  # fmt: skip
+
+
+class LazyGroup(click.Group):
+    """Finds porttool's commands by module name, and plugins' commands through their hook."""
+
+    _plugins_asked = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return porttool's commands in the order of their use, then the plugins'."""
+        self._ask_plugins()
+        return [*COMMANDS, *sorted(self.commands)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name in COMMANDS:
+            command: click.Command = import_module(f"porttool.cli.{cmd_name}").command
+            return command
+        self._ask_plugins()
+        return super().get_command(ctx, cmd_name)
+
+    def _ask_plugins(self) -> None:
+        from porttool.plugins import load_registry
+
+        if not self._plugins_asked:
+            self._plugins_asked = True
+            load_registry().add_commands(self)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="porttool")
+def cli() -> None:
+    """Port a GPT-family model to a fast engine, and prove that it is still the same model.
+
+    convert → build → run, summarize, verify. With --model the steps chain without paths.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a failed check or operation, 2 a usage error."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    try:
+        return int(cli.main(arguments, prog_name="porttool", standalone_mode=False) or 0)
+    except PorttoolError as error:
+        console.error(str(error))
+        return error.exit_status
+    except click.exceptions.Abort:
+        console.error("interrupted; nothing half-written is left in place")
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        return 1
+    except (OSError, MemoryError) as error:
+        console.error(f"{type(error).__name__}: {error}")
+        return 1

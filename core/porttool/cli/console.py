@@ -1,0 +1,153 @@
+"""Everything that a person sees: messages, tables, progress. The only module that knows rich."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from porttool.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    from porttool.evaluator import Report
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between lines of progress where there is no terminal."""
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    """Print text as it is."""
+    _console().print(text, markup=False)
+
+
+def write(text: str) -> None:
+    """Print a piece of a stream at once, without a line's end."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def say_json(value: Any) -> None:
+    """Print a value for machines."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def note(text: str) -> None:
+    """Print something beside the result."""
+    _console(stderr=True).print(text, markup=False, style="dim")
+
+
+def error(text: str) -> None:
+    """Print what went wrong."""
+    from rich.text import Text
+
+    _console(stderr=True).print(Text.assemble(("error: ", "bold red"), text))
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; a column whose cells are all numbers is set right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(is_number(row[i]) for row in rows)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    _console().print(drawn)
+
+
+STYLES = {"pass": "bold green", "FAIL": "bold red", "ok": "green", "broken": "bold red"}
+
+
+def is_number(text: str) -> bool:
+    """Return true for a number, with or without a sign or a unit after it."""
+    return bool(text) and (text[0].isdigit() or text[0] in "+-−.") and text[-1:] != ":"
+
+
+def show_report(report: Report) -> None:
+    """Print a report's verdicts and how it ends."""
+    rows = [
+        ("FAIL" if v.passed is not True else "pass", v.name, v.found, v.bound, v.detail)
+        for v in report.verdicts
+    ]
+    table(
+        f"{report.evaluator}: {report.engine} beside {report.reference}",
+        ("verdict", "check", "found", "bound", ""),
+        rows,
+    )
+    failed = sum(v.passed is not True for v in report.verdicts)
+    say(f"{len(report.verdicts)} checks, {failed} failed" if rows else "nothing was checked")
+
+
+class ConsoleProgress(Progress):
+    """A bar with GB/s on a terminal, a line now and then elsewhere; on standard error."""
+
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
+        self._task: Any = None
+        self._label = ""
+        self._total = self._done = 0
+        self._began = self._told = 0.0
+
+    def start(self, label: str, total_bytes: int) -> None:
+        """Begin a bar, or the plain lines of one."""
+        self._label, self._total, self._done = label, total_bytes, 0
+        self._began = self._told = time.monotonic()
+        if sys.stderr.isatty():
+            self._bars = byte_bars(_console(stderr=True))
+            self._bars.start()
+            self._task = self._bars.add_task(label, total=total_bytes)
+
+    def advance(self, n_bytes: int) -> None:
+        """Move the bar; without a terminal, print a line every few seconds."""
+        self._done += n_bytes
+        if self._bars is not None:
+            self._bars.advance(self._task, n_bytes)
+        elif time.monotonic() - self._told > PLAIN_INTERVAL:
+            self._told = time.monotonic()
+            note(self._line())
+
+    def finish(self) -> None:
+        """End the bar and say how fast it went."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+        note(self._line())
+
+    def note(self, text: str) -> None:
+        """Say one thing beside the bar."""
+        note(text)
+
+    def _line(self) -> str:
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        return (
+            f"{self._label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, "
+            f"{self._done / 1e9 / seconds:.2f} GB/s"
+        )
+
+
+def byte_bars(shown_on: Console) -> Bars:
+    """Return rich's bars for bytes."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=shown_on,
+        transient=True,
+    )

@@ -1,0 +1,66 @@
+"""porttool inspect: what a folder is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from porttool.cli import console
+from porttool.cli.options import json_option
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path, exists=True))
+@json_option
+def command(path: Path, as_json: bool) -> None:
+    """Say what PATH is: a checkpoint, an engine, or a source and who can read it."""
+    found = examine(path)
+    if as_json:
+        console.say_json(found)
+        return
+    rows = [(key, value if isinstance(value, str) else json.dumps(value))
+            for key, value in found.items()]  # fmt: skip
+    console.table(str(path), ("what", "value"), rows)
+
+
+def examine(path: Path) -> dict[str, Any]:
+    """Return the facts of a folder, verified where it is ours."""
+    from porttool.checkpoint import MANIFEST, Checkpoint
+    from porttool.engine import MANIFEST as ENGINE_MANIFEST
+    from porttool.engine import Engine
+
+    if (path / MANIFEST).is_file():
+        return facts("checkpoint", Checkpoint.open(path).manifest.model_dump(mode="json"))
+    if (path / ENGINE_MANIFEST).is_file():
+        return facts("engine", Engine.open(path).manifest.model_dump(mode="json"))
+    return examine_source(path)
+
+
+def facts(kind: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Shorten a manifest to what a person reads."""
+    files = manifest.pop("files")
+    manifest.pop("tensors", None)
+    size = sum(record["bytes"] for record in files.values())
+    verified = f"{len(files)} files, {size / 1e6:.1f} MB, every SHA-256 as recorded"
+    return {"is": f"porttool {kind}", "verified": verified, **manifest}
+
+
+def examine_source(path: Path) -> dict[str, Any]:
+    """Say which family reads a source, and its config and tensors."""
+    from porttool.plugins import choose_converter, load_registry
+
+    converter = choose_converter(load_registry(), path)
+    source = converter.open(path)
+    infos = source.tensors.infos()
+    return {
+        "is": f"source of {converter.name}: {converter.source_format}",
+        "tensors": len(infos),
+        "bytes": sum(i.nbytes for i in infos.values()),
+        "types": sorted({i.dtype for i in infos.values()}),
+        "config": source.config.model_dump(mode="json"),
+        "tokens": source.tokens.model_dump(mode="json"),
+        "tokenizer": [f.name for f in source.tokenizer],
+    }

@@ -1,0 +1,50 @@
+"""Options that several commands share, declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+FOLDER = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+def model_options(command: F) -> F:
+    """Add --model and --workdir, which together stand for every path."""
+    for option in (
+        click.option("--workdir", type=FOLDER, help="Work folder [$PORTTOOL_HOME, ./porttool-out]."),
+        click.option("--model", help="Model family; also names the paths under the work folder."),
+    ):
+        command = option(command)
+    return command
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    nargs=2,
+    metavar="NAME VALUE",
+    help="Set an option of the plugin that does the work; may be repeated.",
+)
+
+
+def as_settings(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """Turn --set pairs into options; a value that reads as JSON is taken as that."""
+    import json
+
+    settings: dict[str, Any] = {}
+    for name, value in pairs:
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings

@@ -1,0 +1,216 @@
+"""porttool run: prompts in, completions out, as text or as token ids."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from porttool.cli import console
+from porttool.cli.options import FILE, FOLDER, as_settings, model_options, set_option
+from porttool.errors import UsageError
+
+if TYPE_CHECKING:
+    from porttool.api import LoadedEngine
+    from porttool.config import Sampling
+    from porttool.generate import Completion
+
+SAMPLING: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--max-output-len", {"type": int, "default": 64, "show_default": True,
+                          "help": "Most new tokens."}),
+    ("--min-output-len", {"type": int, "default": 0, "help": "Fewest new tokens."}),
+    ("--ignore-eos", {"is_flag": True, "help": "Go on after an end token."}),
+    ("--temperature", {"type": float, "default": 0.0, "help": "Sample; 0 is greedy."}),
+    ("--top-k", {"type": int, "default": 0, "help": "Sample among the k likeliest."}),
+    ("--top-p", {"type": float, "default": 1.0, "help": "Sample in this much probability."}),
+    ("--min-p", {"type": float, "default": 0.0, "help": "Least share of the likeliest's."}),
+    ("--seed", {"type": int, "default": 0, "help": "Seed of the first prompt."}),
+    ("--repetition-penalty", {"type": float, "default": 1.0, "help": "Divides seen logits."}),
+    ("--presence-penalty", {"type": float, "default": 0.0, "help": "Off a logit seen once."}),
+    ("--frequency-penalty", {"type": float, "default": 0.0, "help": "Off for every time seen."}),
+    ("--bad-words", {"multiple": True, "help": "Text that must not appear; repeatable."}),
+    ("--stop", {"multiple": True, "help": "Text to stop before; repeatable."}),
+    ("--num-beams", {"type": int, "default": 1, "help": "Beam search with so many beams."}),
+    ("--num-return-sequences", {"type": int, "default": 1, "help": "Completions a prompt."}),
+    ("--length-penalty", {"type": float, "default": 1.0, "help": "Exponent of a beam's length."}),
+    ("--early-stopping", {"is_flag": True, "help": "End when enough beams have ended."}),
+    ("--logprobs", {"is_flag": True, "help": "Log-probability of every token (JSON)."}),
+)  # fmt: skip
+
+INPUTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--input-text", {"multiple": True, "help": "A prompt; repeatable. `-` reads standard input."}),
+    ("--input-file", {"type": FILE, "help": "Text file, one prompt a line."}),
+    ("--input-tokens", {"type": FILE, "help": "Token ids: .csv, one prompt a row, or .npy."}),
+    ("--instruction", {"help": "Ask through the model's instruction template."}),
+    ("--tokenizer", {"type": FOLDER, "help": "Folder of another tokenizer."}),
+)  # fmt: skip
+
+OUTPUTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--stream", {"is_flag": True, "help": "Show text as it is made (one prompt)."}),
+    ("--output-json", {"type": FILE, "help": "JSON lines, one prompt each; `-` prints them."}),
+    ("--output-csv", {"type": FILE, "help": "Ids, prompt and completion in a row."}),
+    ("--output-npy", {"type": FILE, "help": "The same, padded, with a file of lengths."}),
+    ("--output-logits-npy", {"type": FILE, "help": "float32 [prompts, new tokens, vocabulary]."}),
+)  # fmt: skip
+
+
+def with_options(
+    options: tuple[tuple[str, dict[str, Any]], ...],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add a table of options to a command."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for flag, settings in reversed(options):
+            command = click.option(flag, **settings)(command)
+        return command
+
+    return add
+
+
+@click.command("run")
+@click.argument("engine", type=FOLDER, required=False)
+@with_options(INPUTS)
+@with_options(SAMPLING)
+@with_options(OUTPUTS)
+@model_options
+@set_option
+@click.pass_context
+def command(context: click.Context, engine: Path | None, **_: Any) -> None:
+    """Continue prompts with ENGINE, or with the engine of --model."""
+    from porttool.api import load
+    from porttool.generate import generate
+    from porttool.workspace import Workspace
+
+    asked = context.params
+    loaded = load(
+        engine,
+        model=asked["model"],
+        tokenizer=asked["tokenizer"],
+        options=as_settings(asked["settings"]),
+        workspace=Workspace.choose(asked["workdir"]),
+    )
+    prompts = read_prompts(asked, loaded)
+    sampling = read_sampling(asked, loaded)
+    stream = Stream(loaded, len(prompts)) if asked["stream"] else None
+    results = generate(
+        loaded.runner,
+        prompts,
+        sampling,
+        eos=loaded.engine.manifest.tokens.eos,
+        tokenizer=loaded.tokenizer,
+        on_token=stream.push if stream else None,
+    )
+    if stream:
+        stream.finish()
+    write_results(asked, loaded, prompts, results, shown=stream is not None)
+
+
+def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]:
+    """Return the prompts' ids, from whichever one input was given."""
+    from porttool.text import fill_template
+    from porttool.token_files import read_tokens
+
+    given = [k for k in ("input_text", "input_file", "input_tokens", "instruction") if asked[k]]
+    if given != ["input_tokens"] and not (given and set(given) <= {"input_text", "instruction"}):
+        if given != ["input_file"]:
+            raise UsageError("give one of --input-text, --input-file and --input-tokens")
+    if asked["input_tokens"]:
+        return read_tokens(asked["input_tokens"])
+    if loaded.tokenizer is None:
+        raise UsageError("this engine has no tokenizer: give --input-tokens, or --tokenizer DIR")
+    texts = read_texts(asked)
+    if asked["instruction"]:
+        template = loaded.engine.manifest.prompt
+        texts = [fill_template(template, asked["instruction"], text) for text in texts or [""]]
+    return [loaded.tokenizer.encode(text) for text in texts]
+
+
+def read_texts(asked: dict[str, Any]) -> list[str]:
+    """Return the texts of a file, of standard input, or of the command line."""
+    try:
+        if asked["input_file"]:
+            lines = Path(asked["input_file"]).read_text(encoding="utf-8").splitlines()
+            return [line for line in lines if line.strip()]
+        return [
+            sys.stdin.buffer.read().decode("utf-8") if text == "-" else text
+            for text in asked["input_text"]
+        ]
+    except UnicodeDecodeError as error:
+        name = asked["input_file"] or "standard input"
+        raise UsageError(f"{name}: not UTF-8 text: {error}") from error
+
+
+def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
+    """Return the sampling that the options ask for."""
+    from pydantic import ValidationError
+
+    from porttool.component import explain
+    from porttool.config import Sampling
+
+    names = {flag.strip("-").replace("-", "_") for flag, _ in SAMPLING}
+    values = {k: v for k, v in asked.items() if k in names}
+    values["max_new_tokens"] = values.pop("max_output_len")
+    values["min_new_tokens"] = values.pop("min_output_len")
+    if asked["bad_words"] and loaded.tokenizer is None:
+        raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
+    if loaded.tokenizer is not None:
+        values["bad_words"] = tuple(tuple(loaded.tokenizer.encode(w)) for w in asked["bad_words"])
+    values["keep_logits"] = asked["output_logits_npy"] is not None
+    try:
+        return Sampling.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(explain(error)) from error
+
+
+class Stream:
+    """Shows one prompt's text while it is made."""
+
+    def __init__(self, loaded: LoadedEngine, n_prompts: int) -> None:
+        from porttool.text import TextStream
+
+        if n_prompts != 1 or loaded.tokenizer is None:
+            raise UsageError("--stream shows the text of one prompt; give one, and a tokenizer")
+        self._text = TextStream(loaded.tokenizer)
+
+    def push(self, index: int, token: int) -> None:
+        """Show what a token adds."""
+        console.write(self._text.push(token))
+
+    def finish(self) -> None:
+        """Show what was held back, and end the line."""
+        console.write(self._text.finish() + "\n")
+
+
+def write_results(
+    asked: dict[str, Any],
+    loaded: LoadedEngine,
+    prompts: list[list[int]],
+    results: list[list[Completion]],
+    *,
+    shown: bool,
+) -> None:
+    """Write every file that was asked for, and the text if none was."""
+    from porttool import token_files
+
+    records = [token_files.as_record(p, c) for p, c in zip(prompts, results, strict=True)]
+    rows = [[*p, *c.tokens] for p, beams in zip(prompts, results, strict=True) for c in beams]
+    tokens = loaded.engine.manifest.tokens
+    if asked["output_json"] and str(asked["output_json"]) != "-":
+        token_files.write_json_lines(asked["output_json"], records)
+    elif asked["output_json"]:
+        for record in records:
+            console.say_json(record)
+    if asked["output_csv"]:
+        token_files.write_csv(asked["output_csv"], rows)
+    if asked["output_npy"]:
+        pad = tokens.pad if tokens.pad is not None else (*tokens.eos, 0)[0]
+        token_files.write_npy(asked["output_npy"], rows, pad)
+    if asked["output_logits_npy"]:
+        token_files.write_logits(asked["output_logits_npy"], [c for r in results for c in r])
+    if not shown and not any(asked[k] for k in ("output_json", "output_csv", "output_npy")):
+        for completion in (c for beams in results for c in beams):
+            text = completion.text
+            console.say(text if text is not None else " ".join(map(str, completion.tokens)))

@@ -1,0 +1,44 @@
+"""Fetching a source from the hub. A local path always works without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from porttool.errors import MissingExtra, SourceError, UsageError
+
+PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.nemo", "*.jinja")
+"""What a source can consist of: weights, configs and tokenizers, never code."""
+
+
+def resolve_source(source: str | None, hub_id: str | None) -> Path:
+    """Return the local folder or file of a source: a path, or a hub id that is then fetched."""
+    wanted = source or hub_id
+    if wanted is None:
+        raise UsageError("this family has no source of its own; give the path of one")
+    if Path(wanted).exists():
+        return Path(wanted)
+    if not is_hub_id(wanted):
+        raise SourceError(f"{wanted}: there is no such file or folder")
+    return fetch(wanted)
+
+
+def is_hub_id(name: str) -> bool:
+    """Return true for `owner/name` that cannot be a path by mistake."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def fetch(hub_id: str) -> Path:
+    """Download a repository's weights, configs and tokenizer into the hub's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingExtra("hub", "huggingface_hub") from error
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(PATTERNS)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(
+            f"{hub_id}: not a local path, and the hub does not give it ({reason}); "
+            "fetch it where there is a connection and pass the folder's path"
+        ) from error

@@ -1,0 +1,109 @@
+"""Token ids as files: CSV with one prompt a row, NPY, and completions back to both."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from porttool.errors import UsageError
+
+if TYPE_CHECKING:
+    from porttool.generate import Completion
+
+
+def read_tokens(path: Path) -> list[list[int]]:
+    """Read prompts from .csv (one a line, ids separated by commas) or .npy (2-D integers).
+
+    Rows of an NPY array are as long as the array is wide; for prompts of several lengths use CSV.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file")
+    return read_npy(path) if path.suffix == ".npy" else read_csv(path)
+
+
+def read_csv(path: Path) -> list[list[int]]:
+    """Read one prompt a line; a value that is no integer is named with its line."""
+    prompts = []
+    with path.open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.reader(file), start=1):
+            values = [v.strip() for v in row if v.strip()]
+            if not values:
+                continue
+            try:
+                prompts.append([int(v) for v in values])
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number}: {error}") from error
+    return prompts
+
+
+def read_npy(path: Path) -> list[list[int]]:
+    """Read a one- or two-dimensional integer array."""
+    import numpy as np
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UsageError(f"{path}: not an array of numbers: {error}") from error
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
+        raise UsageError(f"{path}: should be a 2-D array of integers, is {array.dtype}, "
+                         f"{array.ndim}-D")  # fmt: skip
+    rows: list[list[int]] = np.atleast_2d(array).tolist()
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[int]]) -> None:
+    """Write one row of ids a sequence."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def write_npy(path: Path, rows: Sequence[Sequence[int]], pad: int) -> None:
+    """Write int32 [n, longest], padded; `<name>.lengths.npy` beside it holds the true lengths."""
+    import numpy as np
+
+    lengths = [len(row) for row in rows]
+    array = np.full((len(rows), max(lengths)), pad, dtype=np.int32)
+    for i, row in enumerate(rows):
+        array[i, : len(row)] = row
+    np.save(path, array)
+    np.save(path.with_suffix(".lengths.npy"), np.array(lengths, dtype=np.int32))
+
+
+def write_logits(path: Path, completions: Sequence[Completion]) -> None:
+    """Write float32 [n, most new tokens, vocab_size]; NaN where a row has fewer tokens."""
+    import numpy as np
+
+    found = [c.logits for c in completions]
+    if any(logits is None for logits in found):
+        raise UsageError(f"{path}: a completion has no token, so there are no logits to write")
+    shapes = [tuple(logits.shape) for logits in found if logits is not None]
+    out = np.full((len(found), max(s[0] for s in shapes), shapes[0][1]), np.nan, dtype=np.float32)
+    for i, logits in enumerate(found):
+        if logits is not None:
+            out[i, : len(logits)] = logits.numpy()
+    np.save(path, out)
+
+
+def as_record(prompt: Sequence[int], completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return a prompt and its completions as one JSON object."""
+    return {
+        "prompt_tokens": list(prompt),
+        "completions": [
+            {
+                "tokens": list(c.tokens),
+                "finish": c.finish,
+                **({} if c.text is None else {"text": c.text}),
+                **({} if c.logprobs is None else {"logprobs": list(c.logprobs)}),
+                **({} if c.score is None else {"score": c.score}),
+            }
+            for c in completions
+        ],
+    }
+
+
+def write_json_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -1,0 +1,52 @@
+"""Where things live when no path is given: one folder a model, under one work folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from porttool.errors import UsageError
+
+VARIABLE = "PORTTOOL_HOME"
+DEFAULT = "porttool-out"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The work folder: `--workdir`, else `$PORTTOOL_HOME`, else `./porttool-out`."""
+
+    root: Path
+
+    @classmethod
+    def choose(cls, workdir: Path | None) -> Workspace:
+        """Return the workspace that options and environment name."""
+        return cls(workdir or Path(os.environ.get(VARIABLE) or DEFAULT))
+
+    def checkpoint(self, model: str) -> Path:
+        """Return where a model's checkpoint lives."""
+        return self.root / model / "checkpoint"
+
+    def engine(self, model: str) -> Path:
+        """Return where a model's engine lives."""
+        return self.root / model / "engine"
+
+    def report(self, model: str, kind: str) -> Path:
+        """Return where a model's reports of a kind live."""
+        return self.root / model / kind
+
+    def find_model(self, model: str | None) -> str:
+        """Return the model that was named, or the only one that has an engine here."""
+        if model is not None:
+            return model
+        found = sorted(p.parent.parent.name for p in self.root.glob("*/engine/engine.json"))
+        if len(found) == 1:
+            return found[0]
+        listed = ", ".join(found) if found else "none"
+        raise UsageError(
+            f"name a model with --model or give a path; engines in {self.root}: {listed}"
+        )
+
+    def find_engine(self, engine: Path | None, model: str | None) -> Path:
+        """Return the engine of a path, else of a model."""
+        return engine or self.engine(self.find_model(model))
