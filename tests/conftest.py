@@ -1,0 +1,66 @@
+"""What every test may use. Nothing here or below reaches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from porttool.checkpoint import Checkpoint
+from porttool.plugins import Registry, load_registry
+from porttool.runner import Runner
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def registry() -> Registry:
+    return load_registry()
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of 320 ids, `<|endoftext|>` is 0."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.train_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference() -> torch.nn.Module:
+    """The tiny GPT-2 in float64, as transformers runs it."""
+    return tiny.gpt2()
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, reference: torch.nn.Module) -> Path:
+    """The tiny GPT-2 as a folder. Read only: copy it before damaging it."""
+    return tiny.write_source(tmp_path_factory.mktemp("source") / "gpt2", reference)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Checkpoint:
+    """The tiny GPT-2 converted. Read only: copy its folder before damaging it."""
+    return tiny.converted(source, tmp_path_factory.mktemp("checkpoint") / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def engine_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Path:
+    """The tiny GPT-2 as a float64 engine. Read only."""
+    output = tmp_path_factory.mktemp("engine") / "gpt2"
+    return tiny.built(checkpoint, output, dtype="float64").path
+
+
+@pytest.fixture
+def runner(engine_folder: Path, registry: Registry) -> Runner:
+    """The canonical decoder in float64, loaded afresh."""
+    return tiny.loaded(engine_folder, registry)

@@ -1,0 +1,209 @@
+"""SantaCoder and StarCoder against transformers' GPTBigCode: same weights, float64, 1e-9."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import PROMPTS, full_logits, reference_logits
+
+from porttool.errors import SourceError, UsageError
+from porttool.plugins import choose_converter
+
+ATOL = 1e-9
+SIZES = {"vocab_size": 67, "n_positions": 48, "n_embd": 24, "n_layer": 3, "n_head": 3}
+ORIGINAL = {
+    "architectures": ["GPT2LMHeadCustomModel"],
+    "model_type": "gpt2",
+    "attention_head_type": "multiquery",
+    "auto_map": {
+        "AutoConfig": "configuration_gpt2_mq.GPT2CustomConfig",
+        "AutoModelForCausalLM": "modeling_gpt2_mq.GPT2LMHeadCustomModel",
+    },
+    "activation_function": "gelu_fast",
+    "n_inner": 40,
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "bos_token_id": 60,
+    "eos_token_id": 60,
+    "torch_dtype": "float32",
+    **SIZES,
+}
+DASHES = {"<|endoftext|>": 60, "<fim-prefix>": 61, "<fim-middle>": 62, "<fim-suffix>": 63}
+UNDERSCORES = {"<|endoftext|>": 0, "<fim_prefix>": 1, "<fim_middle>": 2, "<fim_suffix>": 3}
+
+
+def bigcode(*, seed: int = 0, **changes) -> torch.nn.Module:
+    """A GPTBigCode in float64 with weights that float32 holds exactly."""
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = GPTBigCodeConfig(**{**SIZES, **special, **changes})
+    config._attn_implementation = "eager"
+    model = GPTBigCodeForCausalLM(config).double().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
+        parameter.copy_(drawn.float())
+    return model
+
+
+def write_tokenizer(folder: Path, added: dict[str, int]) -> None:
+    entries = [{"id": i, "content": t, "special": True} for t, i in added.items()]
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": entries}))
+
+
+def original(folder: Path, model: torch.nn.Module, **changes) -> Path:
+    """Write a GPTBigCode the way that SantaCoder was published: Conv1D, q apart from k and v."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    values = {**ORIGINAL, **changes}
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in values.items() if v is not None})
+    )
+    write_tokenizer(folder, DASHES)
+    d = SIZES["n_embd"]
+    heads, size = SIZES["n_head"], d // SIZES["n_head"]
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        matrix = tensor.dim() == 2 and name.startswith("transformer.h.")
+        value = tensor.t() if matrix else tensor
+        if ".attn.c_attn." not in name:
+            tensors[name] = value
+        elif model.config.multi_query:
+            query, rest = value.split((d, 2 * size), dim=-1)
+            tensors[name.replace("c_attn", "q_attn")] = query
+            tensors[name.replace("c_attn", "kv_attn")] = rest
+        else:
+            by_head = value.unflatten(-1, (heads, 3, size))
+            tensors[name] = by_head.transpose(-3, -2).flatten(-3)
+    n = SIZES["n_positions"]
+    for layer in range(SIZES["n_layer"]):
+        mask = torch.ones(n, n, dtype=torch.uint8).tril()[None, None]
+        tensors[f"transformer.h.{layer}.attn.bias"] = mask
+        tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    stored = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+    save_file({n: t.contiguous().clone() for n, t in stored.items()}, folder / "model.safetensors")
+    return folder
+
+
+def assert_ported(source: Path, folder: Path, model: torch.nn.Module, registry) -> None:
+    checkpoint = tiny.converted(source, folder / "checkpoint")
+    assert checkpoint.manifest.family == "santacoder"
+    engine = tiny.built(checkpoint, folder / "engine", dtype="float64")
+    runner = tiny.loaded(engine.path, registry)
+    assert runner.config.n_kv_head == model.config.num_key_value_heads
+    for prompt in PROMPTS:
+        expected = reference_logits(model, prompt)
+        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
+@pytest.mark.parametrize("n_inner", [None, 40])
+def test_bigcode(tmp_path, registry, multi_query, activation, n_inner):
+    model = bigcode(multi_query=multi_query, activation_function=activation, n_inner=n_inner)
+    source = tiny.write_source(tmp_path / "source", model)
+    assert_ported(source, tmp_path, model, registry)
+
+
+def test_bigcode_with_the_keys_of_its_runner(tmp_path, registry):
+    """Keys that old configs carry and the model does not heed, whatever they say."""
+    model = bigcode(tie_word_embeddings=False, scale_attn_weights=False)
+    source = tiny.edit_config(
+        tiny.write_source(tmp_path / "source", model),
+        inference_runner=0, max_batch_size=4, max_sequence_length=9, pad_key_length=True,
+        pre_allocate_kv_cache=False, validate_runner_input=True, runner_max_sequence_length=5,
+        attention_softmax_in_fp32=False, scale_attention_softmax_in_fp32=False,
+        scale_attn_by_inverse_layer_idx=True,
+    )  # fmt: skip
+    assert_ported(source, tmp_path, model, registry)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "santacoder"])
+@pytest.mark.parametrize("head_type", ["multiquery", "multihead"])
+def test_original_santacoder(tmp_path, registry, head_type, model_type):
+    multi_query = head_type == "multiquery"
+    model = bigcode(multi_query=multi_query, n_inner=40)
+    source = original(
+        tmp_path / "source", model, attention_head_type=head_type, model_type=model_type
+    )
+    assert_ported(source, tmp_path, model, registry)
+
+
+@pytest.mark.parametrize("declared", [50256, None, 60])
+def test_wrong_end_ids_come_from_the_tokenizer(tmp_path, declared):
+    source = original(
+        tmp_path / "source", bigcode(n_inner=40), bos_token_id=declared, eos_token_id=declared
+    )
+    tokens = tiny.converted(source, tmp_path / "checkpoint").manifest.tokens
+    assert (tokens.bos, tokens.eos) == (60, (60,))
+
+
+def test_a_valid_end_id_stays(tmp_path):
+    source = original(tmp_path / "source", bigcode(n_inner=40), eos_token_id=5)
+    assert tiny.converted(source, tmp_path / "checkpoint").manifest.tokens.eos == (5,)
+
+
+def test_wrong_end_ids_without_a_tokenizer_are_refused(tmp_path):
+    source = original(tmp_path / "source", bigcode(n_inner=40), eos_token_id=50256)
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match="50256 is outside the vocabulary of 67"):
+        tiny.converted(source, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("added", "prompt"),
+    [
+        (DASHES, "<fim-prefix>a = <fim-suffix>\n<fim-middle>"),
+        (UNDERSCORES, "<fim_prefix>a = <fim_suffix>\n<fim_middle>"),
+        ({"<|endoftext|>": 0, "<fim_prefix>": 1}, None),
+    ],
+)
+def test_infill_tokens_are_the_tokenizers(tmp_path, registry, added, prompt):
+    source = tiny.write_source(tmp_path / "source", bigcode())
+    write_tokenizer(source, added)
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint")
+    engine = tiny.built(checkpoint, tmp_path / "engine")
+    infill = engine.manifest.infill
+    assert (infill.prompt("a = ", "\n") if infill else None) == prompt
+
+
+def test_gpt2_stays_gpt2(registry, source):
+    assert choose_converter(registry, source).name == "gpt2"
+    with pytest.raises(UsageError, match="it looks like gpt2"):
+        choose_converter(registry, source, "santacoder")
+
+
+def test_foreign_code_is_refused_by_name(tmp_path, registry):
+    source = original(
+        tmp_path / "source", bigcode(n_inner=40), auto_map={"AutoConfig": "other--evil.Config"}
+    )
+    with pytest.raises(SourceError, match=r"runs code of its own \(evil.Config\)"):
+        tiny.converted(source, tmp_path / "checkpoint")
+    source = original(tmp_path / "again", bigcode(n_inner=40))
+    with pytest.raises(SourceError, match="without --model the family that it belongs to is found"):
+        tiny.converted(source, tmp_path / "checkpoint", model="gpt2")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"attention_head_type": "sparse"}, "porttool knows: multihead, multiquery"),
+        ({"attention_head_type": "multihead"}, "attn.c_attn.bias"),
+        ({"rotary_dim": 4}, "unknown keys that could change the model: rotary_dim"),
+        ({"n_head": 4}, r"comes out as \[40, 24\]"),
+    ],
+)
+def test_configs_that_cannot_be_ported(tmp_path, change, said):
+    source = original(tmp_path / "source", bigcode(n_inner=40), **change)
+    with pytest.raises(SourceError, match=said):
+        tiny.converted(source, tmp_path / "checkpoint")
