@@ -114,7 +114,7 @@ class InfillTokens(Closed):
     suffix: str
 
     def prompt(self, before: str, after: str) -> str:
-        """Return the prompt that asks for what belongs between two texts: prefix, suffix, middle."""
+        """Return the prompt that asks for what belongs between: prefix, suffix, middle."""
         return f"{self.prefix}{before}{self.suffix}{after}{self.middle}"
 
 

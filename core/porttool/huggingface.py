@@ -148,9 +148,9 @@ class HuggingFaceConverter(Converter):
         config = SourceConfig(values, source / "config.json")
         if foreign := foreign_code(values) - self.implements:
             raise SourceError(
-                f"{config.file}: 'auto_map' names code of its own ({listing(sorted(foreign))}), "
-                f"which porttool never runs and {self.name!r} does not stand for; convert it with "
-                "the family that it belongs to, which is found without --model"
+                f"{config.file}: 'auto_map' says that this model runs code of its own "
+                f"({listing(sorted(foreign))}), which porttool never does and {self.name!r} does "
+                "not stand for; without --model the family that it belongs to is found, if there is"
             )
         config.ignore("auto_map")
         model = validated(config.file, lambda: self.read_config(config))

@@ -93,7 +93,6 @@ def take(*names: str, via: Via = as_is) -> Take:
 class WeightMap:
     """A family's table: canonical template → rule, and what to do with the rest.
 
-    A rule for one layer's tensor, by its full name, goes before the template's.
     `unused` are source names (shell patterns) that carry no weights. `duplicates` maps a source
     name to the one that it must equal, as a stored copy of a tied head must.
     """
@@ -117,10 +116,9 @@ def resolve_rules(
     for name in wanted:
         layer = _LAYER.match(name)
         template = _LAYER.sub("layers.{i}.", name)
-        rule = weight_map.rules.get(name) or weight_map.rules.get(template)
-        if rule is None:
+        if template not in weight_map.rules:
             raise SourceError(f"the family has no weight rule for {template!r}")
-        resolved[name] = rule.at(layer[1] if layer else "")
+        resolved[name] = weight_map.rules[template].at(layer[1] if layer else "")
     used = {n for rule in resolved.values() for n in rule.names}
     missing = sorted(used - present.keys())
     extra = sorted(

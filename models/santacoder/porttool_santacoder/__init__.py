@@ -1,4 +1,4 @@
-"""SantaCoder and StarCoder: GPT-2 with one key and value head for all queries, trained to infill."""
+"""SantaCoder and StarCoder: GPT-2 with one key and value head, trained to infill."""
 
 from __future__ import annotations
 

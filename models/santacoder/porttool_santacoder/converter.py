@@ -21,6 +21,7 @@ from porttool import (
     transpose,
 )
 from porttool.config import InfillTokens, SpecialTokens
+from porttool.errors import SourceError
 from porttool.gpt2_layout import gpt2_weight_map, read_gpt2_config
 from porttool.huggingface import check_special_ids, read_config, read_json, special_ids
 from porttool.weights import as_is, concat, interleaved_qkv
@@ -97,7 +98,9 @@ class BigCodeConverter(HuggingFaceConverter):
     def read_config(self, config: SourceConfig) -> ModelConfig:
         """Read GPT-2's keys, as far as GPTBigCode heeds them, and the kind of attention."""
         config.ignore(*RUNNER_KEYS)
-        heads = 1 if config.flag("multi_query", True) else None
+        heads = 1 if config.flag("multi_query", True) else config.integer("n_head")
+        if config.integer("num_key_value_heads", heads) != heads:
+            raise SourceError(f"{config.file}: 'num_key_value_heads' contradicts 'multi_query'")
         model = read_gpt2_config(config, n_kv_head=heads)
         return model.model_copy(update={"inverse_layer_scale": False, "upcast_attention": False})
 
