@@ -153,3 +153,69 @@ def load(
             f"{opened.manifest.config.vocab_size}; it belongs to another model"
         )
     return LoadedEngine(opened, load_runner(opened, registry, options), text)
+
+
+def evaluate(
+    name: str,
+    engine: Path | None = None,
+    *,
+    model: str | None = None,
+    hf_model: str | Path | None = None,
+    output: Path | None = None,
+    test_engine: bool = True,
+    test_hf: bool = True,
+    tokenizer: Path | None = None,
+    options: Mapping[str, Any] | None = None,
+    runner_options: Mapping[str, Any] | None = None,
+    workspace: Workspace | None = None,
+    registry: Registry | None = None,
+    progress: Progress = SILENT,
+) -> Report:
+    """Run an evaluator on an engine and its source; return its report.
+
+    `hf_model` defaults to what the checkpoint of the same model was converted from. With
+    `test_engine` or `test_hf` false that side is not loaded, and must have been saved before.
+    """
+    from porttool.evaluator import Port
+    from porttool.evaluator import evaluate as run_evaluator
+
+    registry = registry or load_registry()
+    space = workspace or Workspace.choose(None)
+    evaluator = registry.evaluators.get(name)(options)
+    label = engine.name if engine and not model else space.find_model(model)
+    source = find_source(space, hf_model, None if engine and not model else label, registry)
+    loaded = (
+        load(engine, model=model, tokenizer=tokenizer, options=runner_options,
+             workspace=space, registry=registry)
+        if test_engine
+        else None
+    )  # fmt: skip
+    port = Port(
+        runner=loaded.runner if loaded else None,
+        tokenizer=loaded.tokenizer if loaded else source_tokenizer(tokenizer or source),
+        source=source if test_hf else None,
+        converter=choose_converter(registry, source) if source else None,
+    )
+    where = output or (engine.parent / name if engine and not model else space.report(label, name))
+    return run_evaluator(evaluator, port, where, progress=progress)
+
+
+def find_source(
+    space: Workspace, hf_model: str | Path | None, model: str | None, registry: Registry
+) -> Path | None:
+    """Return the source that was named, or the one that a model's checkpoint came from."""
+    if hf_model is not None:
+        return resolve_source(str(hf_model), None)
+    if model is None:
+        return None
+    checkpoint = space.checkpoint(model)
+    if checkpoint.is_dir():
+        recorded = Path(Checkpoint.open(checkpoint, verify=False).manifest.source.path)
+        if recorded.exists():
+            return recorded
+    return resolve_source(None, default_hub_id(registry, model))
+
+
+def source_tokenizer(folder: Path | None) -> Tokenizer | None:
+    """Load the tokenizer of a folder, if one is given."""
+    return load_tokenizer(folder) if folder else None
