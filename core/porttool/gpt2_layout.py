@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from porttool.config import Activation, ModelConfig
+from porttool.converter import validated
 from porttool.huggingface import SourceConfig
 from porttool.weights import Take, WeightMap, take
 
@@ -54,6 +56,14 @@ def read_gpt2_config(config: SourceConfig, *, n_kv_head: int | None = None) -> M
         upcast_attention=config.flag("reorder_and_upcast_attn", False),
         tied_head=config.flag("tie_word_embeddings", True),
     )
+
+
+def gpt2_config(values: Mapping[str, Any], file: Path) -> ModelConfig:
+    """Read a whole config in GPT2Config's keys; one that nothing accounts for is refused."""
+    config = SourceConfig(values, file)
+    model = validated(file, lambda: read_gpt2_config(config))
+    config.finish()
+    return model
 
 
 def gpt2_weight_map(

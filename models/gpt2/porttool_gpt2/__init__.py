@@ -18,5 +18,6 @@ api_version = 1
 def porttool_converters() -> Iterable[type[Converter]]:
     """Return the converters of this family."""
     from porttool_gpt2.converter import GPT2Converter
+    from porttool_gpt2.tensorflow import TensorFlowConverter
 
-    return [GPT2Converter]
+    return [GPT2Converter, TensorFlowConverter]

@@ -1,0 +1,89 @@
+"""GPT-2 as OpenAI published it: a TensorFlow checkpoint, hparams.json and the byte-pair files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from porttool import Converter, ModelConfig, Source, WeightMap
+from porttool.errors import SourceError
+from porttool.gpt2_layout import gpt2_config, gpt2_weight_map
+from porttool.huggingface import check_special_ids, read_json
+from porttool.sources.ranks import Renamed
+from porttool.sources.tf_bundle import TensorBundle, find_bundle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEYS = {
+    "n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_head": "n_head",
+    "n_layer": "n_layer",
+}  # fmt: skip
+"""hparams.json's keys → GPT2Config's. Everything else is as in every GPT-2."""
+
+TOKENIZER = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
+"""The same files under the names that they have elsewhere."""
+
+TRAINING = ("*[Aa]dam*", "*global_step*", "beta*_power*", "*OBJECT_GRAPH*")
+"""What fine-tuning leaves beside the weights."""
+
+
+class TensorFlowConverter(Converter):
+    """OpenAI's 124M, 355M, 774M and 1558M, and what was fine-tuned from them in TensorFlow."""
+
+    name = "gpt2/tensorflow"
+    family = "gpt2"
+    source_format = "TensorFlow checkpoint folder"
+
+    def matches(self, source: Path) -> bool:
+        """Return true for an index of tensors beside a hparams.json with GPT-2's keys."""
+        folder = source if source.is_dir() else source.parent
+        try:
+            find_bundle(source)
+            return read_json(folder / "hparams.json").keys() >= KEYS.keys()
+        except SourceError:
+            return False
+
+    def config(self, source: Path) -> ModelConfig:
+        """Read hparams.json."""
+        file = (source if source.is_dir() else source.parent) / "hparams.json"
+        values = read_json(file)
+        if missing := KEYS.keys() - values.keys():
+            raise SourceError(f"{file}: the keys {sorted(missing)} are missing")
+        return gpt2_config({KEYS.get(key, key): value for key, value in values.items()}, file)
+
+    def open(self, source: Path) -> Source:
+        """Index the checkpoint and take the byte-pair files under their usual names."""
+        folder = source if source.is_dir() else source.parent
+        model = self.config(source)
+        bundle = TensorBundle(find_bundle(source))
+        end = read_json(folder / "encoder.json").get("<|endoftext|>")
+        ids = {"bos": end, "eos": end, "pad": None}
+        if not (folder / "vocab.bpe").is_file():
+            raise SourceError(f"{folder / 'vocab.bpe'}: the file is missing; it is the tokenizer's")
+        return Source(
+            config=model,
+            tokens=check_special_ids(ids, model.vocab_size, folder),
+            tensors=Renamed(bundle, {plain_name(name): name for name in bundle.infos()}),
+            tokenizer_data={new: (folder / old).read_bytes() for old, new in TOKENIZER.items()},
+        )
+
+    def weight_map(self, config: ModelConfig) -> WeightMap:
+        """Return GPT-2's table; matrices are convolutions of width one, [1, in, out]."""
+        return replace(gpt2_weight_map(config, squeezed), unused=TRAINING)
+
+
+def plain_name(variable: str) -> str:
+    """Turn `model/h0/ln_1/g` into `h.0.ln_1.weight`."""
+    name = re.sub(r"^h(\d+)/", r"h.\1.", variable.removeprefix("model/")).replace("/", ".")
+    if name in ("wte", "wpe"):
+        return f"{name}.weight"
+    return re.sub(r"\.[gw]$", ".weight", re.sub(r"\.b$", ".bias", name))
+
+
+def squeezed(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
+    """Turn [1, in, out] into [out, in]."""
+    return tensors[0].squeeze(0).t()
