@@ -82,39 +82,40 @@ def show_report(report: Report) -> None:
         ("FAIL" if v.passed is not True else "pass", v.name, v.found, v.bound, v.detail)
         for v in report.verdicts
     ]
-    table(
-        f"{report.evaluator}: {report.engine} beside {report.reference}",
-        ("verdict", "check", "found", "bound", ""),
-        rows,
-    )
+    for found in report.tables:
+        table(found.title, found.columns, found.rows)
+    title = f"{report.evaluator}: {report.engine} beside {report.reference}"
+    table(title, ("verdict", "check", "found", "bound", ""), rows)
+    for remark in report.notes:
+        say(remark)
     failed = sum(v.passed is not True for v in report.verdicts)
     say(f"{len(report.verdicts)} checks, {failed} failed" if rows else "nothing was checked")
 
 
 class ConsoleProgress(Progress):
-    """A bar with GB/s on a terminal, a line now and then elsewhere; on standard error."""
+    """A bar with its rate on a terminal, a line now and then elsewhere; on standard error."""
 
     def __init__(self) -> None:
         self._bars: Bars | None = None
         self._task: Any = None
-        self._label = ""
+        self._label = self._unit = ""
         self._total = self._done = 0
         self._began = self._told = 0.0
 
-    def start(self, label: str, total_bytes: int) -> None:
+    def start(self, label: str, total: int, *, unit: str = "B") -> None:
         """Begin a bar, or the plain lines of one."""
-        self._label, self._total, self._done = label, total_bytes, 0
+        self._label, self._unit, self._total, self._done = label, unit, total, 0
         self._began = self._told = time.monotonic()
         if sys.stderr.isatty():
-            self._bars = byte_bars(_console(stderr=True))
+            self._bars = bars(_console(stderr=True), in_bytes=unit == "B")
             self._bars.start()
-            self._task = self._bars.add_task(label, total=total_bytes)
+            self._task = self._bars.add_task(label, total=total)
 
-    def advance(self, n_bytes: int) -> None:
+    def advance(self, amount: int) -> None:
         """Move the bar; without a terminal, print a line every few seconds."""
-        self._done += n_bytes
+        self._done += amount
         if self._bars is not None:
-            self._bars.advance(self._task, n_bytes)
+            self._bars.advance(self._task, amount)
         elif time.monotonic() - self._told > PLAIN_INTERVAL:
             self._told = time.monotonic()
             note(self._line())
@@ -131,22 +132,26 @@ class ConsoleProgress(Progress):
         note(text)
 
     def _line(self) -> str:
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        return (
-            f"{self._label}: {self._done / 1e9:.2f} of {self._total / 1e9:.2f} GB, "
-            f"{self._done / 1e9 / seconds:.2f} GB/s"
-        )
+        rate = self._done / max(time.monotonic() - self._began, 1e-9)
+        if self._unit == "B":
+            done, total = self._done / 1e9, self._total / 1e9
+            return f"{self._label}: {done:.3f} of {total:.3f} GB, {rate / 1e9:.2f} GB/s"
+        return f"{self._label}: {self._done} of {self._total} {self._unit}, {rate:.1f}/s"
 
 
-def byte_bars(shown_on: Console) -> Bars:
-    """Return rich's bars for bytes."""
+def bars(shown_on: Console, *, in_bytes: bool) -> Bars:
+    """Return rich's bars, counting bytes or plain steps."""
     from rich import progress
 
+    counted: list[progress.ProgressColumn] = (
+        [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+        if in_bytes
+        else [progress.MofNCompleteColumn()]
+    )
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
+        *counted,
         progress.TimeRemainingColumn(),
         console=shown_on,
         transient=True,
