@@ -137,7 +137,7 @@ def test_config_of_2019(tmp_path, reference):
         ({"vocab_size": None}, "the key 'vocab_size' is missing"),
         ({"vocab_size": 1 << 40}, "an impossible config: vocab_size"),
         ({"eos_token_id": 67}, "the special token id 67 is outside the vocabulary of 67"),
-        ({"auto_map": {"AutoConfig": "x.py"}}, "names code of its own"),
+        ({"auto_map": {"AutoConfig": "x.py"}}, "code of its own"),
     ],
 )
 def test_configs_that_cannot_be_ported(tmp_path, reference, change, said):

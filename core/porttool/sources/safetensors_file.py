@@ -79,7 +79,10 @@ class SafetensorsFile(TensorSource):
                 f"{self.path}: the header describes {start + expected} bytes, the file has {size}; "
                 "it is truncated or damaged, fetch it again"
             )
-        self.metadata = dict(header.get("__metadata__") or {})
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise SourceError(f"{self.path}: the header's __metadata__ is not a table of strings")
+        self.metadata = metadata
 
 
 def _begin(entry: Any) -> int:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import pickle
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
 from porttool.weights import TensorInfo, TensorSource
@@ -80,17 +82,24 @@ def load_tree(path: Path) -> Any:
     zipped = zipfile.is_zipfile(path)
     if zipped:
         check_zip(path)
-    try:
+    with unpickling(str(path)):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+@contextmanager
+def unpickling(label: str) -> Iterator[None]:
+    """Turn whatever torch raises about a file into a SourceError naming it."""
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise SourceError(
-            f"{path}: refused, because it is damaged or its pickle wants more than tensors: "
+            f"{label}: refused, because it is damaged or its pickle wants more than tensors: "
             f"{reason(error)}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError,
             IndexError, OverflowError, MemoryError, OSError) as error:  # fmt: skip
         raise SourceError(
-            f"{path}: cannot be read, it is truncated or damaged: {reason(error)}"
+            f"{label}: cannot be read, it is truncated or damaged: {reason(error)}"
         ) from error
 
 
@@ -114,22 +123,32 @@ def require_safe_torch(version: str) -> None:
 
 def check_zip(path: Path) -> None:
     """Refuse archives with compressed, doubled or overlapping entries before torch sees them."""
+    with path.open("rb") as file:
+        check_entries(zip_entries(file, str(path)), path.stat().st_size, str(path))
+
+
+def zip_entries(file: IO[bytes], label: str) -> list[zipfile.ZipInfo]:
+    """Return the entries of a zip in the order of their places."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = sorted(archive.infolist(), key=lambda e: e.header_offset)
+        with zipfile.ZipFile(file) as archive:
+            return sorted(archive.infolist(), key=lambda e: e.header_offset)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise SourceError(f"{path}: the archive is truncated or damaged: {error}") from error
+        raise SourceError(f"{label}: the archive is truncated or damaged: {error}") from error
+
+
+def check_entries(entries: list[zipfile.ZipInfo], size: int, label: str) -> None:
+    """Refuse entries that are compressed, doubled, overlapping or beyond the end."""
     if len({e.filename for e in entries}) != len(entries):
-        raise SourceError(f"{path}: the archive holds an entry twice")
+        raise SourceError(f"{label}: the archive holds an entry twice")
     end = 0
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise SourceError(f"{path}: the entry {entry.filename!r} is compressed")
+            raise SourceError(f"{label}: the entry {entry.filename!r} is compressed")
         if entry.header_offset < end:
-            raise SourceError(f"{path}: the entry {entry.filename!r} overlaps another")
+            raise SourceError(f"{label}: the entry {entry.filename!r} overlaps another")
         end = entry.header_offset + entry.file_size
-    if end > path.stat().st_size:
-        raise SourceError(f"{path}: an entry reaches beyond the file's end")
+    if end > size:
+        raise SourceError(f"{label}: an entry reaches beyond the file's end")
 
 
 def release_pages(tensor: Tensor) -> None:

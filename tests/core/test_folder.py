@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from porttool.errors import CheckpointError, PorttoolError, UsageError
+from porttool.folder import FileRecord, hash_file, pending_folder, require_space, verify_files
+
+
+def fill(target, fingerprint="work", *, replace=False, names=("one", "two")):
+    with pending_folder(target, fingerprint, replace=replace) as folder:
+        for name in names:
+            if name not in folder.files:
+                folder.add_bytes(name, name.encode())
+        folder.finish("manifest.json", "{}")
+
+
+def test_it_appears_whole(tmp_path):
+    with pending_folder(tmp_path / "out", "work", replace=False) as folder:
+        folder.add_bytes("sub/one", b"1")
+        assert not (tmp_path / "out").exists()
+        folder.finish("manifest.json", "{}")
+    names = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert names == {"one", "manifest.json"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_run_leaves_no_target_and_the_next_goes_on(tmp_path):
+    with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replace=False) as folder:
+        folder.add_bytes("one", b"1")
+        raise RuntimeError
+    assert not (tmp_path / "o").exists()
+    with pending_folder(tmp_path / "o", "w", replace=False) as folder:
+        assert folder.files == {"one": FileRecord(bytes=1, sha256=hashlib.sha256(b"1").hexdigest())}
+
+
+@pytest.mark.parametrize("damage", ["other work", "cut journal", "cut file", "lost file"])
+def test_what_is_not_the_same_work_is_not_taken_over(tmp_path, damage):
+    with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replace=False) as folder:
+        folder.add_bytes("one", b"1234")
+        raise RuntimeError
+    partial = tmp_path / ".o.partial"
+    if damage == "cut journal":
+        journal = partial / "journal.jsonl"
+        journal.write_bytes(journal.read_bytes()[:-9])
+    if damage == "cut file":
+        (partial / "one").write_bytes(b"12")
+    if damage == "lost file":
+        (partial / "one").unlink()
+    work = "x" if damage == "other work" else "w"
+    with pending_folder(tmp_path / "o", work, replace=False) as folder:
+        assert folder.files == {}
+
+
+def test_an_existing_target_is_not_touched_without_being_told(tmp_path):
+    fill(tmp_path / "o")
+    with pytest.raises(UsageError, match=r"o exists already; choose another --output, or add --f"):
+        fill(tmp_path / "o")
+    fill(tmp_path / "o", names=("three",), replace=True)
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {"three", "manifest.json"}
+
+
+def test_two_writers(tmp_path):
+    """Another process holds the folder: this one says so and touches nothing."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom porttool.folder import pending_folder\n"
+        "with pending_folder(Path(sys.argv[1]), 'w', replace=False) as folder:\n"
+        "    folder.add_bytes('one', b'1')\n    print('ready', flush=True)\n    input()\n"
+    )
+    pipe = subprocess.PIPE
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "o")], stdin=pipe, stdout=pipe
+    )
+    try:
+        assert other.stdout.readline() == b"ready\n"
+        with pytest.raises(PorttoolError, match=r"o is being written by another process"):
+            fill(tmp_path / "o", "other")
+        assert (tmp_path / ".o.partial" / "one").read_bytes() == b"1"
+    finally:
+        other.kill()
+        other.communicate()
+    fill(tmp_path / "o", "other")  # the lock died with its process
+    assert (tmp_path / "o" / "two").is_file()
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PorttoolError, match=r"file.*: (Not a directory|File exists)"):
+        fill(tmp_path / "file" / "o")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount")
+def test_a_full_disk_and_a_read_only_one(tmp_path):
+    """On real file systems; where mounting is not allowed the next test stands in."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(PorttoolError) as caught:  # noqa: SIM117
+            with pending_folder(disk / "o", "w", replace=False) as folder:
+                folder.add_bytes("small", b"1")
+                folder.add_bytes("large", b"1" * 100_000)
+        assert "the disk is full; the complete files are kept in" in str(caught.value)
+        assert "run the same command again" in str(caught.value)
+        assert not (disk / "o").exists()
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        with pending_folder(disk / "o", "w", replace=False) as folder:
+            assert list(folder.files) == ["small"]
+            folder.finish("manifest.json", "{}")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(PorttoolError, match="Read-only file system"):
+            fill(disk / "another")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_as_the_system_reports_it(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PorttoolError, match="the disk is full; the complete files are kept in"):
+        fill(tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_space_is_checked_before_the_work(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 1_500_000_000))
+    require_space(tmp_path / "a" / "b", 1_500_000_000)
+    with pytest.raises(PorttoolError, match=r"b: 2\.00 GB are needed, 1\.50 GB are free; free s"):
+        require_space(tmp_path / "a" / "b", 2_000_000_000)
+
+
+def test_verifying(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 5_000_000)
+    files = {"a": hash_file(tmp_path / "a")}
+    assert files["a"].sha256 == hashlib.sha256(b"x" * 5_000_000).hexdigest()
+    verify_files(tmp_path, files)
+    with (tmp_path / "a").open("r+b") as file:
+        file.seek(4_999_999)
+        file.write(b"y")
+    with pytest.raises(CheckpointError, match=r"a: its SHA-256 is not the manifest's"):
+        verify_files(tmp_path, files)
+    (tmp_path / "a").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"a: has 1 bytes, the manifest says 5000000"):
+        verify_files(tmp_path, files)
+    (tmp_path / "a").unlink()
+    with pytest.raises(CheckpointError, match=r"a: the file is missing"):
+        verify_files(tmp_path, files)
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "sub/../../a"])
+def test_a_manifest_that_points_outside(tmp_path, name):
+    with pytest.raises(CheckpointError, match="the manifest names a file outside"):
+        verify_files(tmp_path, {name: FileRecord(bytes=1, sha256="0")})

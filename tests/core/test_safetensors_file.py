@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from porttool.errors import SourceError
+from porttool.sources.safetensors_file import SafetensorsFile
+
+TENSORS = {
+    "a": torch.randn(3, 4),
+    "b": torch.randn(5, dtype=torch.float64).to(torch.bfloat16),
+    "c": torch.arange(6, dtype=torch.int64).view(2, 3),
+    "scalar": torch.tensor(2.5),
+    "half": torch.randn(2, 2, 2).half(),
+    "mask": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 4),
+}
+
+
+def write(path, header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(begin=0, end=8, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def test_reads_what_the_library_wrote(tmp_path):
+    save_file(TENSORS, tmp_path / "m.safetensors", {"format": "pt"})
+    file = SafetensorsFile(tmp_path / "m.safetensors")
+    assert file.metadata == {"format": "pt"}
+    assert file.infos().keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        info = file.infos()[name]
+        assert (info.shape, info.nbytes) == (tuple(tensor.shape), tensor.nbytes)
+        assert file.load(name).dtype == tensor.dtype
+        assert file.load(name).equal(tensor)
+
+
+def test_reads_rows(tmp_path):
+    save_file(TENSORS, tmp_path / "m.safetensors")
+    file = SafetensorsFile(tmp_path / "m.safetensors")
+    assert file.load_rows("a", 1, 3).equal(TENSORS["a"][1:3])
+    assert file.load_rows("half", 1, None).equal(TENSORS["half"][1:])
+    assert file.load_rows("b", 2, 2).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "said"),
+    [
+        ({"a": entry()}, b"1234567", "the header describes"),
+        ({"a": entry()}, b"123456789", "the header describes"),
+        ({"a": entry(end=12)}, b"123456789012", "a of shape [2] needs 8 bytes, the header gives"),
+        ({"a": entry(), "b": entry(4, 12)}, b"x" * 12, "the data of b overlaps or leaves a gap"),
+        ({"a": entry(), "b": entry(12, 20)}, b"x" * 20, "the data of b overlaps or leaves a gap"),
+        ({"a": entry(), "b": entry()}, b"x" * 8, "overlaps or leaves a gap"),
+        ({"a": entry(dtype="F8_E5M2")}, b"x" * 8, "the header entry of a is malformed"),
+        ({"a": entry(dtype=["F32"])}, b"x" * 8, "the header entry of a is malformed"),
+        ({"a": entry(shape=(-2,))}, b"x" * 8, "the header entry of a has impossible numbers"),
+        ({"a": entry(shape=(2.0,))}, b"x" * 8, "the header entry of a has impossible numbers"),
+        ({"a": entry(shape=(True, 2))}, b"x" * 8, "the header entry of a has impossible numbers"),
+        ({"a": entry(shape=(1 << 62, 1 << 62))}, b"x" * 8, "impossible numbers"),
+        ({"a": entry(begin=-8, end=0)}, b"x" * 8, "impossible numbers"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, b"x" * 8, "the header entry of a is malformed"),
+        ({"a": {**entry(), "shape": 2}}, b"x" * 8, "a has impossible numbers"),
+        ({"a": 5}, b"x" * 8, "the header entry of a is malformed"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+         b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"x" * 8, "appears twice"),
+        (b"[1, 2]", b"", "the safetensors header is not an object"),
+        (b"{not json}", b"", "the safetensors header is damaged"),
+        (b"\xff\xfe{}", b"", "the safetensors header is damaged"),
+        (b"[" * 100_000, b"", "the safetensors header is damaged"),
+        ({"__metadata__": 7}, b"", "metadata"),
+        ({"__metadata__": {"format": [1]}}, b"", "metadata"),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies(tmp_path, header, data, said):
+    path = write(tmp_path / "m.safetensors", header, data)
+    with pytest.raises(SourceError) as caught:
+        SafetensorsFile(path)
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"1234567", struct.pack("<Q", 1 << 60) + b"{}", struct.pack("<Q", 0) + b"{}",
+     struct.pack("<Q", 100) + b"{}", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"],
+)  # fmt: skip
+def test_a_length_that_lies(tmp_path, content):
+    (tmp_path / "m.safetensors").write_bytes(content)
+    with pytest.raises(SourceError, match="not a safetensors file, or its header length lies"):
+        SafetensorsFile(tmp_path / "m.safetensors")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(SourceError, match=r"m\.safetensors: the file is missing"):
+        SafetensorsFile(tmp_path / "m.safetensors")
+
+
+def test_a_file_cut_short_after_it_was_opened(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_file(TENSORS, path)
+    file = SafetensorsFile(path)
+    with path.open("r+b") as handle:
+        handle.truncate(path.stat().st_size - 60)
+    with pytest.raises(SourceError, match="ended early; it is truncated or changed while read"):
+        for name in TENSORS:
+            file.load(name)
