@@ -65,7 +65,7 @@ def interleaved_qkv(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
     import torch
 
     group = config.n_head // config.n_kv_head
-    heads = [t.unflatten(0, (-1, group + 2, config.head_dim)) for t in tensors]
+    heads = [t.reshape(-1, group + 2, config.head_dim, *t.shape[1:]) for t in tensors]
     query = [h[:, :group].flatten(0, 2) for h in heads]  # [heads * head_dim, ...] of each part
     key = [h[:, group].flatten(0, 1) for h in heads]
     value = [h[:, group + 1].flatten(0, 1) for h in heads]
