@@ -18,11 +18,28 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 def model_options(command: F) -> F:
     """Add --model and --workdir, which together stand for every path."""
     for option in (
-        click.option("--workdir", type=FOLDER, help="Work folder [$PORTTOOL_HOME, ./porttool-out]."),
+        click.option(
+            "--workdir", type=FOLDER, help="Work folder [$PORTTOOL_HOME, ./porttool-out]."
+        ),
         click.option("--model", help="Model family; also names the paths under the work folder."),
     ):
         command = option(command)
     return command
+
+
+OptionTable = tuple[tuple[str, dict[str, Any]], ...]
+"""Flags with their click settings."""
+
+
+def table_options(*tables: OptionTable) -> Callable[[F], F]:
+    """Add tables of options to a command, in their order."""
+
+    def add(command: F) -> F:
+        for flag, settings in reversed([option for table in tables for option in table]):
+            command = click.option(flag, **settings)(command)
+        return command
+
+    return add
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from porttool.cli import console
-from porttool.cli.options import FILE, FOLDER, as_settings, model_options, set_option
+from porttool.cli.options import (
+    FILE,
+    FOLDER,
+    OptionTable,
+    as_settings,
+    model_options,
+    set_option,
+    table_options,
+)
 from porttool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +25,7 @@ if TYPE_CHECKING:
     from porttool.config import Sampling
     from porttool.generate import Completion
 
-SAMPLING: tuple[tuple[str, dict[str, Any]], ...] = (
+SAMPLING: OptionTable = (
     ("--max-output-len", {"type": int, "default": 64, "show_default": True,
                           "help": "Most new tokens."}),
     ("--min-output-len", {"type": int, "default": 0, "help": "Fewest new tokens."}),
@@ -40,7 +47,7 @@ SAMPLING: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--logprobs", {"is_flag": True, "help": "Log-probability of every token (JSON)."}),
 )  # fmt: skip
 
-INPUTS: tuple[tuple[str, dict[str, Any]], ...] = (
+INPUTS: OptionTable = (
     ("--input-text", {"multiple": True, "help": "A prompt; repeatable. `-` reads standard input."}),
     ("--input-file", {"type": FILE, "help": "Text file, one prompt a line."}),
     ("--input-tokens", {"type": FILE, "help": "Token ids: .csv, one prompt a row, or .npy."}),
@@ -48,7 +55,7 @@ INPUTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--tokenizer", {"type": FOLDER, "help": "Folder of another tokenizer."}),
 )  # fmt: skip
 
-OUTPUTS: tuple[tuple[str, dict[str, Any]], ...] = (
+OUTPUTS: OptionTable = (
     ("--stream", {"is_flag": True, "help": "Show text as it is made (one prompt)."}),
     ("--output-json", {"type": FILE, "help": "JSON lines, one prompt each; `-` prints them."}),
     ("--output-csv", {"type": FILE, "help": "Ids, prompt and completion in a row."}),
@@ -57,28 +64,19 @@ OUTPUTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
-def with_options(
-    options: tuple[tuple[str, dict[str, Any]], ...],
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add a table of options to a command."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for flag, settings in reversed(options):
-            command = click.option(flag, **settings)(command)
-        return command
-
-    return add
+INPUT_CHOICES: tuple[set[str], ...] = (
+    {"input_text"}, {"input_file"}, {"input_tokens"}, {"instruction"},
+    {"instruction", "input_text"}, {"instruction", "input_file"},
+)  # fmt: skip
 
 
 @click.command("run")
 @click.argument("engine", type=FOLDER, required=False)
-@with_options(INPUTS)
-@with_options(SAMPLING)
-@with_options(OUTPUTS)
+@table_options(INPUTS, SAMPLING, OUTPUTS)
 @model_options
 @set_option
 @click.pass_context
-def command(context: click.Context, engine: Path | None, **_: Any) -> None:
+def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     """Continue prompts with ENGINE, or with the engine of --model."""
     from porttool.api import load
     from porttool.generate import generate
@@ -113,10 +111,9 @@ def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]
     from porttool.text import fill_template
     from porttool.token_files import read_tokens
 
-    given = [k for k in ("input_text", "input_file", "input_tokens", "instruction") if asked[k]]
-    if given != ["input_tokens"] and not (given and set(given) <= {"input_text", "instruction"}):
-        if given != ["input_file"]:
-            raise UsageError("give one of --input-text, --input-file and --input-tokens")
+    given = {k for k in ("input_text", "input_file", "input_tokens", "instruction") if asked[k]}
+    if given not in INPUT_CHOICES:
+        raise UsageError("give one of --input-text, --input-file and --input-tokens")
     if asked["input_tokens"]:
         return read_tokens(asked["input_tokens"])
     if loaded.tokenizer is None:

@@ -1,0 +1,56 @@
+"""What `summarize` and `verify` share: run an evaluator, show its report, turn it into a status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from porttool.cli import console
+from porttool.cli.options import FOLDER, OptionTable, as_settings
+
+SHARED: OptionTable = (
+    ("--hf-model", {"help": "Hugging Face folder to compare with [what was converted]."}),
+    ("--output", {"type": FOLDER, "help": "Folder of the report [beside the engine]."}),
+    ("--tokenizer", {"type": FOLDER, "help": "Folder of another tokenizer."}),
+    ("--runner-set", {"multiple": True, "nargs": 2, "metavar": "NAME VALUE",
+                      "help": "Set an option of the engine's runner; repeatable."}),
+    ("--set", {"multiple": True, "nargs": 2, "metavar": "NAME VALUE",
+               "help": "Set any other option of the evaluation; repeatable."}),
+)  # fmt: skip
+
+
+def options_of(table: OptionTable, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evaluation's options that were given on the command line, --set included."""
+    names = [flag.removeprefix("--").replace("-", "_") for flag, _ in table]
+    given = {name: asked[name] for name in names if asked[name] is not None}
+    return given | as_settings(asked["set"])
+
+
+def run_evaluation(
+    name: str, engine: Path | None, options: Mapping[str, Any], asked: Mapping[str, Any]
+) -> None:
+    """Evaluate and show the report; with `check_accuracy` a verdict of no raises CheckFailed."""
+    from porttool.api import evaluate
+    from porttool.workspace import Workspace
+
+    report = evaluate(
+        name,
+        engine,
+        model=asked["model"],
+        hf_model=asked["hf_model"],
+        output=asked["output"],
+        test_engine=asked["test_engine"],
+        test_hf=asked["test_hf"],
+        tokenizer=asked["tokenizer"],
+        options=options,
+        runner_options=as_settings(asked["runner_set"]),
+        workspace=Workspace.choose(asked["workdir"]),
+        progress=console.ConsoleProgress(),
+    )
+    if asked["as_json"]:
+        console.say_json(report.model_dump(mode="json"))
+    else:
+        console.show_report(report)
+    if asked["check_accuracy"]:
+        report.require_pass()

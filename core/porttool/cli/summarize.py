@@ -1,0 +1,56 @@
+"""porttool summarize: ROUGE of the port beside Hugging Face, on the same articles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from porttool.cli.evaluation import SHARED, options_of, run_evaluation
+from porttool.cli.options import DTYPES, FOLDER, json_option, model_options, table_options
+from porttool.errors import UsageError
+
+OPTIONS = (
+    ("--dataset", {"help": "Hub id, .jsonl, .parquet or saved folder [abisee/cnn_dailymail]."}),
+    ("--article-ids", {"type": click.Path(path_type=Path), "help": "File of pinned article ids."}),
+    ("--max-articles", {"type": int, "help": "Articles to summarise [200]."}),
+    ("--shuffle-seed", {"type": int, "help": "Shuffle before choosing; unset takes the first."}),
+    ("--max-input-len", {"type": int, "help": "Last tokens of a prompt to keep [923, or fewer]."}),
+    ("--max-new-tokens", {"type": int, "help": "Tokens of a summary [100]."}),
+    ("--num-beams", {"type": int, "help": "Beams [1: greedy]."}),
+    ("--batch-size", {"type": int, "help": "Articles at a time in Hugging Face [8]."}),
+    ("--prompt", {"type": click.Choice(["auto", "suffix", "instruction"]),
+                  "help": "TL;DR or the model's template."}),
+    ("--reference-dtype", {"type": click.Choice(DTYPES), "help": "Hugging Face's [float32]."}),
+    ("--margin", {"type": float, "help": "ROUGE points that may be lost [by type]."}),
+    ("--rouge1-threshold", {"type": float, "help": "Least ROUGE-1 of the engine, absolute."}),
+)  # fmt: skip
+
+SIDES = (
+    ("--check-accuracy", {"is_flag": True, "help": "Exit with 1 unless every verdict is yes."}),
+    ("--test-hf", {"is_flag": True, "help": "Run Hugging Face alone and keep its results."}),
+    ("--test-engine", {"is_flag": True,
+                       "help": "Run the engine alone, beside kept results if there are any."}),
+)  # fmt: skip
+
+
+@click.command("summarize")
+@click.argument("engine", type=FOLDER, required=False)
+@table_options(SIDES, OPTIONS, SHARED)
+@model_options
+@json_option
+@click.pass_context
+def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
+    """Summarise cnn_dailymail with ENGINE and with Hugging Face, and compare.
+
+    Both get the same token ids. ROUGE is compared article by article, tokens with an eye for ties,
+    and log-probabilities directly. The two sides may run separately: first --test-hf, later
+    --test-engine.
+    """
+    asked = dict(context.params)
+    if asked["check_accuracy"] and asked["test_hf"] and not asked["test_engine"]:
+        raise UsageError("--test-hf alone compares nothing, so there is no accuracy to check")
+    if not (asked["test_hf"] or asked["test_engine"]):
+        asked["test_hf"] = asked["test_engine"] = True
+    run_evaluation("summarize", engine, options_of(OPTIONS, asked), asked)

@@ -1,0 +1,36 @@
+"""porttool verify: weights, logits, tokens; and where they part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from porttool.cli.evaluation import SHARED, options_of, run_evaluation
+from porttool.cli.options import (
+    FOLDER,
+    OptionTable,
+    json_option,
+    model_options,
+    table_options,
+)
+
+OPTIONS: OptionTable = ()
+
+
+@click.command("verify")
+@click.argument("engine", type=FOLDER, required=False)
+@table_options(OPTIONS, SHARED)
+@model_options
+@json_option
+@click.pass_context
+def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
+    """Hold ENGINE against its source: exit status 0 only if it is still the same model.
+
+    Weights are accounted for, logits compared with Hugging Face in prefill and in decode, greedy
+    tokens token by token. On failure it names the first operation where the two part, and why.
+    """
+    sides = {"test_engine": True, "test_hf": True, "check_accuracy": True}
+    asked = {**context.params, **sides}
+    run_evaluation("parity", engine, options_of(OPTIONS, asked), asked)
