@@ -1,0 +1,158 @@
+"""What both sides of a summarisation are given: options, articles, token ids, end tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from porttool.component import Options
+from porttool.config import Dtype, PromptTemplate
+from porttool.errors import UsageError
+from porttool.evaluator import Port
+from porttool.evaluators.results import Decoding, Task
+from porttool.text import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from porttool.evaluators.dataset import Article, DatasetRequest
+
+ANCESTOR_INPUT_LEN = 923
+"""Prompt tokens that the ancestor's recipe keeps: with 100 new ones they fit 1024 positions."""
+
+
+class SummarizeOptions(Options):
+    """What is summarised, how, and what the outcome is held to.
+
+    Bounds that are None follow from the types of the two sides; see docs/validation.md. The
+    reference runs in float32 unless `reference_dtype` says otherwise.
+    """
+
+    dataset: str = "abisee/cnn_dailymail"
+    dataset_config: str = "3.0.0"
+    revision: str | None = None
+    split: str = "test"
+    id_column: str = "id"
+    article_column: str = "article"
+    highlights_column: str = "highlights"
+    article_ids: Path | None = None
+    max_articles: PositiveInt = 200
+    shuffle_seed: int | None = None
+
+    prompt: Literal["auto", "suffix", "instruction"] = "auto"
+    suffix: str = " TL;DR: "
+    instruction: str = "Summarize the following news article in three sentences."
+    max_input_len: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 100
+    num_beams: PositiveInt = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = True
+    batch_size: PositiveInt = 8
+
+    reference_dtype: Dtype | None = None
+    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    margin: PositiveFloat | None = None
+    assumed_sd: PositiveFloat = 2.0
+    min_agreement: float | None = Field(default=None, gt=0, le=1)
+    max_drift: PositiveFloat | None = None
+    rouge1_threshold: float | None = None
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    resamples: PositiveInt = 10_000
+    seed: int = 0
+
+    n_examples: int = Field(default=4, ge=0)
+    parity_report: Path | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The work itself: articles, their token ids, and the task that saved results must match."""
+
+    articles: list[Article]
+    prompts: list[list[int]]
+    task: Task
+    tokenizer: Tokenizer
+
+
+def assign(options: SummarizeOptions, port: Port) -> Assignment:
+    """Load the articles and encode their prompts."""
+    from porttool.evaluators.dataset import load_articles
+    from porttool.evaluators.prompts import Recipe, encode_articles
+
+    tokenizer = port.tokenizer or (load_tokenizer(port.source) if port.source else None)
+    if tokenizer is None:
+        raise UsageError("the engine has no tokenizer; name a folder with --tokenizer")
+    articles = load_articles(request_of(options))
+    recipe = Recipe(
+        options.suffix, options.instruction, template_of(options, port), input_len(options, port)
+    )
+    prompts = encode_articles(articles, tokenizer, recipe)
+    decoding = Decoding(
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        length_penalty=options.length_penalty,
+        early_stopping=options.early_stopping,
+        eos=end_tokens(port),
+    )
+    task = Task.of(tuple(a.record for a in articles), prompts, decoding)
+    return Assignment(articles, prompts, task, tokenizer)
+
+
+def request_of(options: SummarizeOptions) -> DatasetRequest:
+    """Say which articles are wanted."""
+    from porttool.evaluators.dataset import DatasetRequest
+
+    return DatasetRequest(
+        name=options.dataset,
+        config=options.dataset_config,
+        revision=options.revision,
+        split=options.split,
+        columns=(options.id_column, options.article_column, options.highlights_column),
+        max_articles=options.max_articles,
+        seed=options.shuffle_seed,
+        ids=options.article_ids,
+    )
+
+
+def template_of(options: SummarizeOptions, port: Port) -> PromptTemplate | None:
+    """Return the model's instruction template if it is to be used."""
+    found = port.converter.prompt if port.converter else None
+    if port.runner is not None:
+        found = port.runner.engine.manifest.prompt
+    if options.prompt == "instruction" and found is None:
+        raise UsageError("this model has no instruction template; use the prompt 'suffix'")
+    return None if options.prompt == "suffix" else found
+
+
+def input_len(options: SummarizeOptions, port: Port) -> int:
+    """Return how many prompt ids are kept: as asked, or the ancestor's number within limits."""
+    if options.max_input_len is not None:
+        return options.max_input_len
+    limits = [ANCESTOR_INPUT_LEN]
+    if port.runner is not None:
+        limits.append(port.runner.engine.manifest.limits.max_input_len)
+        limits.append(port.runner.config.n_positions - options.max_new_tokens)
+    elif port.source is not None:
+        config = json.loads((port.source / "config.json").read_bytes())
+        positions = config.get("n_positions", config.get("max_position_embeddings"))
+        if isinstance(positions, int):
+            limits.append(positions - options.max_new_tokens)
+    if min(limits) < 1:
+        raise UsageError(f"{options.max_new_tokens} new tokens leave no position for a prompt")
+    return min(limits)
+
+
+def end_tokens(port: Port) -> tuple[int, ...]:
+    """Return the ids that end a text: the engine's, or else the source's."""
+    from porttool.huggingface import check_special_ids, read_config, special_ids
+
+    if port.runner is not None:
+        return port.runner.engine.manifest.tokens.eos
+    source = port.source or Path()
+    if port.converter is not None:
+        return port.converter.open(source).tokens.eos
+    vocab_size = int(read_config(source)["vocab_size"])
+    return check_special_ids(special_ids(source), vocab_size, source).eos

@@ -1,0 +1,274 @@
+"""From two sides' summaries to verdicts and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from porttool.evaluator import Table, Verdict
+from porttool.evaluators.agreement import (
+    Agreement,
+    Tolerance,
+    compare_continuations,
+    summarise_drift,
+    tolerance_for,
+)
+from porttool.evaluators.dataset import Article
+from porttool.evaluators.results import SideResult
+from porttool.evaluators.rouge import KINDS, score_summaries
+from porttool.evaluators.statistics import (
+    MIN_ARTICLES,
+    Estimate,
+    articles_needed,
+    bootstrap_mean,
+    power_of,
+)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the verdicts are held to; None leaves a number to the types of the two sides."""
+
+    margin: float | None = None
+    min_agreement: float | None = None
+    max_drift: float | None = None
+    rouge1_threshold: float | None = None
+    resamples: int = 10_000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def tolerance(self, *sides: SideResult) -> Tolerance:
+        """Return the sides' tolerance with what was asked for in place."""
+        found = tolerance_for(*(side.dtype for side in sides))
+        return replace(
+            found,
+            margin=found.margin if self.margin is None else self.margin,
+            share=found.share if self.min_agreement is None else self.min_agreement,
+            drift=found.drift if self.max_drift is None else self.max_drift,
+        )
+
+
+Scores = dict[str, list[float]]
+"""Kind of ROUGE → F of every article, 0 to 100."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is known when the sides have run; either may be None."""
+
+    articles: Sequence[Article]
+    engine: SideResult | None
+    reference: SideResult | None
+    engine_scores: Scores
+    reference_scores: Scores
+    agreements: tuple[Agreement, ...]
+    bounds: Bounds
+
+    @property
+    def both(self) -> bool:
+        """True when there are two sides to compare."""
+        return self.engine is not None and self.reference is not None
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """What the types of the sides allow."""
+        return self.bounds.tolerance(*(s for s in (self.engine, self.reference) if s))
+
+    def differences(self, kind: str) -> list[float]:
+        """Engine minus reference, article by article."""
+        pairs = zip(self.engine_scores[kind], self.reference_scores[kind], strict=True)
+        return [a - b for a, b in pairs]
+
+    def estimate(self, values: Sequence[float]) -> Estimate:
+        """Bootstrap a mean as the bounds say."""
+        b = self.bounds
+        return bootstrap_mean(
+            values, resamples=b.resamples, confidence=b.confidence, seed=b.seed
+        )
+
+
+def compare_sides(
+    articles: Sequence[Article],
+    engine: SideResult | None,
+    reference: SideResult | None,
+    bounds: Bounds,
+) -> Comparison:
+    """Score each side that is there, and compare them if both are."""
+    highlights = [a.highlights for a in articles]
+    scores = [
+        score_summaries([c.text for c in side.continuations], highlights) if side else {}
+        for side in (engine, reference)
+    ]
+    agreements: tuple[Agreement, ...] = ()
+    if engine and reference:
+        tolerance = bounds.tolerance(engine, reference)
+        eos = engine.task.decoding.eos
+        agreements = tuple(
+            compare_continuations(ours, theirs, eos, tolerance)
+            for ours, theirs in zip(engine.continuations, reference.continuations, strict=True)
+        )
+    return Comparison(articles, engine, reference, scores[0], scores[1], agreements, bounds)
+
+
+def judge(comparison: Comparison) -> tuple[Verdict, ...]:
+    """Return every verdict that the sides allow."""
+    verdicts: list[Verdict] = []
+    if comparison.both:
+        verdicts += [judge_rouge(comparison, kind) for kind in KINDS]
+        verdicts.append(judge_agreement(comparison))
+        if comparison.engine and comparison.engine.task.decoding.num_beams == 1:
+            verdicts.append(judge_drift(comparison))
+    if comparison.bounds.rouge1_threshold is not None:
+        verdicts.append(judge_threshold(comparison, comparison.bounds.rouge1_threshold))
+    return tuple(verdicts)
+
+
+def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
+    """Non-inferiority: the lower bound of the mean paired difference lies above -margin."""
+    found = comparison.estimate(comparison.differences(kind))
+    margin = comparison.tolerance.margin
+    name, bound = f"{kind} not inferior", f"> {-margin:.2f}"
+    if found.n < MIN_ARTICLES:
+        return Verdict(
+            name=name, passed=None, found=f"{found.n} articles", bound=bound,
+            detail=f"a verdict needs at least {MIN_ARTICLES} articles",
+        )  # fmt: skip
+    detail = f"mean difference {found.mean:+.2f}, sd {found.sd:.2f}, n {found.n}"
+    passed = found.low > -margin
+    if not passed and found.high > -margin:
+        detail += (
+            "; undecided: an equal port would need "
+            f"{articles_needed(found.sd, margin)} articles"
+        )
+    return Verdict(name=name, passed=passed, found=f"{found.low:+.2f}", bound=bound, detail=detail)
+
+
+def judge_agreement(comparison: Comparison) -> Verdict:
+    """Enough articles have the same tokens, or part where the reference sees a tie."""
+    found, tolerance = comparison.agreements, comparison.tolerance
+    count = {o: sum(a.outcome == o for a in found) for o in ("same", "tie", "different")}
+    share = (count["same"] + count["tie"]) / len(found) if found else 0.0
+    worst = max((a for a in found if a.outcome == "different"), default=None,
+                key=lambda a: a.gap or 0.0)  # fmt: skip
+    detail = f"{count['same']} the same, {count['tie']} part at a tie, {count['different']} differ"
+    if worst is not None:
+        sign = "at least " if worst.at_least else ""
+        detail += f", the widest gap {sign}{worst.gap:.3g} at token {worst.position}"
+    return Verdict(
+        name="token agreement",
+        passed=share >= tolerance.share if found else None,
+        found=f"{share:.1%}",
+        bound=f"≥ {tolerance.share:.1%}, tie ≤ {tolerance.gap:g}",
+        detail=detail,
+    )
+
+
+def judge_drift(comparison: Comparison) -> Verdict:
+    """The chosen tokens' log-probabilities are those of the reference, but for rounding."""
+    drift, bound = summarise_drift(comparison.agreements), comparison.tolerance.drift
+    if drift is None:
+        return Verdict(
+            name="log-probability drift", passed=None, found="0 tokens", bound=f"≤ {bound:g}",
+            detail="no token was chosen by both sides",
+        )  # fmt: skip
+    passed = drift.mean <= bound
+    hint = "" if passed else "; the arithmetic differs, `porttool verify` says where"
+    return Verdict(
+        name="log-probability drift",
+        passed=passed,
+        found=f"{drift.mean:.2g}",
+        bound=f"≤ {bound:g}",
+        detail=f"99 % below {drift.p99:.2g}, worst {drift.worst:.2g}, "
+        f"{drift.n_tokens} tokens{hint}",
+    )
+
+
+def judge_threshold(comparison: Comparison, threshold: float) -> Verdict:
+    """ROUGE-1 itself lies above a number: the ancestor's check."""
+    scores = comparison.engine_scores or comparison.reference_scores
+    side = "engine" if comparison.engine else "Hugging Face"
+    mean = sum(scores["rouge1"]) / len(scores["rouge1"])
+    return Verdict(
+        name="rouge1 threshold", passed=mean > threshold, found=f"{mean:.2f}",
+        bound=f"> {threshold:g}", detail=f"of the {side}",
+    )  # fmt: skip
+
+
+def power_note(n: int, sd: float, margin: float, confidence: float, what: str) -> str:
+    """Say what a run of n articles can show."""
+    needed = articles_needed(sd, margin, confidence=confidence) if sd else MIN_ARTICLES
+    return (
+        f"{n} articles, margin {margin:g} ROUGE points, {what} sd of the differences {sd:.2f}: an "
+        f"equal port passes with a chance of {power_of(n, sd, margin, confidence):.0%} "
+        f"(80 % needs {needed} articles)"
+    )
+
+
+def tables_of(comparison: Comparison) -> tuple[Table, ...]:
+    """Return what a console or a page shows: ROUGE and speed."""
+    return (rouge_table(comparison), speed_table(comparison))
+
+
+def rouge_table(comparison: Comparison) -> Table:
+    """Return each kind's mean on both sides and the difference between its bounds."""
+    rows = []
+    for kind in KINDS:
+        means = [
+            f"{sum(scores[kind]) / len(scores[kind]):.2f}" if scores else "-"
+            for scores in (comparison.engine_scores, comparison.reference_scores)
+        ]
+        between = ("-", "-", "-")
+        if comparison.both:
+            d = comparison.estimate(comparison.differences(kind))
+            between = (f"{d.mean:+.2f}", f"{d.low:+.2f}", f"{d.high:+.2f}")
+        rows.append((kind, *means, *between))
+    level = f"{comparison.bounds.confidence:.0%}"
+    columns = ("", "engine", "Hugging Face", "difference", f"{level} low", f"{level} high")
+    return Table(title=f"ROUGE F, {len(comparison.articles)} articles", columns=columns,
+                 rows=tuple(rows))  # fmt: skip
+
+
+def speed_table(comparison: Comparison) -> Table:
+    """Return how fast each side was."""
+    rows = [
+        (
+            name,
+            f"{side.speed.tokens_per_second:.1f}",
+            f"{side.speed.articles_per_second:.2f}",
+            f"{1000 * side.speed.first_token_seconds:.1f}",
+            f"{side.speed.seconds:.1f}",
+            side.description,
+        )
+        for name, side in (("engine", comparison.engine), ("Hugging Face", comparison.reference))
+        if side is not None
+    ]
+    columns = ("", "tokens/s", "articles/s", "first token ms", "seconds", "how")
+    return Table(title="Speed", columns=columns, rows=tuple(rows))
+
+
+def measurements_of(comparison: Comparison) -> Mapping[str, Any]:
+    """Return the numbers behind the verdicts, article by article, as JSON."""
+    return {
+        "speed": {
+            side.side: side.speed.model_dump()
+            for side in (comparison.engine, comparison.reference)
+            if side is not None
+        },
+        "rouge": {"engine": comparison.engine_scores, "reference": comparison.reference_scores},
+        "articles": [article_entry(comparison, i) for i in range(len(comparison.articles))],
+    }
+
+
+def article_entry(comparison: Comparison, index: int) -> dict[str, Any]:
+    """Return one article's record, texts and agreement."""
+    article = comparison.articles[index]
+    entry: dict[str, Any] = {**article.record.model_dump(), "highlights": article.highlights}
+    for side in (comparison.engine, comparison.reference):
+        if side is not None:
+            entry[side.side] = side.continuations[index].text
+    if comparison.agreements:
+        found = comparison.agreements[index]
+        finite = found.gap if found.gap is not None and found.gap < float("inf") else None
+        entry["agreement"] = {"outcome": found.outcome, "position": found.position, "gap": finite}
+    return entry

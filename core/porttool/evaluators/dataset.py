@@ -1,0 +1,216 @@
+"""Articles with human summaries: cnn_dailymail from the hub, or local files with its columns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from porttool.errors import MissingExtra, UsageError
+from porttool.evaluators.results import ArticleRecord
+from porttool.weights import listing
+
+
+@dataclass(frozen=True)
+class Article:
+    """A text and the summary that a human wrote of it."""
+
+    id: str
+    text: str
+    highlights: str
+
+    @property
+    def record(self) -> ArticleRecord:
+        """The id, and a hash of the text and the highlights."""
+        content = json.dumps([self.text, self.highlights], ensure_ascii=False).encode()
+        return ArticleRecord(id=self.id, sha256=hashlib.sha256(content).hexdigest())
+
+
+@dataclass(frozen=True)
+class DatasetRequest:
+    """Which articles are wanted, from where and in which order.
+
+    `name` is a hub id or a local path: a .jsonl or .parquet file, a folder of parquet files, or
+    one written by `datasets.save_to_disk`. `seed` shuffles as `datasets` does; `ids` is a file of
+    lines `id` or `id sha256`, and replaces shuffling.
+    """
+
+    name: str = "abisee/cnn_dailymail"
+    config: str = "3.0.0"
+    revision: str | None = None
+    split: str = "test"
+    columns: tuple[str, str, str] = ("id", "article", "highlights")
+    max_articles: int = 200
+    seed: int | None = None
+    ids: Path | None = None
+
+
+class Rows(Protocol):
+    """A table: its length, and a row by number."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return a row."""
+
+
+def load_articles(request: DatasetRequest) -> list[Article]:
+    """Return the wanted articles; UsageError if there are none, or not the ones pinned."""
+    if Path(request.name).exists():
+        rows = open_local(Path(request.name), request.split)
+    else:
+        rows = open_hub(request)
+    if not len(rows):
+        raise UsageError(f"{request.name}: there are no articles in it")
+    require_columns(request.name, rows[0], request.columns)
+    if request.ids is not None:
+        return pinned_articles(rows, request)
+    order: Iterable[int] = range(len(rows))
+    if request.seed is not None:
+        order = np.random.default_rng(request.seed).permutation(len(rows)).tolist()
+    chosen = list(order)[: request.max_articles]
+    return [make_article(rows[i], request) for i in chosen]
+
+
+def make_article(row: dict[str, Any], request: DatasetRequest) -> Article:
+    """Make an article of a row; a value that is no text, or an empty one, is a UsageError."""
+    id_column, text_column, highlights_column = request.columns
+    values = (str(row[id_column]), row[text_column], row[highlights_column])
+    if not all(isinstance(v, str) and v.strip() for v in values):
+        raise UsageError(
+            f"{request.name}: the article {values[0]!r} has an empty {text_column!r} or "
+            f"{highlights_column!r}; leave it out"
+        )
+    return Article(*values)
+
+
+def require_columns(name: str, row: dict[str, Any], wanted: Sequence[str]) -> None:
+    """Refuse a table without the columns that were asked for."""
+    missing = [c for c in wanted if c not in row]
+    if missing:
+        raise UsageError(
+            f"{name}: there is no column {listing(missing)}; its columns are {listing(list(row))}; "
+            "name them with the options id_column, article_column and highlights_column"
+        )
+
+
+def pinned_articles(rows: Rows, request: DatasetRequest) -> list[Article]:
+    """Return the articles of a list of ids, in its order, and hold them to its hashes."""
+    pins = read_pins(request.ids or Path())[: request.max_articles]
+    id_column = request.columns[0]
+    where = {str(rows[i][id_column]): i for i in range(len(rows))}
+    missing = [pin for pin, _ in pins if pin not in where]
+    if missing:
+        raise UsageError(
+            f"{request.name}: {len(missing)} of {len(pins)} articles in {request.ids} are not "
+            f"there: {listing(missing)}"
+        )
+    articles = [make_article(rows[where[pin]], request) for pin, _ in pins]
+    for article, (pin, sha256) in zip(articles, pins, strict=True):
+        if sha256 and article.record.sha256 != sha256:
+            raise UsageError(
+                f"{request.name}: the article {pin} is not the one pinned in {request.ids}: its "
+                f"hash is {article.record.sha256}, not {sha256}; the data set has changed"
+            )
+    return articles
+
+
+def read_pins(path: Path) -> list[tuple[str, str]]:
+    """Read lines `id` or `id sha256`; UsageError for a missing or empty file."""
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file of article ids")
+    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+    pins = [(parts[0], parts[1] if len(parts) > 1 else "") for parts in lines if parts]
+    if not pins:
+        raise UsageError(f"{path}: there are no article ids in it")
+    return pins
+
+
+def write_pins(path: Path, articles: Sequence[Article]) -> None:
+    """Write a list that pins exactly these articles."""
+    records = [a.record for a in articles]
+    path.write_text("".join(f"{r.id} {r.sha256}\n" for r in records), encoding="utf-8")
+
+
+def open_local(path: Path, split: str) -> Rows:
+    """Open a file or a folder by what it holds."""
+    if path.is_file():
+        return read_parquet([path]) if path.suffix == ".parquet" else read_json_lines(path)
+    if (path / split / "dataset_info.json").is_file():
+        return open_saved(path / split)
+    if (path / "dataset_info.json").is_file():
+        return open_saved(path)
+    files = sorted(path.rglob("*.parquet"))
+    of_split = [f for f in files if split in f.name or split in f.parent.name]
+    if not files:
+        raise UsageError(
+            f"{path}: there are no articles here; name a .jsonl or .parquet file, a folder of "
+            "parquet files or one that datasets.save_to_disk wrote"
+        )
+    return read_parquet(of_split or files)
+
+
+def read_json_lines(path: Path) -> Rows:
+    """Read one JSON object a line; UsageError naming the line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: damaged JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}, line {number}: should be a JSON object")
+        rows.append(row)
+    return rows
+
+
+def read_parquet(files: Sequence[Path]) -> Rows:
+    """Read parquet files, one after the other."""
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise MissingExtra("eval", "pyarrow") from error
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            rows += parquet.read_table(file).to_pylist()
+        except (ArrowInvalid, OSError) as error:
+            raise UsageError(f"{file}: cannot be read as parquet: {error}") from error
+    return rows
+
+
+def open_saved(path: Path) -> Rows:
+    """Open what datasets.save_to_disk wrote."""
+    try:
+        from datasets import load_from_disk
+    except ImportError as error:
+        raise MissingExtra("eval", "datasets") from error
+    rows: Rows = load_from_disk(str(path))
+    return rows
+
+
+def open_hub(request: DatasetRequest) -> Rows:
+    """Open a data set of the hub, or of its cache when HF_HUB_OFFLINE is set."""
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise MissingExtra("eval", "datasets") from error
+    try:
+        rows: Rows = load_dataset(
+            request.name, request.config, split=request.split, revision=request.revision
+        )
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UsageError(
+            f"{request.name}: neither a local path nor a data set that can be fetched now "
+            f"({type(error).__name__}: {str(error)[:200]}); name a local .jsonl or .parquet file"
+        ) from error
+    return rows

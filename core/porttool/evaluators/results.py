@@ -1,0 +1,145 @@
+"""What one side produced, in a form that can be saved and compared later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple, Self
+
+from pydantic import PositiveInt, ValidationError
+
+from porttool.component import explain
+from porttool.config import Closed, Dtype
+from porttool.errors import UsageError
+
+Side = Literal["engine", "reference"]
+
+
+class Candidate(NamedTuple):
+    """A token that a step could have chosen, with its log-probability."""
+
+    token: int
+    logprob: float
+
+
+class Decoding(Closed):
+    """How both sides choose tokens: greedy with one beam, beam search with more."""
+
+    max_new_tokens: PositiveInt = 100
+    num_beams: PositiveInt = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = True
+    eos: tuple[int, ...] = ()
+
+
+class Continuation(Closed):
+    """New tokens of one prompt without the end token; `ended` says that there was one.
+
+    `logprobs` are the chosen tokens'. `candidates` are the reference's best few of every step,
+    best first, the step that chose the end token included. `score` is a beam's.
+    """
+
+    tokens: tuple[int, ...]
+    ended: bool
+    logprobs: tuple[float, ...] | None = None
+    candidates: tuple[tuple[Candidate, ...], ...] = ()
+    score: float | None = None
+    text: str = ""
+
+
+class Speed(Closed):
+    """How fast a side was; `first_token_seconds` is of one prompt alone, the median of a few."""
+
+    seconds: float
+    n_tokens: int
+    n_articles: int
+    first_token_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over all rows."""
+        return self.n_tokens / max(self.seconds, 1e-9)
+
+    @property
+    def articles_per_second(self) -> float:
+        """Finished articles."""
+        return self.n_articles / max(self.seconds, 1e-9)
+
+
+class ArticleRecord(Closed):
+    """Which article was used: its id and the SHA-256 of its content."""
+
+    id: str
+    sha256: str
+
+
+class Task(Closed):
+    """What both sides must have been given for their results to be compared."""
+
+    articles: tuple[ArticleRecord, ...]
+    prompts_sha256: str
+    decoding: Decoding
+
+    @classmethod
+    def of(
+        cls, articles: tuple[ArticleRecord, ...], prompts: list[list[int]], decoding: Decoding
+    ) -> Self:
+        """Describe a task; the prompts are kept as a hash of their ids."""
+        digest = hashlib.sha256(json.dumps(prompts, separators=(",", ":")).encode()).hexdigest()
+        return cls(articles=articles, prompts_sha256=digest, decoding=decoding)
+
+
+class SideResult(Closed):
+    """One side's continuations of a task. `model` fingerprints the source or the checkpoint."""
+
+    format: Literal["porttool-summaries"] = "porttool-summaries"
+    format_version: Literal[1] = 1
+    side: Side
+    description: str
+    model: str
+    dtype: Dtype
+    task: Task
+    speed: Speed
+    continuations: tuple[Continuation, ...]
+
+    def save(self, folder: Path) -> None:
+        """Write the result where a later run looks for it."""
+        result_file(folder, self.side).write_text(self.model_dump_json() + "\n")
+
+
+def result_file(folder: Path, side: Side) -> Path:
+    """Return where a side's result is kept."""
+    return folder / ("reference.json" if side == "reference" else "engine-summaries.json")
+
+
+def load_result(folder: Path, side: Side) -> SideResult | None:
+    """Read a side's saved result, or None if there is none; UsageError if it is damaged."""
+    path = result_file(folder, side)
+    if not path.is_file():
+        return None
+    try:
+        return SideResult.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UsageError(f"{path}: not a saved result: {explain(error)}; run it again") from error
+
+
+def require_same_task(saved: SideResult, task: Task, path: Path) -> None:
+    """Refuse a saved result of other articles, other token ids or other decoding."""
+    differing = [
+        name
+        for name, before, now in (
+            ("articles", saved.task.articles, task.articles),
+            ("token ids of the prompts", saved.task.prompts_sha256, task.prompts_sha256),
+            ("decoding", saved.task.decoding, task.decoding),
+        )
+        if before != now
+    ]
+    if differing:
+        raise UsageError(
+            f"{path} was made with different {' and '.join(differing)}; use the same options, or "
+            f"run the {saved.side} again"
+        )
+    if len(saved.continuations) != len(task.articles):
+        raise UsageError(f"{path} holds {len(saved.continuations)} results of "
+                         f"{len(task.articles)} articles; run the {saved.side} again")  # fmt: skip

@@ -1,0 +1,39 @@
+"""ROUGE of summaries, each article by itself: rouge-score without a stemmer, F in percent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from porttool.errors import MissingExtra
+
+KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
+
+
+def split_sentences(text: str) -> str:
+    """Return a text with every sentence on a line of its own, as rougeLsum wants it.
+
+    It splits after `.`, `!` or `?` before white space, and at line ends: without data files, and
+    the same way for both sides and for the human summary.
+    """
+    parts = (part.strip() for part in _SENTENCE_END.split(text))
+    return "\n".join(part for part in parts if part)
+
+
+def score_summaries(
+    summaries: Sequence[str], highlights: Sequence[str]
+) -> dict[str, list[float]]:
+    """Return each kind's F of every summary, 0 to 100, in their order (Lin 2004)."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingExtra("eval", "rouge_score") from error
+    scorer = RougeScorer(list(KINDS), use_stemmer=False)
+    scores: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for summary, target in zip(summaries, highlights, strict=True):
+        found = scorer.score(split_sentences(target), split_sentences(summary))
+        for kind in KINDS:
+            scores[kind].append(100 * float(found[kind].fmeasure))
+    return scores

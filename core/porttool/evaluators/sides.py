@@ -1,0 +1,152 @@
+"""Running each side of a comparison over the same prompts, with its speed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from porttool.config import Sampling
+from porttool.evaluators.reference import ReferenceModel, fingerprint_model, median_seconds
+from porttool.evaluators.results import Continuation, Decoding, SideResult, Speed, Task
+from porttool.progress import Progress
+from porttool.text import Tokenizer
+
+if TYPE_CHECKING:
+    from porttool.generate import Completion
+    from porttool.runner import Runner
+
+ON_DEVICE_DRIFT = 64
+"""Prompts run once more for log-probabilities where the timed run decodes on the device."""
+
+Prompts = Sequence[Sequence[int]]
+
+
+def run_reference(
+    model: ReferenceModel,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    task: Task,
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> SideResult:
+    """Summarise with the reference."""
+    first = model.first_token_seconds(prompts, task.decoding)
+    progress.start("Hugging Face", len(prompts), unit="articles")
+    began = time.perf_counter()
+    found = model.generate(
+        prompts, task.decoding, batch_size=batch_size, on_batch=progress.advance
+    )
+    seconds = time.perf_counter() - began
+    progress.finish()
+    return SideResult(
+        side="reference",
+        description=model.description,
+        model=fingerprint_model(model.folder),
+        dtype=model.dtype,
+        task=task,
+        speed=speed_of(found, seconds, first),
+        continuations=tuple(with_text(c, tokenizer) for c in found),
+    )
+
+
+def run_engine(
+    runner: Runner, tokenizer: Tokenizer, prompts: Prompts, task: Task, *, progress: Progress
+) -> SideResult:
+    """Summarise with the engine, all prompts at once: the engine batches them itself."""
+    decoding = task.decoding
+    at_once = decoding.num_beams == 1 and not runner.decodes_on_device
+    sampling = sampling_of(decoding, logprobs=at_once)
+    one = Sampling(max_new_tokens=1)
+    first = median_seconds(lambda p: generate_all(runner, [p], one, decoding.eos), prompts)
+    progress.start("engine", len(prompts) * decoding.max_new_tokens, unit="tokens")
+    began = time.perf_counter()
+    found = generate_all(runner, prompts, sampling, decoding.eos, progress=progress)
+    seconds = time.perf_counter() - began
+    progress.finish()
+    if decoding.num_beams == 1 and not at_once:
+        found = add_logprobs(runner, prompts, found, decoding)
+    manifest = runner.engine.manifest
+    return SideResult(
+        side="engine",
+        description=runner.description,
+        model=manifest.checkpoint_digest,
+        dtype=manifest.dtype,
+        task=task,
+        speed=speed_of(found, seconds, first),
+        continuations=tuple(with_text(c, tokenizer) for c in found),
+    )
+
+
+def sampling_of(decoding: Decoding, *, logprobs: bool) -> Sampling:
+    """Say in porttool's words how to decode."""
+    beams = decoding.num_beams > 1
+    return Sampling(
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=decoding.num_beams,
+        length_penalty=decoding.length_penalty,
+        early_stopping=decoding.early_stopping and beams,
+        logprobs=logprobs,
+    )
+
+
+def generate_all(
+    runner: Runner,
+    prompts: Prompts,
+    sampling: Sampling,
+    eos: tuple[int, ...],
+    *,
+    progress: Progress | None = None,
+) -> list[Continuation]:
+    """Continue every prompt with the engine; the best beam where there are several."""
+    from porttool.generate import generate
+
+    def count(index: int, token: int) -> None:
+        if progress is not None:
+            progress.advance(1)
+
+    found = generate(runner, prompts, sampling, eos=eos, on_token=count)
+    return [continuation(completions[0]) for completions in found]
+
+
+def continuation(completion: Completion) -> Continuation:
+    """Keep of a completion what is compared."""
+    return Continuation(
+        tokens=completion.tokens,
+        ended=completion.finish == "eos",
+        logprobs=completion.logprobs,
+        score=completion.score,
+    )
+
+
+def add_logprobs(
+    runner: Runner, prompts: Prompts, found: list[Continuation], decoding: Decoding
+) -> list[Continuation]:
+    """Run the first prompts again, step by step, for the log-probabilities of their tokens.
+
+    Where the second run chose other tokens, the log-probabilities end.
+    """
+    again = generate_all(
+        runner, prompts[:ON_DEVICE_DRIFT], sampling_of(decoding, logprobs=True), decoding.eos
+    )
+    merged = []
+    for first, second in zip(found, again, strict=False):
+        pairs = enumerate(zip(first.tokens, second.tokens, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), len(second.tokens))
+        kept = (second.logprobs or ())[:same]
+        merged.append(first.model_copy(update={"logprobs": kept}))
+    return merged + found[len(again) :]
+
+
+def speed_of(found: Sequence[Continuation], seconds: float, first: float) -> Speed:
+    """Count the tokens, end tokens included, of a timed run."""
+    n_tokens = sum(len(c.tokens) + c.ended for c in found)
+    return Speed(
+        seconds=seconds, n_tokens=n_tokens, n_articles=len(found), first_token_seconds=first
+    )
+
+
+def with_text(found: Continuation, tokenizer: Tokenizer) -> Continuation:
+    """Add the decoded text, as it came."""
+    return found.model_copy(update={"text": tokenizer.decode(found.tokens)})

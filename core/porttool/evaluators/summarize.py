@@ -1,0 +1,188 @@
+"""Summarise the same articles with the engine and with Hugging Face, and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from porttool.errors import UsageError
+from porttool.evaluator import Evaluator, Port, Report, evaluate
+from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
+from porttool.evaluators.results import (
+    SideResult,
+    Task,
+    load_result,
+    require_same_task,
+    result_file,
+)
+from porttool.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from porttool.converter import Converter
+    from porttool.evaluators.comparison import Bounds, Comparison
+    from porttool.evaluators.reference import Device
+    from porttool.runner import Runner
+    from porttool.text import Tokenizer
+
+PINS = "articles.txt"
+
+
+def summarize(
+    *,
+    output: Path,
+    runner: Runner | None = None,
+    tokenizer: Tokenizer | None = None,
+    source: Path | None = None,
+    converter: Converter | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> Report:
+    """Summarise with the engine, with the source in Hugging Face, or with both.
+
+    A side that is not given is taken from what an earlier run left in `output`. The folder gets
+    report.json, report.html, report.png, each side's results and the list of articles.
+    """
+    port = Port(runner, tokenizer, source, converter)
+    return evaluate(SummarizeEvaluator(options), port, output, progress=progress)
+
+
+class SummarizeEvaluator(Evaluator):
+    """ROUGE, token agreement and log-probabilities on articles with human summaries."""
+
+    name = "summarize"
+    Options = SummarizeOptions
+
+    def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
+        """Run the sides that are there, take the other from `output`, and report."""
+        from porttool.evaluators.comparison import compare_sides, judge, measurements_of, tables_of
+        from porttool.evaluators.dataset import write_pins
+        from porttool.evaluators.page import require_matplotlib, write_page
+
+        options = cast("SummarizeOptions", self.options)
+        require_matplotlib()
+        if port.runner is None and port.source is None:
+            raise UsageError("neither an engine nor a Hugging Face folder was given")
+        work = assign(options, port)
+        notes = [*plan_notes(options, port, work)]
+        for note in notes:
+            progress.note(note)
+        write_pins(output / PINS, work.articles)
+        engine, reference = run_sides(options, port, work, output, progress)
+        comparison = compare_sides(work.articles, engine, reference, bounds_of(options))
+        notes += outcome_notes(comparison, output)
+        report = Report(
+            evaluator=self.name,
+            engine=engine.description if engine else "not run",
+            reference=reference.description if reference else "not run",
+            verdicts=judge(comparison),
+            tables=tables_of(comparison),
+            notes=tuple(notes),
+            measurements={
+                "options": options.model_dump(mode="json"),
+                "models": {s.side: s.model for s in (engine, reference) if s},
+                **measurements_of(comparison),
+            },
+        )
+        parity = options.parity_report or output.parent / "parity" / "report.json"
+        write_page(output, report, comparison, n_examples=options.n_examples, parity=parity)
+        return report
+
+
+def bounds_of(options: SummarizeOptions) -> Bounds:
+    """Return what the verdicts are held to."""
+    from porttool.evaluators.comparison import Bounds
+
+    return Bounds(
+        margin=options.margin,
+        min_agreement=options.min_agreement,
+        max_drift=options.max_drift,
+        rouge1_threshold=options.rouge1_threshold,
+        resamples=options.resamples,
+        confidence=options.confidence,
+        seed=options.seed,
+    )
+
+
+def plan_notes(options: SummarizeOptions, port: Port, work: Assignment) -> list[str]:
+    """Say before the run what is compared and what the run can show."""
+    from porttool.evaluators.agreement import TOLERANCES
+    from porttool.evaluators.comparison import power_note
+
+    lengths = sorted(map(len, work.prompts))
+    dtype = port.runner.engine.manifest.dtype if port.runner else "float32"
+    margin = options.margin or TOLERANCES[dtype].margin
+    return [
+        f"{len(work.articles)} articles of {options.dataset}, prompts of {lengths[0]} to "
+        f"{lengths[-1]} tokens, median {lengths[len(lengths) // 2]}",
+        power_note(len(work.articles), options.assumed_sd, margin, options.confidence, "assumed"),
+    ]
+
+
+def outcome_notes(comparison: Comparison, output: Path) -> list[str]:
+    """Say after the run what was measured, and what is still to do."""
+    from porttool.evaluators.comparison import power_note
+
+    notes = []
+    for side in (comparison.engine, comparison.reference):
+        empty = sum(not c.text.strip() for c in side.continuations) if side else 0
+        if side and empty:
+            notes.append(f"{side.side}: {empty} of {len(comparison.articles)} summaries are empty")
+    if comparison.both:
+        found = comparison.estimate(comparison.differences("rouge1"))
+        margin, level = comparison.tolerance.margin, comparison.bounds.confidence
+        notes.append(power_note(found.n, found.sd, margin, level, "measured"))
+    else:
+        done, missing = ("engine", "reference") if comparison.engine else ("reference", "engine")
+        notes.append(f"the {done}'s results are kept in {output.name}; run the {missing} with the "
+                     "same options and output to compare")  # fmt: skip
+    return notes
+
+
+def run_sides(
+    options: SummarizeOptions, port: Port, work: Assignment, output: Path, progress: Progress
+) -> tuple[SideResult | None, SideResult | None]:
+    """Return engine and reference, each run now or else as saved; saved ones are checked first."""
+    saved_engine = None if port.runner else saved_side(output, "engine", work.task)
+    saved_reference = None if port.source else saved_side(output, "reference", work.task)
+    if saved_reference and options.reference_dtype not in (None, saved_reference.dtype):
+        raise UsageError(
+            f"{result_file(output, 'reference')} was made in {saved_reference.dtype}, not "
+            f"{options.reference_dtype}; leave reference_dtype out, or run the reference again"
+        )
+    reference, engine = saved_reference, saved_engine
+    if port.source is not None:
+        reference = make_reference(options, port.source, work, progress)
+        reference.save(output)
+    if port.runner is not None:
+        from porttool.evaluators.sides import run_engine
+
+        engine = run_engine(port.runner, work.tokenizer, work.prompts, work.task, progress=progress)
+        engine.save(output)
+    return engine, reference
+
+
+def saved_side(
+    output: Path, side: Literal["engine", "reference"], task: Task
+) -> SideResult | None:
+    """Return a saved result of the same task, or None if nothing was saved."""
+    saved = load_result(output, side)
+    if saved is not None:
+        require_same_task(saved, task, result_file(output, side))
+    return saved
+
+
+def make_reference(
+    options: SummarizeOptions, source: Path, work: Assignment, progress: Progress
+) -> SideResult:
+    """Load the source in Hugging Face, run it, and let it go again."""
+    from porttool.evaluators.reference import ReferenceModel
+    from porttool.evaluators.sides import run_reference
+
+    device: Device = options.reference_device
+    dtype = options.reference_dtype or "float32"
+    model = ReferenceModel(source, dtype=dtype, device=device)
+    return run_reference(
+        model, work.tokenizer, work.prompts, work.task, batch_size=options.batch_size,
+        progress=progress,
+    )  # fmt: skip
