@@ -12,9 +12,9 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from porttool.checkpoint import Checkpoint
 from porttool.plugins import Registry, load_registry
 from porttool.runner import Runner

@@ -171,5 +171,3 @@ def train_tokenizer(folder: Path) -> None:
     ]
     tokenizer.train_from_iterator(sentences * 20, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-
-

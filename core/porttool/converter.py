@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,15 @@ from porttool.errors import SourceError
 from porttool.folder import PendingFolder, pending_folder, require_space
 from porttool.progress import SILENT, Progress
 from porttool.shards import MAX_SHARD_BYTES, TensorJob, plan_shards, write_shards
-from porttool.weights import Take, TensorSource, WeightMap, cast, map_tensor, resolve_rules
+from porttool.weights import (
+    Take,
+    TensorInfo,
+    TensorSource,
+    WeightMap,
+    cast,
+    map_tensor,
+    resolve_rules,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -209,6 +217,8 @@ def plan_jobs(
     infos = source.tensors.infos()
     shapes = {n: tuple(t.shape) for n, t in converter.module(source.config).state_dict().items()}
     target = dtype or source_dtype(source.tensors)
+    rules = resolve_rules(shapes, weight_map, infos)
+    require_floats(infos, {n for rule in rules.values() for n in rule.names})
     return [
         TensorJob(
             name,
@@ -217,8 +227,18 @@ def plan_jobs(
             sum(infos[n].nbytes for n in rule.names),
             partial(make_tensor, name, shapes[name], rule, source, target, allow_nonfinite),
         )
-        for name, rule in resolve_rules(shapes, weight_map, infos).items()
+        for name, rule in rules.items()
     ]
+
+
+def require_floats(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
+    """Refuse weights that are stored as integers: they mean something else, or are quantised."""
+    for name in sorted(names):
+        if infos[name].dtype not in FLOATS:
+            raise SourceError(
+                f"{name} in {infos[name].file} is {infos[name].dtype}, not a floating-point "
+                "tensor; porttool converts unquantised weights"
+            )
 
 
 def make_tensor(

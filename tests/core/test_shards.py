@@ -102,8 +102,9 @@ def test_an_error_while_making_is_raised_where_it_is_written(tmp_path):
         raise ValueError("t1")
 
     jobs = [job("t0", torch.ones(4)), job("t1", torch.ones(4), broken), job("t2", torch.ones(4))]
-    with pytest.raises(ValueError, match="t1"), pending_folder(
-        tmp_path / "o", "w", replace=False
-    ) as folder:
+    with (
+        pytest.raises(ValueError, match="t1"),
+        pending_folder(tmp_path / "o", "w", replace=False) as folder,
+    ):
         write_shards(folder, plan_shards(jobs, "m"), workers=2, progress=Progress())
     assert not (tmp_path / "o").exists()

@@ -89,7 +89,8 @@ def test_a_truncated_file(weights, keep):
 
 
 @pytest.mark.parametrize(
-    "content", [b"not a pickle at all", b"\x80\x02N.", b"\x80\x04]\x94.", b"\x00" * 4096, b"PK\x05\x06"]
+    "content",
+    [b"not a pickle at all", b"\x80\x02N.", b"\x80\x04]\x94.", b"\x00" * 4096, b"PK\x05\x06"],
 )
 def test_not_a_torch_file(tmp_path, content):
     path = tmp_path / "m.bin"

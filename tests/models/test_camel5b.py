@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
-from tiny import full_logits, reference_logits
 
+import tiny
 from porttool.errors import SourceError, UsageError
 from porttool.plugins import choose_converter
 from porttool.text import fill_template
+from tiny import full_logits, reference_logits
 
 CAMEL = {
     "activation_function": "gelu", "n_positions": 2048, "vocab_size": 50258, "n_embd": 8,

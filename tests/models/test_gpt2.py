@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
-from tiny import PROMPTS, Form, full_logits, reference_logits
 
+import tiny
 from porttool.errors import SourceError
+from tiny import PROMPTS, Form, full_logits, reference_logits
 
 ATOL = 1e-9
 VARIANTS = {

@@ -72,8 +72,11 @@ def only_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
     return dict(tree)
 
 
-def load_tree(path: Path) -> Any:
-    """Unpickle a torch file with the weights-only reader; anything else in it is a SourceError."""
+def load_tree(path: Path, safe: Sequence[Any] = ()) -> Any:
+    """Unpickle a torch file with the weights-only reader; anything else in it is a SourceError.
+
+    `safe` are classes, or pairs of a stand-in and a name, that may be there beside tensors.
+    """
     import torch
 
     require_safe_torch(torch.__version__)
@@ -82,15 +85,16 @@ def load_tree(path: Path) -> Any:
     zipped = zipfile.is_zipfile(path)
     if zipped:
         check_zip(path)
-    with unpickling(str(path)):
+    with unpickling(str(path)), torch.serialization.safe_globals(list(safe)):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
 @contextmanager
 def unpickling(label: str) -> Iterator[None]:
-    """Turn whatever torch raises about a file into a SourceError naming it."""
+    """Turn whatever torch raises about a file into a SourceError naming it; drop its warnings."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except pickle.UnpicklingError as error:
         raise SourceError(
             f"{label}: refused, because it is damaged or its pickle wants more than tensors: "

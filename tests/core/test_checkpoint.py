@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from porttool.checkpoint import Checkpoint
+from porttool.errors import CheckpointError
+from porttool.folder import hash_file
+
+
+@pytest.fixture
+def copy(tmp_path, checkpoint):
+    return shutil.copytree(checkpoint.path, tmp_path / "checkpoint")
+
+
+def edit_manifest(folder, **changes):
+    file = folder / "checkpoint.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def flip_bit(file, at):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+
+
+def test_it_opens_and_says_what_it_is(checkpoint, source):
+    opened = Checkpoint.open(checkpoint.path)
+    manifest = opened.manifest
+    assert (manifest.family, manifest.dtype, manifest.dummy) == ("gpt2", "float32", False)
+    assert manifest.source.path == str(source)
+    assert manifest.plugin.distribution == "porttool"
+    assert manifest.tensors["layers.2.mlp.up.weight"] == (96, 24)
+    assert "head.weight" not in manifest.tensors
+    assert sorted(opened.names()) == sorted(manifest.tensors)
+    assert opened.digest == checkpoint.digest
+
+
+def test_transposed_weights_are_the_sources(checkpoint, reference):
+    name = "layers.1.attention.qkv.weight"
+    stored = checkpoint.file_of(name).load(name)
+    assert stored.double().equal(reference.transformer.h[1].attn.c_attn.weight.t())
+
+
+@pytest.mark.parametrize("place", [0.001, 0.5, 0.9999])
+def test_a_flipped_bit(copy, place):
+    file = copy / "model.safetensors"
+    flip_bit(file, int(file.stat().st_size * place))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: its SHA-256 is not the manif"):
+        Checkpoint.open(copy)
+
+
+def test_a_cut_file(copy):
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.truncate(9000)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: has 9000 bytes, the manifest"):
+        Checkpoint.open(copy)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        Checkpoint.open(copy, verify=False)
+
+
+def test_no_manifest(copy):
+    (copy / "checkpoint.json").unlink()
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint\.json here$"):
+        Checkpoint.open(copy)
+    (copy.parent / ".checkpoint.partial").mkdir()
+    with pytest.raises(CheckpointError, match="an interrupted run left it half done, run it again"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"format": "x"}'])
+def test_a_manifest_that_is_none(copy, content):
+    (copy / "checkpoint.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"checkpoint\.json: not a manifest of this version"):
+        Checkpoint.open(copy)
+
+
+def test_another_version_of_the_format(copy):
+    edit_manifest(copy, format_version=2)
+    with pytest.raises(CheckpointError, match=r"not a manifest of this version: format_version"):
+        Checkpoint.open(copy)
+
+
+def test_a_manifest_with_a_field_from_the_future(copy):
+    edit_manifest(copy, quantum=True)
+    with pytest.raises(CheckpointError, match=r"not a manifest of this version: quantum"):
+        Checkpoint.open(copy)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda t: t.pop("norm.bias"), "the tensor norm.bias is missing; convert it again"),
+        (lambda t: t.update(more=torch.ones(1)), "the tensor more does not belong here"),
+        (lambda t: t.update({"norm.bias": torch.ones(7)}), "norm.bias is float32 [7], the manif"),
+        (lambda t: t.update({"norm.bias": torch.ones(24).half()}), "norm.bias is float16 [24]"),
+    ],
+)
+def test_tensors_that_the_manifest_does_not_know(copy, edit, said):
+    """Hashes in order, contents not: the manifest of one conversion on files of another."""
+    tensors = load_file(copy / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, copy / "model.safetensors")
+    manifest = json.loads((copy / "checkpoint.json").read_text())
+    record = hash_file(copy / "model.safetensors").model_dump()
+    edit_manifest(copy, files={**manifest["files"], "model.safetensors": record})
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(copy)
+    assert said in str(caught.value)
