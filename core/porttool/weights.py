@@ -105,6 +105,11 @@ class WeightMap:
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
+def identity_rules(names: Iterable[str]) -> dict[str, Take]:
+    """Return rules for tensors that are under canonical names already, as they are stored."""
+    return {template: take(template) for template in {_LAYER.sub("layers.{i}.", n) for n in names}}
+
+
 def resolve_rules(
     wanted: Iterable[str], weight_map: WeightMap, present: Mapping[str, TensorInfo]
 ) -> dict[str, Take]:

@@ -18,6 +18,7 @@ api_version = 1
 def porttool_converters() -> Iterable[type[Converter]]:
     """Return the converters of this family."""
     from porttool_gpt2.converter import GPT2Converter
+    from porttool_gpt2.megatron import MegatronConverter
     from porttool_gpt2.tensorflow import TensorFlowConverter
 
-    return [GPT2Converter, TensorFlowConverter]
+    return [GPT2Converter, MegatronConverter, TensorFlowConverter]

@@ -1,0 +1,295 @@
+"""Megatron-LM's checkpoints of every version, made of transformers' weights."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from porttool.converter import convert
+from porttool.errors import PorttoolError
+from porttool.plugins import choose_converter
+from tiny import PROMPTS, full_logits, reference_logits
+
+ASKED = {"n_head": 3, "vocab_size": 67}
+LINEAR = {"attn.c_attn": "attention.query_key_value", "attn.c_proj": "attention.dense",
+          "mlp.c_fc": "mlp.dense_h_to_4h", "mlp.c_proj": "mlp.dense_4h_to_h"}  # fmt: skip
+NORM = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
+CORE = {
+    "attention.query_key_value": "self_attention.linear_qkv",
+    "attention.dense": "self_attention.linear_proj", "mlp.dense_h_to_4h": "mlp.linear_fc1",
+    "mlp.dense_4h_to_h": "mlp.linear_fc2", "post_attention_layernorm": "pre_mlp_layernorm",
+}  # fmt: skip
+
+
+def order_qkv(tensor, version, heads):
+    """Rows q | k | v → the rows of a version, for the heads of one rank."""
+    parts = tensor.unflatten(0, (3, heads, -1))  # [3, heads, head_dim, ...]
+    if version == 1:
+        parts = parts.permute(1, 2, 0, *range(3, parts.ndim))
+    elif version >= 2:
+        parts = parts.transpose(0, 1)
+    return parts.flatten(0, 2)
+
+
+def layer_of(model, index, tp, rank, version):
+    """One rank's tensors of a layer."""
+    source = model.transformer.h[index]
+    found = {}
+    for name, ours in LINEAR.items():
+        linear = source.get_submodule(name)
+        weight, bias = linear.weight.t(), linear.bias
+        if name == "attn.c_attn":
+            split = lambda t: torch.cat([b.chunk(tp)[rank] for b in t.chunk(3)])  # noqa: E731
+            heads = model.config.n_head // tp
+            weight, bias = (order_qkv(split(t), version, heads) for t in (weight, bias))
+        elif name == "mlp.c_fc":
+            weight, bias = weight.chunk(tp)[rank], bias.chunk(tp)[rank]
+        else:
+            weight = weight.chunk(tp, 1)[rank]
+        found |= {f"{ours}.weight": weight, f"{ours}.bias": bias}
+    for name, ours in NORM.items():
+        norm = source.get_submodule(name)
+        found |= {f"{ours}.weight": norm.weight, f"{ours}.bias": norm.bias}
+    return found
+
+
+def padded_rows(model, tp, rank):
+    rows = model.transformer.wte.weight
+    extra = torch.full((72 - len(rows), rows.shape[1]), 9.0, dtype=rows.dtype)
+    return torch.cat([rows, extra]).chunk(tp)[rank]
+
+
+def as_saved(tree):
+    if isinstance(tree, dict):
+        return {key: as_saved(value) for key, value in tree.items()}
+    return tree.float().contiguous().clone()
+
+
+def model_tree(model, version, tp, rank, stages, stage):
+    """What one rank saves under `model`."""
+    per_stage = model.config.n_layer // stages
+    layers = {
+        f"layers.{i}.{name}": tensor
+        for i in range(per_stage)
+        for name, tensor in layer_of(model, stage * per_stage + i, tp, rank, version).items()
+    }
+    last = stage == stages - 1
+    if last:
+        final = model.transformer.ln_f
+        layers |= {"final_layernorm.weight": final.weight, "final_layernorm.bias": final.bias}
+    if version >= 3:
+        layers = {n.replace("attention", "self_attention", 1) if "_attention" not in n else n: t
+                  for n, t in layers.items()}  # fmt: skip
+    language = {"transformer" if version < 2 else "encoder": layers}
+    if stage == 0:
+        language["embedding"] = {
+            "word_embeddings": {"weight": padded_rows(model, tp, rank)},
+            "position_embeddings": {"weight": model.transformer.wpe.weight},
+        }
+    tree = {"language_model": language}
+    if stages > 1 and last:
+        tree["word_embeddings_for_head"] = {"weight": padded_rows(model, tp, rank)}
+    return as_saved(tree)
+
+
+def arguments(model, tp, pp, **changes):
+    c = model.config
+    return argparse.Namespace(**{
+        "num_layers": c.n_layer, "hidden_size": c.n_embd, "num_attention_heads": c.n_head,
+        "layernorm_epsilon": 1e-5, "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp, "bias_gelu_fusion": True, "openai_gelu": False,
+        "params_dtype": torch.float16, "num_query_groups": 1, "normalization": "LayerNorm",
+        "padded_vocab_size": 72, **changes,
+    })  # fmt: skip
+
+
+def write_source(folder, model, *, version=0, tp=1, pp=1, zipped=True, name="mp_rank_{:02}",
+                 iteration="release", args=None):  # fmt: skip
+    """Write a checkpoint folder as Megatron-LM does; version 0 has no arguments."""
+    folder.mkdir(parents=True)
+    tracker = iteration.removeprefix("iter_").lstrip("0")
+    (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
+    for rank in range(tp):
+        for stage in range(pp):
+            place = folder / iteration / name.format(rank, stage)
+            place.mkdir(parents=True)
+            tree = {"iteration": 7, "model": model_tree(model, version, tp, rank, pp, stage)}
+            if version:
+                tree |= {"checkpoint_version": float(version),
+                         "args": args or arguments(model, tp, pp),
+                         "rng_state": [{"np_rng_state": np.random.RandomState(3).get_state(),
+                                        "torch_rng_state": torch.get_rng_state()}]}  # fmt: skip
+            torch.save(tree, place / "model_optim_rng.pt", _use_new_zipfile_serialization=zipped)
+    return folder
+
+
+def converted(source, output, **options):
+    registry = tiny.load_registry()
+    converter = choose_converter(registry, source, None, options)
+    assert converter.name == "gpt2/megatron"
+    plugin = registry.record(registry.converters, converter.name)
+    return convert(converter, source, output, plugin=plugin)
+
+
+def assert_ported(source, tmp_path, model, registry, **options):
+    checkpoint = converted(source, tmp_path / "checkpoint", **options)
+    engine = tiny.built(checkpoint, tmp_path / "engine", dtype="float64")
+    runner = tiny.loaded(engine.path, registry)
+    for prompt in PROMPTS:
+        expected = reference_logits(model, prompt)
+        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=1e-9, rtol=0)
+    return checkpoint
+
+
+def refused(source, tmp_path, message, **options):
+    with pytest.raises(PorttoolError, match=message):
+        converted(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Its numbers divide by 2 and by 4, as ranks want them."""
+    return tiny.gpt2(n_embd=32, n_head=4, n_layer=4)
+
+
+FORMS = {
+    "345M": {"version": 0, "zipped": False},
+    "v0_tp2": {"version": 0, "tp": 2},
+    "v1": {"version": 1, "iteration": "iter_0005000"},
+    "v1_tp2": {"version": 1, "tp": 2, "zipped": False},
+    "v2_tp4": {"version": 2, "tp": 4},
+    "v2_tp2_pp2": {"version": 2, "tp": 2, "pp": 2, "name": "mp_rank_{:02}_{:03}"},
+    "v3_pp2": {"version": 3, "pp": 2, "name": "tp_rank_{:02}_pp_rank_{:03}"},
+    "v3": {"version": 3},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_version_and_division(tmp_path, model, registry, form):
+    source = write_source(tmp_path / "megatron", model, **form)
+    options = {"vocab_size": 67} | ({} if form["version"] else {"n_head": 4})
+    checkpoint = assert_ported(source, tmp_path, model, registry, **options)
+    assert checkpoint.config.vocab_size == 67
+
+
+def test_megatron_core_names(tmp_path, model, registry):
+    tree = {"decoder." + n: t for i in range(4) for n, t in (
+        (f"layers.{i}.{k}", t) for k, t in layer_of(model, i, 1, 0, 3).items())}  # fmt: skip
+    for old, new in CORE.items():
+        tree = {n.replace(old, new): t for n, t in tree.items()}
+    tree |= {f"decoder.final_layernorm.{k}": getattr(model.transformer.ln_f, k)
+             for k in ("weight", "bias")}  # fmt: skip
+    tree["embedding.word_embeddings.weight"] = padded_rows(model, 1, 0)
+    tree["embedding.position_embeddings.weight"] = model.transformer.wpe.weight
+    saved = as_saved(tree) | {"decoder.layers.0.self_attention._extra_state": None}
+    file = tmp_path / "model_optim_rng.pt"
+    args = arguments(model, 1, 1)
+    torch.save({"model": saved, "checkpoint_version": 3.0, "args": args}, file)
+    assert_ported(file, tmp_path, model, registry, vocab_size=67)
+
+
+def test_untied_and_exact_gelu(tmp_path, registry):
+    model = tiny.gpt2(n_embd=32, n_head=4, n_layer=1, activation_function="gelu",
+                      tie_word_embeddings=False, layer_norm_epsilon=0.3)  # fmt: skip
+    changes = {"bias_gelu_fusion": False, "untie_embeddings_and_output_weights": True,
+               "layernorm_epsilon": 0.3}  # fmt: skip
+    tree = model_tree(model, 3, 1, 0, 1, 0)
+    tree["language_model"]["output_layer"] = {"weight": model.lm_head.weight.float().clone()}
+    file = tmp_path / "model_optim_rng.pt"
+    args = arguments(model, 1, 1, **changes)
+    torch.save({"model": tree, "checkpoint_version": 3.0, "args": args}, file)
+    assert_ported(file, tmp_path, model, registry, vocab_size=67)
+
+
+def test_the_tokenizer_gives_the_ids(tmp_path, model):
+    source = write_source(tmp_path / "megatron", model, version=2)
+    (tmp_path / "bpe").mkdir()
+    vocabulary = ", ".join(f'"t{i}": {i}' for i in range(66)) + ', "<|endoftext|>": 66'
+    (tmp_path / "bpe" / "vocab.json").write_text("{" + vocabulary + "}")
+    (tmp_path / "bpe" / "merges.txt").write_text("#version: 0.2\n")
+    made = converted(source, tmp_path / "checkpoint", tokenizer=str(tmp_path / "bpe"))
+    assert (made.config.vocab_size, made.manifest.tokens.eos) == (67, (66,))
+    assert (made.tokenizer / "merges.txt").is_file()
+
+
+def test_what_a_file_cannot_tell_is_asked_for(tmp_path, model):
+    source = write_source(tmp_path / "megatron", model)
+    refused(source, tmp_path, r"model_optim_rng\.pt: does not say how many heads.*--n-head")
+    refused(source, tmp_path, "72 rows.*not known.*--vocab-size", n_head=4)
+    refused(source, tmp_path, "72 rows.*is 80", n_head=4, vocab_size=80)
+    refused(source, tmp_path, "32 is not a multiple of 5", n_head=5, vocab_size=67)
+    refused(source, tmp_path, "options are: n_head, vocab_size", n_heads=4)
+    known = write_source(tmp_path / "known", model, version=2)
+    refused(known, tmp_path, "has 4 heads, not the 8 of --n-head", n_head=8, vocab_size=67)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"num_layers": 5}, "say 5 layers, the files hold 4"),
+     ({"tensor_model_parallel_size": 2}, "2 tensor-parallel ranks.*tensor rank 1 of stage 0"),
+     ({"pipeline_model_parallel_size": 2}, "in 2 pipeline stages.*tensor rank 0 of stage 1"),
+     ({"normalization": "RMSNorm"}, "not of GPT-2's shape.*RMSNorm"),
+     ({"num_experts": 8}, "not of GPT-2's shape.*num_experts"),
+     ({"swiglu": True}, "not of GPT-2's shape.*swiglu")],
+)  # fmt: skip
+def test_arguments_that_disagree_are_refused(tmp_path, model, changes, message):
+    args = arguments(model, 1, 1, **changes)
+    source = write_source(tmp_path / "megatron", model, version=2, args=args)
+    refused(source, tmp_path, message, vocab_size=67)
+
+
+def test_a_missing_rank_is_named(tmp_path, model):
+    source = write_source(tmp_path / "megatron", model, tp=4)
+    shutil.rmtree(source / "release" / "mp_rank_02")
+    refused(source, tmp_path, "tensor rank 2 of stage 0 are missing", **ASKED)
+    refused(source / "release", tmp_path, "tensor rank 2 of stage 0 are missing", **ASKED)
+
+
+def test_files_of_other_kinds_are_refused(tmp_path, model):
+    def save(tree, **options):
+        torch.save(tree, tmp_path / "model.pt", **options)
+        return tmp_path / "model.pt"
+
+    refused(save([1]), tmp_path, "there is no 'model' in it", **ASKED)
+    refused(save({"model": {"a": torch.ones(3)}}), tmp_path, "no embedding.weight in it", **ASKED)
+    refused(save({"model0": {}, "model1": {}}), tmp_path, "interleaved", **ASKED)
+    for zipped in (True, False):
+        hostile = save({"model": Evil()}, _use_new_zipfile_serialization=zipped)
+        refused(hostile, tmp_path, "its pickle wants more than tensors", **ASKED)
+    (tmp_path / "model.pt").write_bytes(pickle.dumps({"model": 1})[:-3])
+    refused(tmp_path / "model.pt", tmp_path, "truncated or damaged|damaged or its pickle", **ASKED)
+    tree = model_tree(model, 0, 1, 0, 1, 0)
+    del tree["language_model"]["transformer"]["layers.2.mlp.dense_4h_to_h.bias"]
+    options = {"n_head": 4, "vocab_size": 67}
+    refused(save({"model": tree}), tmp_path, r"missing.*layers\.2\.mlp\.down\.bias", **options)
+    tree["language_model"]["transformer"]["layers.2.mlp.extra.bias"] = torch.ones(3)
+    tree["language_model"]["transformer"]["layers.2.mlp.dense_4h_to_h.bias"] = torch.ones(32)
+    refused(save({"model": tree}), tmp_path, r"nothing accounts for.*mlp\.extra\.bias", **options)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("never shown",)
+
+
+def test_enums_of_megatron_are_passed_over(tmp_path, model, registry, monkeypatch):
+    import enum
+    import sys
+    import types
+
+    module = types.ModuleType("megatron.core.enums")
+    monkeypatch.setitem(sys.modules, "megatron", types.ModuleType("megatron"))
+    monkeypatch.setitem(sys.modules, "megatron.core", types.ModuleType("megatron.core"))
+    monkeypatch.setitem(sys.modules, "megatron.core.enums", module)
+    module.ModelType = enum.Enum("ModelType", "encoder_or_decoder", module="megatron.core.enums")
+    args = arguments(model, 1, 1, model_type=module.ModelType.encoder_or_decoder)
+    source = write_source(tmp_path / "megatron", model, version=3, args=args)
+    monkeypatch.undo()
+    assert_ported(source, tmp_path, model, registry, vocab_size=67)
