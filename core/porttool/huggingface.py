@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from porttool.config import ModelConfig, SpecialTokens
 from porttool.converter import Converter, Source, validated
 from porttool.errors import SourceError
-from porttool.sources.ranks import Renamed
+from porttool.sources.ranks import Renamed, ShardedTensors
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.sources.torch_file import open_torch_file
 from porttool.weights import TensorInfo, TensorSource, listing
@@ -188,28 +188,6 @@ def unprefixed(inner: TensorSource, prefix: str) -> TensorSource:
             raise SourceError(f"{info.file}: {short} is there twice, with and without {prefix!r}")
         names[short] = name
     return Renamed(inner, names)
-
-
-class ShardedTensors(TensorSource):
-    """Tensors spread over several files; a name in two of them is refused."""
-
-    def __init__(self, parts: Mapping[str, TensorSource]) -> None:
-        self._where: dict[str, TensorSource] = {}
-        self._infos: dict[str, TensorInfo] = {}
-        for file, part in parts.items():
-            for name, info in part.infos().items():
-                if name in self._where:
-                    raise SourceError(f"{name} is in {self._infos[name].file} and again in {file}")
-                self._where[name] = part
-                self._infos[name] = info
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Return every tensor of every file."""
-        return self._infos
-
-    def load(self, name: str) -> Tensor:
-        """Read one tensor from its file."""
-        return self._where[name].load(name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,11 +11,16 @@ import io
 import os
 import tarfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from tempfile import NamedTemporaryFile
+from typing import IO, BinaryIO, cast
 
 from porttool.errors import SourceError
+from porttool.folder import require_space
+from porttool.progress import Progress
 
 MAX_MEMBERS = 1_000_000
 MAX_HEADER = 1 << 20
@@ -213,3 +218,60 @@ def plain_name(path: Path, name: str) -> str:
     if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise SourceError(f"{path}: the member {name!r} leads outside the archive")
     return "/".join(parts)
+
+
+def peek(path: Path, name: str, limit: int) -> bytes | None:
+    """Return one small file, reading no further than to its end; None if it is not there.
+
+    This is how to look into a gzipped archive without a pass over all of it.
+    """
+    unpack = gzip.open if is_gzip(path) else open
+    try:
+        with (
+            HeaderReader(cast("BinaryIO", unpack(path, "rb"))) as raw,
+            tarfile.open(fileobj=raw, mode="r:") as tar,
+        ):
+            for info in tar:
+                if plain_name(path, info.name) == name and info.isfile() and info.size <= limit:
+                    raw.seek(info.offset_data)
+                    return raw.read(info.size)
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise SourceError(f"{path}: not a tar archive, or truncated or damaged: {error}") from error
+    return None
+
+
+@contextmanager
+def unpacked(path: Path, scratch: Path, progress: Progress) -> Iterator[Path]:
+    """Decompress a gzipped archive once, into a file in `scratch` that is gone afterwards."""
+    progress.note(
+        f"{path.name} is compressed: one pass unpacks it to a temporary file in {scratch}"
+    )
+    packed_size = path.stat().st_size
+    require_space(scratch / path.name, packed_size)
+    limit = max(SMALL, packed_size * MAX_GROWTH)
+    progress.start(f"unpack {path.name}", packed_size)
+    with NamedTemporaryFile(dir=scratch, prefix=".unpacked-", suffix=".tar") as target:
+        try:
+            with path.open("rb") as packed, gzip.open(packed) as plain:
+                copy_blocks(plain, packed, target, limit, progress)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise SourceError(f"{path}: truncated or damaged: {error}") from error
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be unpacked in {scratch}: {error}") from error
+        progress.finish()
+        yield Path(target.name)
+
+
+def copy_blocks(
+    plain: gzip.GzipFile, packed: IO[bytes], target: IO[bytes], limit: int, progress: Progress
+) -> None:
+    """Copy what a gzip stream unpacks to, up to a limit; progress counts the packed bytes."""
+    done = seen = 0
+    while block := plain.read(1 << 22):
+        done += len(block)
+        if done > limit:
+            raise SourceError(f"{packed.name}: unpacks to more than {limit} bytes; it is a trap")
+        target.write(block)
+        progress.advance(packed.tell() - seen)
+        seen = packed.tell()
+    target.flush()

@@ -164,6 +164,28 @@ class Renamed(TensorSource):
         return self._inner.load(self._names[name])
 
 
+class ShardedTensors(TensorSource):
+    """Tensors spread over several files; a name in two of them is refused."""
+
+    def __init__(self, parts: Mapping[str, TensorSource]) -> None:
+        self._where: dict[str, TensorSource] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        for file, part in parts.items():
+            for name, info in part.infos().items():
+                if name in self._where:
+                    raise SourceError(f"{name} is in {self._infos[name].file} and again in {file}")
+                self._where[name] = part
+                self._infos[name] = info
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Return every tensor of every file."""
+        return self._infos
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor from its file."""
+        return self._where[name].load(name)
+
+
 def number_stages(stages: Iterable[TensorSource]) -> list[TensorSource]:
     """Return pipeline stages, each counting its layers from 0, with layers counted through."""
     result: list[TensorSource] = []

@@ -69,7 +69,7 @@ class TorchZip(TensorSource):
         fake = self._fakes[name]
         buffer = torch.empty(span(fake) * fake.element_size(), dtype=torch.uint8)
         first = fake.storage_offset() * fake.element_size()
-        start = self._place.offset + fake.untyped_storage()._checkpoint_offset + first
+        start = self._place.offset + (fake.untyped_storage()._checkpoint_offset or 0) + first
         read_exactly(self._path, buffer, start)
         return buffer.view(fake.dtype).as_strided(tuple(fake.shape), fake.stride())
 
@@ -115,7 +115,7 @@ def check_stored(name: str, value: Any, entries: list[zipfile.ZipInfo], label: s
     if value.layout != torch.strided or value.device.type != "cpu":
         raise SourceError(f"{label}: {name!r} is not a plain dense tensor")
     storage = value.untyped_storage()
-    offset = storage._checkpoint_offset
+    offset = storage._checkpoint_offset or 0
     holder = entries[max(0, bisect([e.header_offset or 0 for e in entries], offset) - 1)]
     end = (value.storage_offset() + span(value)) * value.element_size()
     if storage.nbytes() != holder.file_size or end > holder.file_size:

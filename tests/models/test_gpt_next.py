@@ -1,0 +1,306 @@
+"""GPT-Next from NeMo's files: against transformers where it has the model, else the formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import nemo_writer as nemo
+import tiny
+from nemo_writer import GPT_2B, PLAIN, VOCAB
+from porttool.progress import Progress
+from tiny import full_logits, reference_logits
+
+ATOL = 1e-9
+PROMPTS = [[5, 9, 2], [7], [1, 50, 33, 4, 8, 19, 2]]
+VARIANTS = {
+    "gpt_2b": {},
+    "swiglu": {"activation": "swiglu"},
+    "geglu": {"activation": "geglu"},
+    "reglu": {"activation": "reglu"},
+    "fast_reglu": {"activation": "fast-reglu"},
+    "fast_geglu": {"activation": "fast-geglu"},
+    "fast_geglu_fused": {"activation": "fast-geglu", "bias_activation_fusion": True},
+    "squared_relu": {"activation": "squared-relu"},
+    "biases_everywhere": {"bias": True},
+    "swiglu_with_biases": {"activation": "swiglu", "bias": True},
+    "groups": {"num_query_groups": 2},
+    "one_group": {"num_query_groups": 1},
+    "wide_heads": {"kv_channels": 10, "rotary_percentage": 0.4},
+    "epsilon": {"layernorm_epsilon": 0.3},
+    "full_rotary": {"rotary_percentage": 1.0},
+    "plain_layernorm": {"normalization": "layernorm"},
+    "rmsnorm": {"normalization": "rmsnorm"},
+    "tied": {"share_embeddings_and_output_weights": True},
+    "plain": PLAIN,
+    "plain_fused": {**PLAIN, "bias_activation_fusion": True},
+    "plain_openai": {**PLAIN, "openai_gelu": True},
+    "plain_default": {**PLAIN, "bias_activation_fusion": None},
+    "plain_old_key": {**PLAIN, "bias_activation_fusion": None, "bias_gelu_fusion": False},
+    "plain_legacy": {**PLAIN, "megatron_legacy": True},
+}
+
+
+def made(**changes: Any) -> dict[str, Any]:
+    """GPT-2B's YAML with changes; None takes a key away."""
+    merged = {**GPT_2B, **changes}
+    keep = ("kv_channels", "num_query_groups", "virtual_pipeline_model_parallel_size")
+    return {k: v for k, v in merged.items() if v is not None or k in keep}
+
+
+def loaded(source: Path, folder: Path, registry):
+    checkpoint = tiny.converted(source, folder / "checkpoint")
+    engine = tiny.built(checkpoint, folder / "engine", dtype="float64")
+    return tiny.loaded(engine.path, registry)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant(tmp_path, registry, changes):
+    values = made(**changes)
+    tensors = nemo.draw(values)
+    runner = loaded(nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
+    for prompt in PROMPTS:
+        expected = nemo.forward(values, tensors, prompt)
+        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=ATOL, rtol=0)
+
+
+def test_the_gelus_differ():
+    """Else the variants above would prove nothing about which one is taken."""
+    exact, fused = made(**PLAIN), made(**PLAIN, bias_activation_fusion=True)
+    tensors = nemo.draw(exact)
+    moved = nemo.forward(exact, tensors, PROMPTS[2]) - nemo.forward(fused, tensors, PROMPTS[2])
+    assert moved.abs().max() > 1e-6
+
+
+def filled(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Load every tensor into a transformers model in float64."""
+    model = model.double().eval().requires_grad_(False)
+    wanted = set(model.state_dict())
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    assert wanted - tied == set(values)
+    model.load_state_dict({n: t.double() for n, t in values.items()}, strict=False)
+    return model
+
+
+def llama_names(values: dict[str, Any], tensors: nemo.Tensors, *, plus: float) -> nemo.Tensors:
+    """Return NeMo's tensors under the names that StableLM and Nemotron share."""
+    d, h, g, k, f = nemo.sizes(values)
+    found = {
+        "model.embed_tokens.weight": tensors["embedding.word_embeddings.weight"],
+        "lm_head.weight": tensors["output_layer.weight"],
+        "model.norm.weight": tensors["final_layernorm.weight"].double() + plus,
+        "model.norm.bias": tensors["final_layernorm.bias"],
+    }
+    for i in range(values["num_layers"]):
+        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{theirs}{norm}.weight"] = tensors[f"{ours}{norm}.weight"].double() + plus
+            found[f"{theirs}{norm}.bias"] = tensors[f"{ours}{norm}.bias"]
+        grouped = tensors[f"{ours}self_attention.query_key_value.weight"].view(g, h // g + 2, k, d)
+        for name, block in {"q": grouped[:, :-2], "k": grouped[:, -2], "v": grouped[:, -1]}.items():
+            found[f"{theirs}self_attn.{name}_proj.weight"] = block.reshape(-1, d)
+        found[f"{theirs}self_attn.o_proj.weight"] = tensors[f"{ours}self_attention.dense.weight"]
+        up = tensors[f"{ours}mlp.dense_h_to_4h.weight"]
+        if values["activation"] == "fast-swiglu":
+            found[f"{theirs}mlp.gate_proj.weight"] = up[:f]
+            up = up[f:]
+        found[f"{theirs}mlp.up_proj.weight"] = up
+        found[f"{theirs}mlp.down_proj.weight"] = tensors[f"{ours}mlp.dense_4h_to_h.weight"]
+    return found
+
+
+def transformers_config(kind: type, values: dict[str, Any], **more: Any):
+    config = kind(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=values["num_query_groups"] or 4,
+        max_position_embeddings=40, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        },
+        **more,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def assert_same_as(model: torch.nn.Module, source: Path, folder: Path, registry) -> None:
+    runner = loaded(source, folder, registry)
+    for prompt in PROMPTS:
+        expected = reference_logits(model, prompt)
+        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_gpt_2b_against_stablelm(tmp_path, registry, groups):
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    values = made(num_query_groups=groups)
+    tensors = nemo.draw(values)
+    config = transformers_config(StableLmConfig, values, hidden_act="silu", layer_norm_eps=1e-5)
+    model = filled(StableLmForCausalLM(config), llama_names(values, tensors, plus=1.0))
+    double_rotary(model)
+    assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
+
+
+def test_squared_relu_against_nemotron(tmp_path, registry):
+    from transformers import NemotronConfig, NemotronForCausalLM
+
+    values = made(activation="squared-relu")
+    tensors = nemo.draw(values)
+    config = transformers_config(NemotronConfig, values, hidden_act="relu2", norm_eps=1e-5)
+    model = filled(NemotronForCausalLM(config), llama_names(values, tensors, plus=0.0))
+    double_rotary(model)
+    assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
+
+
+def double_rotary(model: torch.nn.Module) -> None:
+    """Replace the rotation's cosines, which transformers computes in float32, by float64 ones."""
+
+    def angles(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dim = 2 * len(model.model.rotary_emb.inv_freq)
+        frequency = 1 / 10000 ** (torch.arange(0, dim, 2).double() / dim)
+        angle = position_ids[..., None].double() * frequency
+        angle = torch.cat((angle, angle), -1)
+        return angle.cos(), angle.sin()
+
+    model.model.rotary_emb.forward = angles
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_plain_nemo_against_gpt2(tmp_path, registry, fused):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    values = made(**PLAIN, bias_activation_fusion=fused)
+    tensors = nemo.draw(values)
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=40, n_embd=32, n_layer=4, n_head=4, n_inner=40,
+        activation_function="gelu_new" if fused else "gelu", bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    names = {"self_attention.dense": "attn.c_proj", "mlp.dense_h_to_4h": "mlp.c_fc",
+             "mlp.dense_4h_to_h": "mlp.c_proj", "input_layernorm": "ln_1",
+             "post_attention_layernorm": "ln_2"}  # fmt: skip
+    theirs = {"transformer.wte.weight": tensors["embedding.word_embeddings.weight"],
+              "transformer.wpe.weight": tensors["embedding.position_embeddings.weight"]}
+    for part in ("weight", "bias"):
+        theirs[f"transformer.ln_f.{part}"] = tensors[f"final_layernorm.{part}"]
+        for i in range(4):
+            qkv = tensors[f"layers.{i}.self_attention.query_key_value.{part}"]
+            by_kind = qkv.view(4, 3, 8, -1).transpose(0, 1).reshape(96, -1)
+            theirs[f"transformer.h.{i}.attn.c_attn.{part}"] = by_kind.t().squeeze(0)
+            for old, new in names.items():
+                tensor = tensors[f"layers.{i}.{old}.{part}"]
+                matrix = tensor.t() if tensor.dim() == 2 else tensor
+                theirs[f"transformer.h.{i}.{new}.{part}"] = matrix
+    model = filled(GPT2LMHeadModel(config), theirs)
+    assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
+
+
+FORMS = [
+    ("legacy", 1, 1, "folder"),
+    ("legacy_o2", 1, 1, "gz"),
+    ("core", 1, 1, "tar"),
+    ("core_local", 2, 1, "tar"),
+    ("legacy", 2, 1, "folder"),
+    ("legacy", 4, 1, "tar"),
+    ("core", 1, 2, "tar"),
+    ("legacy", 2, 2, "gz"),
+    ("core", 2, 4, "folder"),
+]
+
+
+@pytest.mark.parametrize("changes", [{}, {**PLAIN, "num_query_groups": 4}], ids=["gpt_2b", "plain"])
+@pytest.mark.parametrize(("style", "tp", "pp", "form"), FORMS)
+def test_every_form_gives_the_same_checkpoint(tmp_path, style, tp, pp, form, changes):
+    whole = made(**changes)
+    tensors = nemo.draw(whole)
+    tiny.converted(nemo.write(tmp_path / "a.nemo", whole, tensors), tmp_path / "whole")
+    values = made(**changes, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    source = nemo.write(tmp_path / "b.nemo", values, tensors, style=style, form=form)
+    tiny.converted(source, tmp_path / "parts")
+    expected = weights(tmp_path / "whole")
+    found = weights(tmp_path / "parts")
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(expected[name]) for name in expected)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_legacy_order_of_ranks(tmp_path):
+    whole = made(**PLAIN, megatron_legacy=True)
+    tensors = nemo.draw(whole)
+    tiny.converted(nemo.write(tmp_path / "a.nemo", whole, tensors), tmp_path / "whole")
+    values = {**whole, "tensor_model_parallel_size": 2}
+    tiny.converted(nemo.write(tmp_path / "b.nemo", values, tensors), tmp_path / "parts")
+    expected = weights(tmp_path / "whole")
+    assert all(t.equal(expected[n]) for n, t in weights(tmp_path / "parts").items())
+
+
+class Notes(Progress):
+    def __init__(self):
+        self.notes: list[str] = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def test_a_compressed_archive_is_said_to_cost_a_pass(tmp_path):
+    values = made()
+    tensors = nemo.draw(values)
+    for form, n_notes in (("gz", 1), ("tar", 0)):
+        source = nemo.write(tmp_path / f"{form}.nemo", values, tensors, form=form)
+        progress = Notes()
+        tiny.converted(source, tmp_path / form, progress=progress)
+        assert len(progress.notes) == n_notes
+        assert all("one pass unpacks it to a temporary file" in note for note in progress.notes)
+
+
+def test_sentencepiece_travels_and_trims(tmp_path):
+    from porttool.text import load_tokenizer
+
+    data = nemo.sentencepiece_model(50)
+    name = "0123456789abcdef0123456789abcdef_x.model"
+    values = made(tokenizer={"library": "sentencepiece", "model": f"nemo:{name}",
+                             "tokenizer_model": f"nemo:{name}"})  # fmt: skip
+    tensors = nemo.draw(values)
+    source = nemo.write(tmp_path / "a.nemo", values, tensors, files={name: data})
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint")
+    tokens = checkpoint.manifest.tokens
+    assert (tokens.bos, tokens.eos, tokens.pad) == (1, (2,), None)
+    assert checkpoint.config.vocab_size == 50 < VOCAB
+    table = tensors["output_layer.weight"][:50]
+    assert weights(checkpoint.path)["head.weight"].equal(table)
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    assert (checkpoint.tokenizer / "tokenizer.model").read_bytes() == data
+    assert tokenizer.decode(tokenizer.encode("the cat sat")) == "the cat sat"
+
+
+def test_gpt2_vocabulary_travels_and_trims(tmp_path):
+    files = nemo.bpe_files(53)
+    values = made(tokenizer={"library": "megatron", "vocab_file": "nemo:aa_vocab.json",
+                             "merge_file": "nemo:bb_merges.txt"})  # fmt: skip
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), files=files)
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint")
+    assert checkpoint.config.vocab_size == 53
+    assert checkpoint.manifest.tokens.eos == (52,)
+    assert sorted(f.name for f in checkpoint.tokenizer.iterdir()) == ["merges.txt", "vocab.json"]
+
+
+def test_without_a_tokenizer_the_padded_rows_stay(tmp_path):
+    values = made()
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values))
+    assert tiny.converted(source, tmp_path / "checkpoint").config.vocab_size == VOCAB
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path):
+    values = made(layernorm_epsilon="1e-5")
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(made()))
+    assert b"layernorm_epsilon: 1e-5" in source.read_bytes()
+    assert tiny.converted(source, tmp_path / "checkpoint").config.norm_eps == 1e-5
