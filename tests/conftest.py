@@ -19,7 +19,7 @@ from porttool.checkpoint import Checkpoint
 from porttool.plugins import Registry, load_registry
 from porttool.runner import Runner
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny, and threads that wait slow each other down
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +54,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Checkp
 
 
 @pytest.fixture(scope="session")
-def engine_folder(tmp_path_factory: pytest.TempPathFactory, checkpoint: Checkpoint) -> Path:
-    """The tiny GPT-2 as a float64 engine. Read only."""
-    output = tmp_path_factory.mktemp("engine") / "gpt2"
-    return tiny.built(checkpoint, output, dtype="float64").path
+def talker() -> torch.nn.Module:
+    """A tiny GPT-2 that says many different things: its input weighs more than its biases."""
+    model = tiny.gpt2(seed=1, tie_word_embeddings=False)
+    model.transformer.wte.weight.mul_(4)
+    model.transformer.ln_f.weight.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="session")
+def engine_folder(tmp_path_factory: pytest.TempPathFactory, talker: torch.nn.Module) -> Path:
+    """The talker as a float64 engine. Read only: copy it before damaging it."""
+    folder = tmp_path_factory.mktemp("talker")
+    source = tiny.write_source(folder / "source", talker)
+    checkpoint = tiny.converted(source, folder / "checkpoint")
+    return tiny.built(checkpoint, folder / "engine", dtype="float64").path
 
 
 @pytest.fixture
 def runner(engine_folder: Path, registry: Registry) -> Runner:
-    """The canonical decoder in float64, loaded afresh."""
+    """The talker's engine in the canonical decoder, loaded afresh."""
     return tiny.loaded(engine_folder, registry)

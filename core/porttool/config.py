@@ -189,6 +189,8 @@ class Sampling(Closed):
             )
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("beam search does not sample: set temperature to 0")
+        if self.num_beams == 1 and self.num_return_sequences > 1 and not self.temperature:
+            raise ValueError("num_return_sequences needs a temperature: greedy results are equal")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
             raise ValueError("num_return_sequences exceeds num_beams")
         if not all(self.bad_words) or not all(self.stop):
