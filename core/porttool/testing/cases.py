@@ -1,0 +1,99 @@
+"""Finding the conformance cases of an installed plugin, and running them without pytest."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+from porttool.errors import PluginError, PorttoolError, UsageError
+from porttool.plugins import GROUP, Registry, allowed
+from porttool.testing.family import FamilyConformance
+
+MODULE = "conformance"
+"""The module of a plugin's package that holds its cases."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """How one check of one case ended; `detail` says why it failed."""
+
+    case: str
+    check: str
+    passed: bool
+    seconds: float
+    detail: str = ""
+
+
+def find_cases(registry: Registry, name: str) -> list[type[FamilyConformance]]:
+    """Return the cases of a plugin, or of the plugin that brings a family of this name.
+
+    UsageError for an unknown name or a plugin without cases, PluginError for a broken plugin.
+    """
+    plugin = find_plugin(registry, name)
+    modules = {entry.name: entry.module for entry in allowed(entry_points(group=GROUP))}
+    home = f"{modules[plugin]}.{MODULE}"
+    if find_spec(home) is None:
+        raise UsageError(
+            f"the plugin {plugin!r} has no module {home}; write a FamilyConformance there, as "
+            "`porttool plugins new` does"
+        )
+    cases = [
+        case
+        for _, case in inspect.getmembers(import_module(home), inspect.isclass)
+        if issubclass(case, FamilyConformance) and not inspect.isabstract(case)
+    ]
+    found = [c for c in cases if name == plugin or c.family == name]
+    if not found:
+        raise UsageError(f"{home} holds no FamilyConformance for {name!r}")
+    return found
+
+
+def find_plugin(registry: Registry, name: str) -> str:
+    """Return the entry point of this name, or the one that brings a family of this name."""
+    converters = registry.converters
+    for plugin in registry.plugins:
+        if plugin.name == name and plugin.error:
+            raise PluginError(f"the plugin {name!r} is broken: {plugin.error}")
+        if plugin.name == name:
+            return name
+    for converter in converters:
+        if name in (converter.family, converter.name):
+            return converters.origin[converter.name].name
+    raise UsageError(
+        f"there is no plugin or family named {name!r}; `porttool plugins list` shows what there is"
+    )
+
+
+def run_checks(case: type[FamilyConformance]) -> Iterator[CheckResult]:
+    """Run every check of a case, one after the other, and yield how each ended."""
+    case.setup_class()
+    try:
+        for name, method in inspect.getmembers(case, inspect.isfunction):
+            if name.startswith("test_"):
+                began = time.perf_counter()
+                detail = failure(case, name)
+                yield CheckResult(
+                    case.__name__,
+                    (method.__doc__ or name).strip().splitlines()[0],
+                    detail is None,
+                    time.perf_counter() - began,
+                    detail or "",
+                )
+    finally:
+        case.teardown_class()
+
+
+def failure(case: type[FamilyConformance], check: str) -> str | None:
+    """Run one check; return why it failed, or None."""
+    try:
+        getattr(case(), check)()
+    except PorttoolError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - a stranger's case must not end the others
+        return f"{type(error).__name__}: {error}"
+    return None

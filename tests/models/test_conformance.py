@@ -1,0 +1,23 @@
+"""Every family in models/ passes the kit that strangers' families are held to."""
+
+from __future__ import annotations
+
+from porttool_camel5b.conformance import Camel5bConformance
+from porttool_gpt2.conformance import GPT2Conformance
+from porttool_santacoder.conformance import BigCodeConformance, SantaCoderConformance
+
+
+class TestGPT2(GPT2Conformance):
+    pass
+
+
+class TestCamel5b(Camel5bConformance):
+    pass
+
+
+class TestBigCode(BigCodeConformance):
+    pass
+
+
+class TestSantaCoder(SantaCoderConformance):
+    pass
