@@ -17,7 +17,6 @@ api_version = 1
 @hookimpl
 def porttool_evaluators() -> Iterable[type[Evaluator]]:
     """Return the summarisation and parity evaluators."""
-    return []
     from porttool.evaluators.parity import ParityEvaluator
     from porttool.evaluators.summarize import SummarizeEvaluator
 

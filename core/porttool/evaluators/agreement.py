@@ -66,9 +66,7 @@ def compare_continuations(
 ) -> Agreement:
     """Find where two continuations part, and whether the reference calls it a tie."""
     ours, theirs = ended_tokens(engine), ended_tokens(reference)
-    position = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None
-    )
+    position = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if position is None and len(ours) != len(theirs):
         position = min(len(ours), len(theirs))
     drift = drift_before(engine, reference, position)

@@ -19,10 +19,11 @@ def draw_chart(comparison: Comparison, path: Path) -> None:
     """Draw what there is to show of the sides that ran, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13, 7.6) if comparison.both else (6.5, 4), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12, wspace=0.05, hspace=0.08)
+    figure = Figure(figsize=(13, 7.6) if comparison.both else (6.5, 4), layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.05, hspace=0.08)
     if comparison.both:
         axes = figure.subplots(2, 2).flatten()
         draw_means(axes[0], comparison)
@@ -42,8 +43,7 @@ def plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#d0d5dd")
     axes.tick_params(colors=SOFT, labelsize=9, length=3)
-    axes.title.set_fontsize(11.5)
-    axes.title.set_fontweight("bold")
+    axes.set_title(axes.get_title("left"), loc="left", fontsize=11.5, fontweight="bold")
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(SOFT)
         label.set_fontsize(9.5)
@@ -72,9 +72,9 @@ def draw_means(axes: Any, comparison: Comparison) -> None:
                           ha="center", fontsize=8.5, color="#344054")  # fmt: skip
     axes.set_xticks(range(len(KINDS)), [k.replace("rouge", "ROUGE-") for k in KINDS])
     axes.set_ylabel("mean F, %")
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.06)
     axes.set_title(f"Scores of {len(comparison.articles)} articles", loc="left")
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2)
 
 
 def draw_scatter(axes: Any, comparison: Comparison) -> None:
@@ -109,7 +109,7 @@ def draw_differences(axes: Any, comparison: Comparison) -> None:
         axes.plot([found.mean], [row], "o", color=colour, markersize=7)
     axes.axvline(0, color="#d0d5dd", linewidth=1, zorder=0)
     axes.axvline(-margin, color=BAD, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.annotate(f"margin −{margin:g}", (-margin, -0.55), (4, 0), textcoords="offset points",
+    axes.annotate(f"margin -{margin:g}", (-margin, -0.55), (4, 0), textcoords="offset points",
                   color=BAD, fontsize=9)  # fmt: skip
     reach = max(abs(v) for v in (*axes.get_xlim(), 1.5 * margin))
     axes.set(xlim=(-reach, reach), ylim=(len(KINDS) - 0.5, -0.8))

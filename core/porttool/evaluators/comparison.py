@@ -83,9 +83,7 @@ class Comparison:
     def estimate(self, values: Sequence[float]) -> Estimate:
         """Bootstrap a mean as the bounds say."""
         b = self.bounds
-        return bootstrap_mean(
-            values, resamples=b.resamples, confidence=b.confidence, seed=b.seed
-        )
+        return bootstrap_mean(values, resamples=b.resamples, confidence=b.confidence, seed=b.seed)
 
 
 def compare_sides(
@@ -138,8 +136,7 @@ def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
     passed = found.low > -margin
     if not passed and found.high > -margin:
         detail += (
-            "; undecided: an equal port would need "
-            f"{articles_needed(found.sd, margin)} articles"
+            f"; undecided: an equal port would need {articles_needed(found.sd, margin)} articles"
         )
     return Verdict(name=name, passed=passed, found=f"{found.low:+.2f}", bound=bound, detail=detail)
 

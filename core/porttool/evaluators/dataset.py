@@ -175,7 +175,7 @@ def read_json_lines(path: Path) -> Rows:
 def read_parquet(files: Sequence[Path]) -> Rows:
     """Read parquet files, one after the other."""
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowInvalid, parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtra("eval", "pyarrow") from error
     rows: list[dict[str, Any]] = []

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from porttool.evaluators.comparison import Comparison
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1d2433;--soft:#667085;--line:#e4e7ec;--card:#fff;--page:#f7f8fa;
+:root{color-scheme:light dark;--ink:#1d2433;--soft:#667085;--line:#e4e7ec;
+--card:#fff;--page:#f7f8fa;
 --yes:#067647;--yesbg:#ecfdf3;--no:#b42318;--nobg:#fef3f2}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#98a2b3;--line:#2c3444;--card:#181e2a;
+@media (prefers-color-scheme:dark){:root{--ink:#e6e9ef;--soft:#98a2b3;--line:#2c3444;
+--card:#181e2a;
 --page:#10151e;--yes:#75e0a7;--yesbg:#0c2e1f;--no:#fda29b;--nobg:#3a1512}}
 *{box-sizing:border-box}body{margin:0;background:var(--page);color:var(--ink);
 font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
@@ -126,7 +128,8 @@ def html_table(table: Table) -> str:
         "<tr>" + "".join(cell("td", c, n) for c, n in zip(row, numeric, strict=True)) + "</tr>"
         for row in table.rows
     )
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f"<div class=scroll><table>{inner}</table></div>"
 
 
 def cell(tag: str, text: str, numeric: bool) -> str:

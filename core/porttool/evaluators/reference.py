@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 
 N_CANDIDATES = 5
-"""Alternatives kept of every step, so that a tie with any of them is told from a real difference."""
+"""Alternatives kept of every step, to tell a tie with any of them from a real difference."""
 
 EDGE = 1 << 20
 """Bytes at either end of a weight file that its fingerprint covers."""
@@ -84,9 +84,7 @@ class ReferenceModel:
         wide: Tensor = out.to(torch.promote_types(out.dtype, torch.float32)).cpu()
         return wide
 
-    def trace(
-        self, tokens: Sequence[int], modules: Mapping[str, str]
-    ) -> dict[str, Tensor]:
+    def trace(self, tokens: Sequence[int], modules: Mapping[str, str]) -> dict[str, Tensor]:
         """Run one row; return what went into and came out of modules (canonical name → source)."""
         import torch
 
@@ -108,9 +106,7 @@ class ReferenceModel:
                 found[canonical] = modules[full[0]]
         return found
 
-    def _generate_batch(
-        self, prompts: list[list[int]], decoding: Decoding
-    ) -> list[Continuation]:
+    def _generate_batch(self, prompts: list[list[int]], decoding: Decoding) -> list[Continuation]:
         import torch
 
         pad = decoding.eos[0] if decoding.eos else 0
@@ -152,9 +148,7 @@ class Recorder:
         self._steps.append((best.indices, logprobs))
         return scores
 
-    def continuations(
-        self, rows: list[list[int]], eos: tuple[int, ...]
-    ) -> list[Continuation]:
+    def continuations(self, rows: list[list[int]], eos: tuple[int, ...]) -> list[Continuation]:
         """Return every row up to its end token, with what was recorded on the way."""
         import torch
 

@@ -22,9 +22,7 @@ def split_sentences(text: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def score_summaries(
-    summaries: Sequence[str], highlights: Sequence[str]
-) -> dict[str, list[float]]:
+def score_summaries(summaries: Sequence[str], highlights: Sequence[str]) -> dict[str, list[float]]:
     """Return each kind's F of every summary, 0 to 100, in their order (Lin 2004)."""
     try:
         from rouge_score.rouge_scorer import RougeScorer

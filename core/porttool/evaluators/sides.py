@@ -35,9 +35,7 @@ def run_reference(
     first = model.first_token_seconds(prompts, task.decoding)
     progress.start("Hugging Face", len(prompts), unit="articles")
     began = time.perf_counter()
-    found = model.generate(
-        prompts, task.decoding, batch_size=batch_size, on_batch=progress.advance
-    )
+    found = model.generate(prompts, task.decoding, batch_size=batch_size, on_batch=progress.advance)
     seconds = time.perf_counter() - began
     progress.finish()
     return SideResult(

@@ -162,9 +162,7 @@ def run_sides(
     return engine, reference
 
 
-def saved_side(
-    output: Path, side: Literal["engine", "reference"], task: Task
-) -> SideResult | None:
+def saved_side(output: Path, side: Literal["engine", "reference"], task: Task) -> SideResult | None:
     """Return a saved result of the same task, or None if nothing was saved."""
     saved = load_result(output, side)
     if saved is not None:

@@ -1,0 +1,150 @@
+"""Weights accounted for: every tensor of an engine made again from its source and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from porttool.builder import Rank
+from porttool.config import ModelConfig
+from porttool.evaluator import Verdict
+from porttool.progress import Progress
+from porttool.sharding import shard
+from porttool.sources.safetensors_file import SafetensorsFile
+from porttool.weights import Take, listing, map_tensor, resolve_rules
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from porttool.converter import Converter
+    from porttool.engine import Engine
+
+SHOWN = 4
+"""Differing tensors that are described; of the rest only the number is given."""
+
+
+class Derivation:
+    """Canonical tensors made from a source by its family's rules, one at a time."""
+
+    def __init__(self, converter: Converter, path: Path) -> None:
+        self.source = converter.open(path)
+        self.config: ModelConfig = self.source.config
+        module = converter.module(self.config)
+        self.shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
+        weight_map = converter.weight_map(self.config)
+        infos = self.source.tensors.infos()
+        self.rules: Mapping[str, Take] = resolve_rules(self.shapes, weight_map, infos)
+
+    def tensor(self, name: str) -> Tensor:
+        """Make one canonical tensor, in the source's type."""
+        return map_tensor(
+            name, self.shapes[name], self.rules[name], self.source.tensors, self.config
+        )
+
+    def alike(self, name: str) -> Iterator[str]:
+        """Yield the other tensors of the same shape, those of the same layer first."""
+        layer = ".".join(name.split(".")[:2])
+        others = [n for n in self.shapes if n != name and self.shapes[n] == self.shapes[name]]
+        yield from sorted(others, key=lambda n: not n.startswith(f"{layer}."))
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """What was found: tensors compared, those that differ and how, those missing or too many."""
+
+    n_tensors: int
+    differing: Mapping[str, str]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    through: str
+    """A type that the values were rounded to on their way, if any."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Every tensor is there once, with the source's values."""
+        wrong = [*(f"{n}: {how}" for n, how in self.differing.items())]
+        parts = ["; ".join(wrong[:SHOWN])] if wrong else []
+        parts += [f"{len(wrong) - SHOWN} more differ"] if len(wrong) > SHOWN else []
+        parts += [f"missing: {listing(self.missing)}"] if self.missing else []
+        parts += [f"not the model's: {listing(self.extra)}"] if self.extra else []
+        parts += [f"rounded through {self.through}"] if self.through else []
+        good = self.n_tensors - len(self.differing)
+        return Verdict(
+            name="weights",
+            passed=not (self.differing or self.missing or self.extra) if self.n_tensors else None,
+            found=f"{good} of {self.n_tensors + len(self.missing)} tensors",
+            bound="all, exactly" if not self.through else "all, but for rounding",
+            detail="; ".join(parts),
+        )
+
+
+def check_weights(
+    engine: Engine, derivation: Derivation, *, progress: Progress
+) -> WeightCheck | None:
+    """Compare an engine's tensors with its source; None if its files hold no canonical tensors."""
+    files = [
+        (Rank(i, engine.manifest.world_size), SafetensorsFile(path))
+        for i in range(engine.manifest.world_size)
+        for path in sorted(engine.rank_path(i).glob("*.safetensors"))
+    ]
+    found = {name for _, file in files for name in file.infos()}
+    if not found & derivation.shapes.keys():
+        return None
+    differing: dict[str, str] = {}
+    through: set[str] = set()
+    known = [(r, f, n) for r, f in files for n in f.infos() if n in derivation.shapes]
+    progress.start("weights", len(known), unit="tensors")
+    for rank, file, name in known:
+        problem, rounding = compare_tensor(name, file.load(name), derivation, rank)
+        if problem:
+            differing[name] = problem
+        elif rounding:
+            through.add(rounding)
+        progress.advance(1)
+    progress.finish()
+    missing = tuple(sorted(derivation.shapes.keys() - found))
+    extra = tuple(sorted(found - derivation.shapes.keys()))
+    return WeightCheck(len(known), differing, missing, extra, ", ".join(sorted(through)))
+
+
+def compare_tensor(name: str, found: Tensor, derivation: Derivation, rank: Rank) -> tuple[str, str]:
+    """Return what is wrong with a tensor, and through which narrower type its values went."""
+    import torch
+
+    whole = derivation.tensor(name)
+    wanted = whole
+    if rank.world_size > 1:
+        wanted = shard(name, derivation.config, rank, lambda a, b: whole[a:b], whole.shape[0])
+    if found.shape != wanted.shape:
+        return f"is {list(found.shape)}, should be {list(wanted.shape)}", ""
+    if found.equal(wanted.to(found.dtype)):
+        return "", "" if found.itemsize >= wanted.itemsize else short(found.dtype)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if found.equal(wanted.to(dtype).to(found.dtype)):
+            return "", short(dtype)
+    return describe_difference(name, found, wanted, derivation), ""
+
+
+def short(dtype: object) -> str:
+    """Return a torch type's name without its module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_difference(name: str, found: Tensor, wanted: Tensor, derivation: Derivation) -> str:
+    """Say how a tensor differs: another one's values, transposed, shifted, shuffled or noisy."""
+    target = wanted.to(found.dtype)
+    for other in derivation.alike(name):
+        if found.equal(derivation.tensor(other).to(found.dtype)):
+            return f"holds {other}"
+    if found.ndim == 2 and found.equal(target.t().reshape(found.shape)):
+        return "is transposed"
+    if found.shape[0] > 1 and (found[1:].equal(target[:-1]) or found[:-1].equal(target[1:])):
+        return "its rows are shifted by one"
+    difference = (found.double() - target.double()).norm() / target.double().norm()
+    rough = f"off by {float(difference):.2%} of its norm"
+    if found.flatten().sort().values.equal(target.flatten().sort().values):
+        return f"the same values in another order, {rough}"
+    rows = (found != target).reshape(len(found), -1).any(1).nonzero().flatten()
+    return f"{rough}, {len(rows)} of {len(found)} rows from row {int(rows[0])}"

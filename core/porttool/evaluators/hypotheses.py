@@ -1,0 +1,163 @@
+"""Testing causes: which single mistake, made on purpose, gives the engine's logits?
+
+The canonical decoder is run on the source's own weights with one thing wrong at a time. A mistake
+that explains the engine's logits almost completely is named with confidence, whatever the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from porttool.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Weights = Mapping[str, Tensor]
+
+EXPLAINED = 0.1
+"""Share of the engine's relative error that may be left for a mistake to count as its cause."""
+
+MAX_PARAMETERS = 2_000_000_000
+"""Larger models are not tried: every mistake costs one pass in float32 on the CPU."""
+
+
+def unchanged(weights: Weights) -> Weights:
+    """Leave the weights as they are."""
+    return weights
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One thing done wrong, in the config or in the weights."""
+
+    text: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    weights: Callable[[Weights], Weights] = unchanged
+
+
+def mistakes(config: ModelConfig) -> Iterator[Mistake]:
+    """Yield the mistakes that are made when a model like this one is ported."""
+    for activation in ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu"):
+        if activation != config.activation:
+            yield Mistake(
+                f"the activation is {activation}, not {config.activation}",
+                {"activation": activation},
+            )
+    unscaled = config.attention_scale == 1
+    scale = config.head_dim**-0.5 if unscaled else 1.0
+    yield Mistake("attention is scaled" if unscaled else "attention is not scaled",
+                  {"attention_scale": scale})  # fmt: skip
+    if config.inverse_layer_scale:
+        yield Mistake("attention lacks the factor 1/(layer + 1)", {"inverse_layer_scale": False})
+    else:
+        yield Mistake("attention has a factor 1/(layer + 1)", {"inverse_layer_scale": True})
+    if config.position == "learned":
+        yield Mistake("positions are one too high", weights=partial(shifted_positions, by=1))
+        yield Mistake("positions are one too low", weights=partial(shifted_positions, by=-1))
+    yield Mistake("norm1 and norm2 are swapped", weights=swapped_norms)
+    yield from norm_mistakes(config)
+    yield from rotary_mistakes(config)
+
+
+def norm_mistakes(config: ModelConfig) -> Iterator[Mistake]:
+    """Yield what goes wrong with norms."""
+    for eps in (1e-5, 1e-6, 1e-8, 1e-12):
+        if eps != config.norm_eps:
+            yield Mistake(f"the norms' epsilon is {eps:g}, not {config.norm_eps:g}",
+                          {"norm_eps": eps})  # fmt: skip
+    if config.norm == "layernorm":
+        yield Mistake("the norms add one to their weights", {"norm": "layernorm1p"})
+    if config.norm == "layernorm1p":
+        yield Mistake("the norms do not add one to their weights", {"norm": "layernorm"})
+
+
+def rotary_mistakes(config: ModelConfig) -> Iterator[Mistake]:
+    """Yield what goes wrong with rotary positions."""
+    if config.position != "rotary":
+        return
+    for fraction in (0.25, 0.5, 1.0):
+        if fraction != config.rotary_fraction and not int(config.head_dim * fraction) % 2:
+            yield Mistake(
+                f"{fraction:g} of each head is rotated, not {config.rotary_fraction:g}",
+                {"rotary_fraction": fraction},
+            )
+    if config.rotary_base != 10000:
+        yield Mistake(f"the rotary base is 10000, not {config.rotary_base:g}",
+                      {"rotary_base": 10000.0})  # fmt: skip
+    yield Mistake("neighbours are rotated together instead of halves", weights=interleaved(config))
+
+
+def shifted_positions(weights: Weights, by: int) -> Weights:
+    """Give every position the row `by` after its own; the end of the table keeps its row."""
+    table = weights["position.weight"]
+    order = [min(max(i + by, 0), len(table) - 1) for i in range(len(table))]
+    return {**weights, "position.weight": table[order]}
+
+
+def swapped_norms(weights: Weights) -> Weights:
+    """Exchange the two norms of every layer."""
+    other = {".norm1.": ".norm2.", ".norm2.": ".norm1."}
+    result = dict(weights)
+    for name in weights:
+        for here, there in other.items():
+            if here in name:
+                result[name] = weights[name.replace(here, there)]
+    return result
+
+
+def interleaved(config: ModelConfig) -> Callable[[Weights], Weights]:
+    """Permute query and key rows so that rotating halves acts as rotating neighbours did."""
+
+    def permute(weights: Weights) -> Weights:
+        import torch
+
+        half = config.rotary_dim // 2
+        within = torch.arange(config.head_dim)
+        within[: 2 * half] = torch.cat((torch.arange(0, 2 * half, 2), torch.arange(1, 2 * half, 2)))
+        heads = torch.arange(config.n_head + config.n_kv_head)[:, None] * config.head_dim
+        rotated = (heads + within).flatten()
+        order = torch.cat((rotated, torch.arange(len(rotated), config.qkv_dim)))
+        return {n: t[order] if ".attention.qkv." in n else t for n, t in weights.items()}
+
+    return permute
+
+
+def find_mistake(
+    config: ModelConfig, weights: Weights, tokens: list[int], engine: Tensor
+) -> str | None:
+    """Return the mistake that explains an engine's logits [len(tokens), vocab_size], if one does.
+
+    `weights` are the source's own under canonical names, in float32 or wider.
+    """
+    from porttool.evaluators.stages import relative_error
+
+    right = logits_with(config, weights, tokens, Mistake("none"))
+    error = relative_error(engine, right)
+    left = {
+        mistake.text: relative_error(engine, logits_with(config, weights, tokens, mistake))
+        for mistake in mistakes(config)
+    }
+    best = min(left, key=lambda text: left[text])
+    if left[best] > EXPLAINED * error:
+        return None
+    return f"{best} (this leaves {left[best] / error:.1%} of the difference)"
+
+
+def logits_with(
+    config: ModelConfig, weights: Weights, tokens: list[int], mistake: Mistake
+) -> Tensor:
+    """Run the canonical decoder with a mistake; logits [len(tokens), vocab_size]."""
+    import torch
+
+    from porttool.nn import Decoder, Step
+
+    with torch.device("meta"):
+        decoder = Decoder(config.model_copy(update=dict(mistake.config))).eval()
+    decoder.load_state_dict(dict(mistake.weights(weights)), assign=True)
+    with torch.inference_mode():
+        logits: Tensor = decoder(Step.prefill([tokens]))[0]
+    return logits

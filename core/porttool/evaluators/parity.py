@@ -1,0 +1,224 @@
+"""Is it still the same model? The ladder from config and weights to logits and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pydantic import PositiveInt
+
+from porttool.component import Options
+from porttool.errors import UsageError
+from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate
+from porttool.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from porttool.config import Dtype, ModelConfig
+    from porttool.converter import Converter
+    from porttool.evaluators.accounting import Derivation
+    from porttool.evaluators.probe import Probe
+    from porttool.runner import Runner
+    from porttool.text import Tokenizer
+
+
+class ParityOptions(Options):
+    """What the engine is fed.
+
+    `n_prompts` random prompts of up to `prompt_len` tokens, or the texts given, then `new_tokens`
+    more. `yardstick` also runs Hugging Face in a half-precision engine's own type, whose error is
+    what the engine's is held to; without it fixed bounds hold. `diagnose` looks for the place and
+    the cause of a failure.
+    """
+
+    texts: tuple[str, ...] = ()
+    n_prompts: PositiveInt = 6
+    prompt_len: PositiveInt = 48
+    new_tokens: PositiveInt = 16
+    seed: int = 0
+    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+    yardstick: bool = True
+    diagnose: bool = True
+
+
+def verify(
+    *,
+    runner: Runner,
+    source: Path,
+    converter: Converter,
+    output: Path,
+    tokenizer: Tokenizer | None = None,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+) -> Report:
+    """Hold an engine against its source: config, weights, logits in prefill and decode, tokens.
+
+    On failure the report's notes say where the two first part and what the likely cause is.
+    """
+    port = Port(runner, tokenizer, source, converter)
+    return evaluate(ParityEvaluator(options), port, output, progress=progress)
+
+
+@dataclass
+class Findings:
+    """What the rungs have found so far."""
+
+    verdicts: list[Verdict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    measurements: dict[str, Any] = field(default_factory=dict)
+
+    def failed(self, *names: str) -> bool:
+        """Return true if any of the named rungs did not pass."""
+        return any(v.passed is not True for v in self.verdicts if v.name in names)
+
+
+class ParityEvaluator(Evaluator):
+    """Config, tokenizer, weights, logits and greedy tokens, and where and why they part."""
+
+    name = "parity"
+    Options = ParityOptions
+
+    def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
+        """Climb the ladder; both sides and the source's converter are needed."""
+        from porttool.evaluators.accounting import Derivation
+        from porttool.evaluators.probe import Probe
+
+        options = cast("ParityOptions", self.options)
+        if port.runner is None or port.source is None or port.converter is None:
+            raise UsageError(
+                "verify needs the engine and the Hugging Face folder that it came from; name "
+                "the folder with --hf-model"
+            )
+        findings = Findings()
+        derivation = Derivation(port.converter, port.source)
+        findings.verdicts.append(judge_config(port.runner.config, derivation.config))
+        climb_tokenizer(port, options, findings)
+        climb_weights(port.runner, derivation, findings, progress)
+        probe = Probe.make(port.runner, port.tokenizer, port.source, options)
+        climb_logits(probe, findings, progress)
+        climb_tokens(probe, findings)
+        if options.diagnose and not all(v.passed for v in findings.verdicts):
+            diagnose(probe, derivation, findings)
+        for note in findings.notes:
+            progress.note(note)
+        return Report(
+            evaluator=self.name,
+            engine=port.runner.description,
+            reference=probe.description,
+            verdicts=tuple(findings.verdicts),
+            notes=tuple(findings.notes),
+            measurements={"options": options.model_dump(mode="json"), **findings.measurements},
+        )
+
+
+def judge_config(engine: ModelConfig, source: ModelConfig) -> Verdict:
+    """The engine's shape and arithmetic are what the source's config says."""
+    ours, theirs = engine.model_dump(), source.model_dump()
+    differing = [f"{k} is {ours[k]}, should be {theirs[k]}" for k in theirs if ours[k] != theirs[k]]
+    return Verdict(
+        name="config", passed=not differing, found=f"{len(differing)} fields differ", bound="0",
+        detail="; ".join(differing),
+    )  # fmt: skip
+
+
+def climb_tokenizer(port: Port, options: ParityOptions, findings: Findings) -> None:
+    """Compare token ids of texts with transformers' own tokenizer, where there is one."""
+    from porttool.evaluators.vocabulary import SAMPLES, compare_tokenizers
+
+    if port.tokenizer is None or port.source is None:
+        findings.notes.append("the engine has no tokenizer: prompts are random token ids")
+        return
+    verdict = compare_tokenizers(port.tokenizer, port.source, (*options.texts, *SAMPLES))
+    if verdict is None:
+        findings.notes.append("transformers finds no tokenizer in the source to compare with")
+        return
+    findings.verdicts.append(verdict)
+
+
+def climb_weights(
+    runner: Runner, derivation: Derivation, findings: Findings, progress: Progress
+) -> None:
+    """Account for every weight, if the engine's files can be read as canonical tensors."""
+    from porttool.evaluators.accounting import check_weights
+
+    check = check_weights(runner.engine, derivation, progress=progress)
+    if check is None:
+        findings.notes.append(
+            f"weights are not compared one by one: a {runner.engine.manifest.kind} engine keeps "
+            "them in a form of its own; its logits are"
+        )
+        return
+    findings.verdicts.append(check.verdict)
+    findings.measurements["differing_weights"] = dict(check.differing)
+
+
+def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:
+    """Compare teacher-forced logits in prefill, in decode, and with several tokens a step."""
+    from dataclasses import asdict
+
+    from porttool.evaluators.logits import judge_logits
+
+    progress.start("logits", 3, unit="passes")
+    dtype: Dtype = probe.runner.engine.manifest.dtype
+    for name, run, part in (
+        ("prefill", probe.prefill, probe.of_prompts),
+        ("decode", lambda: probe.decode(1), probe.of_continuations),
+        ("decode, several tokens a step", lambda: probe.decode(3), probe.of_continuations),
+    ):
+        ours = run()
+        error = probe.error(ours, part(probe.logits))
+        yardstick = probe.error(part(probe.own), part(probe.logits)) if probe.own else None
+        findings.verdicts.append(judge_logits(name, error, dtype, yardstick))
+        findings.measurements[name] = asdict(error)
+        if yardstick is not None:
+            findings.measurements[f"{name}, Hugging Face in {dtype}"] = asdict(yardstick)
+        progress.advance(1)
+    progress.finish()
+
+
+def climb_tokens(probe: Probe, findings: Findings) -> None:
+    """Compare greedy continuations, with an eye for ties."""
+    from porttool.evaluators.agreement import compare_continuations, tolerance_for
+
+    tolerance = tolerance_for(probe.runner.engine.manifest.dtype)
+    found = [
+        compare_continuations(ours, theirs, (), tolerance)
+        for ours, theirs in zip(probe.generate(), probe.continuations, strict=True)
+    ]
+    real = [(i, a) for i, a in enumerate(found) if a.outcome == "different"]
+    ties = sum(a.outcome == "tie" for a in found)
+    parts = [f"{ties} part at a tie"] if ties else []
+    parts += [f"prompt {i} from token {a.position}, gap {a.gap:.2g}" for i, a in real[:3]]
+    findings.verdicts.append(
+        Verdict(
+            name="greedy tokens",
+            passed=not real,
+            found=f"{len(found) - len(real)} of {len(found)} prompts",
+            bound=f"all, tie ≤ {tolerance.gap:g}",
+            detail="; ".join(parts),
+        )
+    )
+
+
+def diagnose(probe: Probe, derivation: Derivation, findings: Findings) -> None:
+    """Say where the two first part and what the likely cause is."""
+    from porttool.evaluators.diagnosis import explain_decode, locate, suspect
+
+    stepwise = ("decode", "decode, several tokens a step")
+    if findings.failed("prefill"):
+        parting, note = locate(probe, derivation)
+        findings.notes.append(note)
+        findings.measurements["first_difference"] = parting.stage.name if parting else None
+        mistake = suspect(probe, derivation)
+        if mistake:
+            findings.notes.append(f"cause: {mistake}")
+            findings.measurements["cause"] = mistake
+    elif findings.failed(*stepwise):
+        findings.notes.append(explain_decode(probe))
+        findings.measurements["cause"] = "cache"
+    elif findings.failed("greedy tokens"):
+        findings.notes.append(
+            "the logits agree but the tokens do not: look at how the runner decodes by itself, "
+            "or at what the generation loop does with its logits"
+        )

@@ -1,0 +1,50 @@
+"""Does text become the same token ids as in transformers?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from porttool.errors import MissingExtra
+from porttool.evaluator import Verdict
+from porttool.evaluators.reference import quiet
+from porttool.text import Tokenizer
+
+SAMPLES = (
+    "The council met on Tuesday; it didn't vote.",
+    " Leading and  doubled   spaces\tand tabs\nand lines\n\n",
+    "Prices rose 3.75% to €1,204.50 (a record!) in 2026.",
+    "naïve façade, Ελληνικά, русский, 漢字かな, 🙂👩‍🔬",
+    "def f(x):\n    return x ** 2  # comment\n",
+    "",
+)
+"""Texts with what tokenizers get wrong: spaces, apostrophes, numbers, scripts, joined emoji."""
+
+
+def compare_tokenizers(tokenizer: Tokenizer, source: Path, texts: Sequence[str]) -> Verdict | None:
+    """Encode and decode texts on both sides; None if transformers finds no tokenizer."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise MissingExtra("reference", "transformers") from error
+    with quiet():
+        try:
+            theirs = AutoTokenizer.from_pretrained(
+                source, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, ImportError, KeyError):
+            return None
+        wrong = []
+        for text in texts:
+            wanted = theirs(text, add_special_tokens=False).input_ids
+            back = theirs.decode(
+                wanted, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            if tokenizer.encode(text) != wanted or tokenizer.decode(wanted) != back:
+                wrong.append(text)
+    right = len(texts) - len(wrong)
+    detail = f"for example {wrong[0]!r:.60}" if wrong else ""
+    return Verdict(
+        name="tokenizer", passed=not wrong, found=f"{right} of {len(texts)} texts", bound="all",
+        detail=detail,
+    )  # fmt: skip
