@@ -25,7 +25,7 @@ from porttool.engines.torch.cuda_tuning import (
     default_tuning,
     gpu_name,
 )
-from porttool.engines.torch.cuda_weights import pack_weights
+from porttool.engines.torch.cuda_weights import Linear, pack_weights
 from porttool.engines.torch.cuda_wide import attend_packed, wide_layers, wide_logits
 from porttool.errors import UsageError
 from porttool.nn import Step
@@ -83,7 +83,13 @@ class CudaDecoder:
         """Where it runs and how it is tuned."""
         return f"{gpu_name(self.device)}, Triton kernels and CUDA graphs"
 
-    # ---- the runner's verbs -------------------------------------------------------------------
+
+
+    def order_of(self, name: str) -> Linear:
+        """Return the first matrix of a kind: qkv, out, up, down or head."""
+        w = self.model.weights
+        linear: Linear = w.head if name == "head" else getattr(w.layers[0], name)
+        return linear
 
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
         """Feed tokens; float32 logits as the `Runner` contract says. May be overwritten later."""

@@ -217,8 +217,9 @@ def _stream(
         N=columns, K=inner, NORM=_norm(linear, c), GATED=linear.gated, ACT=act,
         HAS_BIAS=bias is not None, RESIDUAL=residual, STORE=out is not None, BEST=best,
         HEADS=c.n_head, DIM=c.head_dim, SPLITS=parts.splits if parts else 0,
-        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, PDL=model.chained, EARLY=early,
-        PREFETCH=ahead > 0, THREADS=32 * tile.warps, num_warps=tile.warps, **_chained(model),
+        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, HELD=min(tile.held, -(-inner // tile.block_k)),
+        PDL=model.chained, EARLY=early, AHEAD=ahead > 0, OWN=tile.own and model.chained,
+        num_warps=tile.warps, **_chained(model),
     )  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def _tile(
         STORE=out is not None, BEST=best, BLOCK_M=16, BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, GROUPS=tile.groups, STAGES=tile.stages,
         PRECISION=model.precision, PDL=model.chained, EARLY=early, PREFETCH=ahead > 0,
-        THREADS=32 * tile.warps, num_warps=tile.warps, **_chained(model),
+        num_warps=tile.warps, **_chained(model),
     )  # fmt: skip
 
 

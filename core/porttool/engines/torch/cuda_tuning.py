@@ -24,6 +24,8 @@ class Tile:
     warps: int = 4
     groups: int = 1
     stages: int = 4
+    held: int = 1
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,9 @@ def power_of_two(n: int) -> int:
 
 def default_tile(n: int, k: int, *, gated: bool) -> Tile:
     """Cut [n, k] so that about four programs a multiprocessor stream it."""
-    block_n = 4
-    while block_n < 16 and n // (block_n * 2) >= 512:
-        block_n *= 2
     block_k = 1024 if k >= 4096 else 512 if k > 512 else max(power_of_two(k), 16)
-    return Tile("stream", max(block_n // (2 if gated else 1), 2), block_k)
+    block_n = 8 if n >= 8192 and block_k <= 512 else 4
+    return Tile("stream", block_n // (2 if gated else 1), block_k)
 
 
 def default_tuning(config: ModelConfig, device: str) -> Tuning:

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 _PREFETCH: tl.constexpr = tl.constexpr(
-    "{ .reg .pred p; setp.gt.s32 p, $2, 0;"
-    " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }"
+    "{ .reg .pred p, q; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 q, t, 0;"
+    " setp.gt.and.s32 p, $2, 0, q; @p cp.async.bulk.prefetch.L2.global [$1], $2;"
+    " mov.u32 $0, 0; }"
 )
 
 
@@ -34,15 +35,20 @@ def await_predecessor(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(base, n_bytes, THREADS: tl.constexpr):
-    """Ask the L2 cache for this program's share of [base, base + n_bytes), 16-byte pieces.
+def prefetch(base, first, n_bytes):
+    """Ask the L2 cache for [base + first, base + first + n_bytes): one bulk instruction.
 
-    One bulk instruction a thread: it holds no register and no shared memory while in flight.
+    Only thread 0 issues it, and it holds no register while in flight. Multiples of 16 bytes.
     """
-    share = tl.cdiv(n_bytes, tl.num_programs(0) * THREADS * 16) * 16
-    first = (tl.program_id(0) * THREADS + tl.arange(0, THREADS)).to(tl.int64) * share
-    size = tl.minimum(share, tl.maximum(n_bytes - first, 0)).to(tl.int32) // 16 * 16
     address = base.to(tl.int64, bitcast=True) + first
     tl.inline_asm_elementwise(
-        _PREFETCH, "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1
+        _PREFETCH, "=r,l,r", [address, n_bytes], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def prefetch_share(base, n_bytes):
+    """Ask the L2 cache for this program's share of the first n_bytes at `base`."""
+    share = tl.cdiv(n_bytes, tl.num_programs(0) * 16) * 16
+    first = tl.program_id(0).to(tl.int64) * share
+    prefetch(base, first, tl.minimum(share, tl.maximum(n_bytes - first, 0)).to(tl.int32))

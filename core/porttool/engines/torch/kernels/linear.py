@@ -17,7 +17,12 @@ import triton
 import triton.language as tl
 
 from porttool.engines.torch.kernels.activation import activate
-from porttool.engines.torch.kernels.chain import announce, await_predecessor, prefetch
+from porttool.engines.torch.kernels.chain import (
+    announce,
+    await_predecessor,
+    prefetch,
+    prefetch_share,
+)
 
 
 @triton.jit
@@ -42,24 +47,24 @@ def merged(part, top, total, row, column, live, HEADS: tl.constexpr, DIM: tl.con
 
 
 @triton.jit
-def _finish(y, x_out, out, best, where, bias, row, n, live, N: tl.constexpr,
-            ACT: tl.constexpr, HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-            STORE: tl.constexpr, BEST: tl.constexpr):  # fmt: skip
-    """Bias, activation, residual, and what the head's reduction needs, for y [BLOCK_N]."""
-    if HAS_BIAS:
-        y += tl.load(bias + n, mask=live, other=0.0).to(tl.float32)
-    y = activate(y, ACT)
-    if RESIDUAL:
-        y += tl.load(x_out + row * N + n, mask=live, other=0.0)
-        tl.store(x_out + row * N + n, y, mask=live)
-    if STORE:
-        tl.store(out + row * N + n, y.to(out.dtype.element_ty), mask=live)
-    if BEST:
-        y = tl.where(live, y, float("-inf"))
-        high = tl.max(y, 0)
-        name = tl.min(tl.where(y == high, n, 2147483647), 0)
-        tl.store(best + row * tl.num_programs(0) + tl.program_id(0), high)
-        tl.store(where + row * tl.num_programs(0) + tl.program_id(0), name)
+def _add3(a, b, c, x, y, z):
+    return a + x, b + y, c + z
+
+
+@triton.jit
+def _weights(rows, inner, first, live, k, K: tl.constexpr):
+    """Tile [BLOCK_N, BLOCK_K] of weight rows, past the L1 cache, where x stays."""
+    inside = live[:, None] & (first + k < K)[None, :]
+    return tl.load(rows + first + inner, mask=inside, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _vector(base, n, live, PRESENT: tl.constexpr):
+    """Elements n of a vector in float32, or zeros where there is none."""
+    value = tl.zeros(n.shape, tl.float32)
+    if PRESENT:
+        value = tl.load(base + n, mask=live, other=0.0).to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -69,14 +74,17 @@ def stream_linear(
     N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
-    PREFETCH: tl.constexpr, THREADS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
+    EARLY: tl.constexpr, AHEAD: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(norm(x[m]) . w[n] + bias[n]); RESIDUAL adds it to x_out instead.
 
     x [M, K]; w [N, K], or [2N, K] with rows gate | linear when GATED; NORM is "none",
     "layernorm" or "rmsnorm"; SPLITS > 0 reads x from split attention's parts. One program
-    computes BLOCK_N columns for every row; its first weight tile is in flight before the wait.
+    computes BLOCK_N columns for every row. Before the wait it loads all that does not depend on
+    its predecessor: the first HELD weight tiles, the norm's scale, bias and constants, which
+    no cache holds either; the rest of its weights (OWN) and AHEAD bytes of the next matrix are
+    asked into the L2 cache.
     """
     if EARLY:
         announce(PDL)
@@ -85,66 +93,85 @@ def stream_linear(
     k = tl.arange(0, BLOCK_K)
     rows = w + tl.program_id(0).to(tl.int64) * (BLOCK_N * K)
     inner = tl.arange(0, BLOCK_N)[:, None] * K + k[None, :]
+    TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     HALF: tl.constexpr = N * K
-    inside = live[:, None] & (k < K)[None, :]
-    tile = tl.load(rows + inner, mask=inside, other=0.0)
-    if GATED:
-        twin = tl.load(rows + HALF + inner, mask=inside, other=0.0)
-    if PREFETCH:
-        prefetch(next_weight, next_bytes, THREADS)
+    NORMED: tl.constexpr = NORM != "none"
+    held = ()
+    held_twin = ()
+    for i in tl.static_range(HELD):
+        held = held + (_weights(rows, inner, i * BLOCK_K, live, k, K),)
+        if GATED:
+            held_twin = held_twin + (_weights(rows + HALF, inner, i * BLOCK_K, live, k, K),)
+    if OWN and HELD < TILES:
+        prefetch(rows, 0, BLOCK_N * K * (w.dtype.element_ty.primitive_bitwidth // 8))
+        if GATED:
+            prefetch(rows + HALF, 0, BLOCK_N * K * (w.dtype.element_ty.primitive_bitwidth // 8))
+    scales = ()
+    if NORMED:
+        for i in tl.static_range(TILES):
+            at = i * BLOCK_K + k
+            scales = scales + (tl.load(gamma + at, mask=at < K, other=0.0),)
+    shift = _vector(bias, n, live, HAS_BIAS)
+    shift_twin = _vector(bias + N, n, live, HAS_BIAS and GATED)
+    sums = _vector(column_sum, n, live, NORMED)
+    sums_twin = _vector(column_sum + N, n, live, NORMED and GATED)
+    if AHEAD:
+        prefetch_share(next_weight, next_bytes)
     await_predecessor(PDL)
     if not EARLY:
         announce(PDL)
     for m in range(M):
+        old = _vector(x_out + m * N, n, live, RESIDUAL)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        if GATED:
-            acc_twin = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-        if NORM != "none":
-            sum_x = tl.zeros((BLOCK_K,), tl.float32)
-            sum_xx = tl.zeros((BLOCK_K,), tl.float32)
-        for first in range(0, K, BLOCK_K):
-            weight = tile
-            if GATED:
-                weight_twin = twin
-            if K > BLOCK_K:  # the next tile, or the first one again for the next row
-                ahead = first + BLOCK_K
-                wanted = (ahead < K) | (m + 1 < M)
-                ahead = tl.where(ahead < K, ahead, 0)
-                inside = live[:, None] & ((ahead + k < K) & wanted)[None, :]
-                tile = tl.load(rows + ahead + inner, mask=inside, other=0.0)
-                if GATED:
-                    twin = tl.load(rows + HALF + ahead + inner, mask=inside, other=0.0)
-            at = first + k
+        acc_twin = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        sum_x = tl.zeros((BLOCK_K,), tl.float32)
+        sum_xx = tl.zeros((BLOCK_K,), tl.float32)
+        for i in tl.static_range(TILES):
+            at = i * BLOCK_K + k
+            if i < HELD:
+                weight = held[i]
+            else:
+                weight = _weights(rows, inner, i * BLOCK_K, live, k, K)
             if SPLITS > 0:
                 value = merged(part, top, total, m, at, at < K, HEADS, DIM, SPLITS)
                 value = tl.where(at < K, value, 0.0).to(w.dtype.element_ty).to(tl.float32)
             else:
                 value = tl.load(x + m * K + at, mask=at < K, other=0.0).to(tl.float32)
-            if NORM != "none":
+            if NORMED:
                 sum_x += value
                 sum_xx += value * value
-                value *= tl.load(gamma + at, mask=at < K, other=0.0)
+                value *= scales[i]
             acc += weight.to(tl.float32) * value[None, :]
             if GATED:
-                acc_twin += weight_twin.to(tl.float32) * value[None, :]
-        y = tl.sum(acc, 1)
-        if NORM != "none":
-            mean = tl.sum(sum_x, 0) / K
-            square = tl.sum(sum_xx, 0) / K
+                if i < HELD:
+                    twin = held_twin[i]
+                else:
+                    twin = _weights(rows + HALF, inner, i * BLOCK_K, live, k, K)
+                acc_twin += twin.to(tl.float32) * value[None, :]
+        if NORMED:
+            spread = tl.broadcast_to(sum_x[None, :], (BLOCK_N, BLOCK_K))
+            square = tl.broadcast_to(sum_xx[None, :], (BLOCK_N, BLOCK_K))
+            y, mean, square = tl.reduce((acc, spread, square), 1, _add3)
+            mean = mean / K
             if NORM == "rmsnorm":
-                mean = 0.0
-            scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
-            y = scale * (y - mean * tl.load(column_sum + n, mask=live, other=0.0))
+                mean = mean * 0.0
+            scale = tl.rsqrt(tl.maximum(square / K - mean * mean, 0.0) + eps)
+            y = scale * (y - mean * sums)
+        else:
+            y = tl.sum(acc, 1)
+        y = activate(y + shift, ACT)
         if GATED:
             z = tl.sum(acc_twin, 1)
-            if NORM != "none":
-                shift = tl.load(column_sum + N + n, mask=live, other=0.0)
-                z = scale * (z - mean * shift)
-            if HAS_BIAS:
-                y += tl.load(bias + n, mask=live, other=0.0).to(tl.float32)
-                z += tl.load(bias + N + n, mask=live, other=0.0).to(tl.float32)
-            y = activate(y, ACT) * z
+            if NORMED:
+                z = scale * (z - mean * sums_twin)
+            y *= z + shift_twin
+        if RESIDUAL:
+            tl.store(x_out + m * N + n, old + y, mask=live)
+        if STORE:
             tl.store(out + m * N + n, y.to(out.dtype.element_ty), mask=live)
-        else:
-            _finish(y, x_out, out, best, where, bias, m, n, live, N, ACT, HAS_BIAS, RESIDUAL,
-                    STORE, BEST)  # fmt: skip
+        if BEST:
+            y = tl.where(live, y, float("-inf"))
+            high = tl.max(y, 0)
+            name = tl.min(tl.where(y == high, n, 2147483647), 0)
+            tl.store(best + m * tl.num_programs(0) + tl.program_id(0), high)
+            tl.store(where + m * tl.num_programs(0) + tl.program_id(0), name)

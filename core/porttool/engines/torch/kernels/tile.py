@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from porttool.engines.torch.kernels.activation import activate
-from porttool.engines.torch.kernels.chain import announce, await_predecessor, prefetch
+from porttool.engines.torch.kernels.chain import announce, await_predecessor, prefetch_share
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def tile_linear(
     HAS_BIAS: tl.constexpr, HAS_BETA: tl.constexpr, RESIDUAL: tl.constexpr, STORE: tl.constexpr,
     BEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr, PREFETCH: tl.constexpr, THREADS: tl.constexpr,
+    EARLY: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(norm(x[m]) . w[n] + bias[n]) for M <= BLOCK_M * programs rows.
 
@@ -55,9 +55,7 @@ def tile_linear(
     if EARLY:
         announce(PDL)
     if PREFETCH:
-        prefetch(w, N * K * (2 if GATED else 1) * (w.dtype.element_ty.primitive_bitwidth // 8),
-                 THREADS)  # fmt: skip
-        prefetch(next_weight, next_bytes, THREADS)
+        prefetch_share(next_weight, next_bytes)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = n < N
