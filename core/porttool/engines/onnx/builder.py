@@ -1,0 +1,57 @@
+"""Building an ONNX engine: the graph, its weights, and the session options to run it with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from porttool.builder import Builder, BuildRequest, Rank
+from porttool.component import Options
+from porttool.engines.onnx.export import export_model, require_single_rank
+
+if TYPE_CHECKING:
+    from porttool.checkpoint import Checkpoint
+    from porttool.progress import Progress
+
+
+class OnnxOptions(Options):
+    """How the graph keeps its cache, and how ONNX Runtime is to treat it.
+
+    `cache`: `scatter` writes into a cache of fixed capacity inside the graph (opset 24), `concat`
+    joins cache and new tokens and returns the new ones (opset 20). `optimization`: how far ONNX
+    Runtime rewrites the graph.
+    """
+
+    cache: Literal["scatter", "concat"] = "scatter"
+    optimization: Literal["none", "basic", "extended", "all"] = "all"
+
+
+class OnnxBuilder(Builder):
+    """Writes one graph and its weights; ONNX Runtime and TensorRT take the same file."""
+
+    name = "onnx"
+    Options = OnnxOptions
+
+    def build_rank(
+        self,
+        checkpoint: Checkpoint,
+        request: BuildRequest,
+        rank: Rank,
+        *,
+        out: Path,
+        progress: Progress,
+    ) -> Mapping[str, Any]:
+        """Export the model; the session's options go into the manifest."""
+        require_single_rank(rank, self.name)
+        options = cast("OnnxOptions", self.options)
+        made = export_model(checkpoint, request, out, form=options.cache, progress=progress)
+        return {
+            "rank": rank.index,
+            "graph": made.path.name,
+            "opset": made.opset,
+            "cache": options.cache,
+            "capacity": made.spec.capacity,
+            "nodes": made.n_nodes,
+            "session": {"optimization": options.optimization},
+        }

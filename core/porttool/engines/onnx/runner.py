@@ -1,0 +1,94 @@
+"""The runner of ONNX engines: the exported graph in ONNX Runtime, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from pydantic import NonNegativeInt
+
+from porttool.component import Options
+from porttool.engines.onnx.export import MODEL
+from porttool.engines.onnx.session import SessionSettings, choose_device, make_session
+from porttool.errors import UsageError
+from porttool.runner import Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from porttool.engine import Engine
+    from porttool.nn import Step
+
+
+class OnnxRunnerOptions(Options):
+    """`device`: auto takes the GPU if ONNX Runtime can. `threads`: 0 is ONNX Runtime's choice."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: NonNegativeInt = 0
+
+
+class OnnxRunner(Runner):
+    """Runs an ONNX engine; the cache stays on the device, bound in place."""
+
+    name = "onnx"
+    Options = OnnxRunnerOptions
+    traces = True
+
+    def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
+        from porttool.engines.onnx.cached_graph import CachedGraph
+
+        super().__init__(engine, options)
+        asked = cast("OnnxRunnerOptions", self.options)
+        recorded = engine.manifest.built[0]["session"]
+        self._settings = SessionSettings(
+            choose_device(asked.device), recorded["optimization"], asked.threads
+        )
+        self._folder = engine.rank_path()
+        session = make_session(self._folder / MODEL, self._settings, self._folder)
+        self._graph = CachedGraph(
+            session,
+            self.config,
+            engine.manifest.limits,
+            dtype=engine.manifest.dtype,
+            device=self._settings.device,
+        )
+
+    @property
+    def description(self) -> str:
+        """Library, provider, type and form of the cache."""
+        from porttool.engines.onnx.session import require_onnxruntime
+
+        made = self.engine.manifest
+        return (
+            f"onnx, ONNX Runtime {require_onnxruntime().__version__} on {self._settings.device}, "
+            f"{made.dtype}, {made.built[0]['cache']} cache"
+        )
+
+    def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
+        """Feed tokens; return logits."""
+        from porttool.engines.onnx.stepping import fed
+
+        self.check(step)
+        return fed(self._graph.run, step, self.max_len, all_positions=all_positions)
+
+    def copy_slots(self, source: list[int], target: list[int]) -> None:
+        """Copy cache rows."""
+        self._graph.copy_slots(source, target)
+
+    def load_prompt_table(self, table: Tensor | None) -> None:
+        """Use a prompt table that fits the room reserved at build."""
+        room = self.engine.manifest.limits.max_prompt_rows
+        if table is not None and table.shape[0] > room:
+            raise UsageError(
+                f"the prompt table has {table.shape[0]} rows, the engine has room for {room}; "
+                f"build it with --max-prompt-embedding-table-size {table.shape[0]}"
+            )
+        self._graph.table.zero_()
+        if table is not None:
+            self._graph.table[: len(table)] = table
+
+    def trace(self, step: Step) -> dict[str, Tensor]:
+        """Run the graph once with every module's input and output among its outputs."""
+        from porttool.engines.onnx.trace import traced
+
+        return traced(self._folder, self._settings, step, self._graph.table)

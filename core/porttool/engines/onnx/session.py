@@ -1,0 +1,120 @@
+"""ONNX Runtime sessions: which provider, which options, and its errors as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from porttool.errors import EngineError, MissingExtra, UsageError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+ERRORS_ONLY = 3
+"""ONNX Runtime's log level; a warning for every cache that it could not reuse would drown all."""
+
+
+@dataclass(frozen=True)
+class SessionSettings:
+    """How a session is to be made. `threads` 0 leaves their number to ONNX Runtime."""
+
+    device: str
+    optimization: str = "all"
+    threads: int = 0
+
+
+def require_onnxruntime() -> Any:
+    """Import ONNX Runtime, or raise MissingExtra."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("onnx", "onnxruntime") from error
+    return onnxruntime
+
+
+def choose_device(wanted: str) -> str:
+    """Return cpu or cuda; auto takes the GPU where both ONNX Runtime and torch see one.
+
+    Raises UsageError if the GPU was asked for and ONNX Runtime has no provider for it.
+    """
+    import torch
+
+    offered = require_onnxruntime().get_available_providers()
+    usable = PROVIDERS["cuda"] in offered and torch.cuda.is_available()
+    if wanted == "auto":
+        return "cuda" if usable else "cpu"
+    if wanted == "cuda" and not usable:
+        raise UsageError(
+            f"device cuda was asked for, but this ONNX Runtime offers {', '.join(offered)} and "
+            f"torch {'sees a GPU' if torch.cuda.is_available() else 'sees no GPU'}; install "
+            "onnxruntime-gpu in place of onnxruntime, or use device cpu"
+        )
+    return wanted
+
+
+def make_session(model: Path | bytes, settings: SessionSettings, folder: Path) -> Any:
+    """Return an InferenceSession of a file, or of a model in memory whose weights are in `folder`.
+
+    Raises EngineError if ONNX Runtime refuses the model or falls back to another provider.
+    """
+    runtime = require_onnxruntime()
+    options = session_options(runtime, settings)
+    if isinstance(model, bytes):
+        options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
+    wanted = PROVIDERS[settings.device]
+    with translated_errors(f"{folder}: ONNX Runtime cannot load the graph on {settings.device}"):
+        session = runtime.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=[(wanted, provider_options(settings.device))],
+        )
+    if session.get_providers()[0] != wanted:
+        raise EngineError(
+            f"ONNX Runtime could not start {wanted} and fell back to "
+            f"{session.get_providers()[0]}; its CUDA or cuDNN libraries do not match this machine"
+        )
+    return session
+
+
+def session_options(runtime: Any, settings: SessionSettings) -> Any:
+    """Return ONNX Runtime's options for our settings."""
+    levels = runtime.GraphOptimizationLevel
+    options = runtime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    options.intra_op_num_threads = settings.threads
+    options.graph_optimization_level = {
+        "none": levels.ORT_DISABLE_ALL,
+        "basic": levels.ORT_ENABLE_BASIC,
+        "extended": levels.ORT_ENABLE_EXTENDED,
+        "all": levels.ORT_ENABLE_ALL,
+    }[settings.optimization]
+    return options
+
+
+def provider_options(device: str) -> Mapping[str, str]:
+    """Put ONNX Runtime on torch's stream, so that neither waits for the other."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {
+        "device_id": str(torch.cuda.current_device()),
+        "user_compute_stream": str(torch.cuda.current_stream().cuda_stream),
+    }
+
+
+@contextmanager
+def translated_errors(what: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions into EngineError; its classes share no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (
+        state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
+        state.NoSuchFile, state.NotImplemented, state.RuntimeException, state.EPFail,
+    )  # fmt: skip
+    try:
+        yield
+    except kinds as error:
+        raise EngineError(f"{what}: {error}") from error
