@@ -120,8 +120,8 @@ def built(checkpoint: Checkpoint, output: Path, *, kind: str = "torch", **option
     """Build an engine whose limits are the model's."""
     registry = load_registry()
     limits = options.pop("limits", None) or choose_limits(checkpoint.config, max_batch_size=4)
-    plugin = registry.record(registry.builders, kind)
     builder = registry.builders.get(kind)()
+    plugin = registry.record(registry.builders, kind)
     return build(checkpoint, builder, output, plugin=plugin, limits=limits, **options)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -12,7 +13,7 @@ from porttool.config import ModelConfig, SpecialTokens
 from porttool.converter import Converter, Source, validated
 from porttool.errors import SourceError
 from porttool.sources.ranks import Renamed, ShardedTensors
-from porttool.sources.safetensors_file import SafetensorsFile
+from porttool.sources.safetensors_file import SafetensorsFile, unique_pairs
 from porttool.sources.torch_file import open_torch_file
 from porttool.weights import TensorInfo, TensorSource, listing
 
@@ -91,7 +92,7 @@ class SourceConfig:
     def number(self, key: str, default: float) -> float:
         """Return a number."""
         value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not (isinstance(value, int | float) and isfinite(value)):
             raise SourceError(f"{self.file}: {key!r} should be a number, not {value!r}")
         return float(value)
 
@@ -197,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise SourceError(f"{path}: {path.stat().st_size} bytes is no config")
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes(), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: damaged JSON: {error}") from error
     if not isinstance(values, dict):

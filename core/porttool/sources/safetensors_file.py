@@ -102,7 +102,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, path.stat().st_size - 8):
                 raise SourceError(f"{path}: not a safetensors file, or its header length lies")
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = json.loads(file.read(length), object_pairs_hook=unique_pairs)
     except FileNotFoundError as error:
         raise SourceError(f"{path}: the file is missing") from error
     except (ValueError, RecursionError) as error:
@@ -112,7 +112,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; ValueError for a name that is there twice."""
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name appears twice")

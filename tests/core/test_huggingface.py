@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from porttool.errors import SourceError
+from porttool.huggingface import (
+    MAX_JSON,
+    SourceConfig,
+    read_config,
+    read_json,
+    unprefixed,
+)
+from porttool.sources.ranks import ShardedTensors
+from porttool.sources.torch_file import TensorTree
+
+FILE = Path("model") / "config.json"
+
+
+def tree(**tensors):
+    return TensorTree(tensors, "part", mapped=False)
+
+
+def test_every_key_must_be_read():
+    config = SourceConfig({"n_layer": 2, "alpha": 1, "beta": 2, "use_cache": True}, FILE)
+    assert config.integer("n_layer") == 2
+    with pytest.raises(
+        SourceError, match=r"config\.json: unknown keys .*: alpha, beta; if they do"
+    ):
+        config.finish()
+    config.ignore("alpha", "beta")
+    config.finish()
+
+
+def test_keys_that_must_have_one_value():
+    SourceConfig({"quantization_config": None, "pruned_heads": {}}, FILE).finish()
+    for key, value in [("pruned_heads", {"0": [1]}), ("torchscript", True)]:
+        with pytest.raises(SourceError, match=rf"'{key}' is .*, which porttool cannot port"):
+            SourceConfig({key: value}, FILE).finish()
+
+
+def test_null_is_absent():
+    config = SourceConfig({"n_inner": None}, FILE)
+    assert config.integer("n_inner", 12) == 12
+    with pytest.raises(SourceError, match="the key 'n_inner' is missing"):
+        config.integer("n_inner")
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "2", 0, -1, [2]])
+def test_integers(value):
+    with pytest.raises(SourceError, match="'n' should be a positive integer, not"):
+        SourceConfig({"n": value}, FILE).integer("n")
+
+
+@pytest.mark.parametrize("value", [True, "1e-5", [1], float("nan"), float("inf")])
+def test_numbers(value):
+    with pytest.raises(SourceError, match="'eps' should be a number, not"):
+        SourceConfig({"eps": value}, FILE).number("eps", 1e-5)
+
+
+def test_a_prefix_that_only_some_carry():
+    source = unprefixed(tree(**{"t.a": torch.ones(1), "b": torch.zeros(2)}), "t.")
+    assert source.infos().keys() == {"a", "b"}
+    assert source.load("a").equal(torch.ones(1))
+    with pytest.raises(SourceError, match=r"part: a is there twice, with and without 't\.'"):
+        unprefixed(tree(**{"t.a": torch.ones(1), "a": torch.ones(1)}), "t.")
+
+
+def test_a_name_in_two_shards():
+    with pytest.raises(SourceError, match="a is in part and again in two"):
+        ShardedTensors({"one": tree(a=torch.ones(1)), "two": tree(a=torch.ones(1))})
+
+
+def test_json_that_is_none(tmp_path):
+    file = tmp_path / "config.json"
+    for content, said in [
+        (b"", "damaged JSON"), (b"[1]", "should hold a JSON object"), (b"\xff{}", "damaged JSON"),
+        (b'{"a":' * 5000, "damaged JSON"), (b'{"a": 1, "a": 2}', "twice"),
+    ]:  # fmt: skip
+        file.write_bytes(content)
+        with pytest.raises(SourceError, match=said):
+            read_json(file)
+    with file.open("wb") as handle:
+        handle.truncate(MAX_JSON + 1)
+    with pytest.raises(SourceError, match="64000001 bytes is no config"):
+        read_json(file)
+    file.unlink()
+    with pytest.raises(SourceError, match=r"config\.json: the file is missing"):
+        read_json(file)
+
+
+def test_a_config_without_a_model_type(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 4}))
+    assert read_config(tmp_path)["model_type"] == "gpt2"
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
+    assert "model_type" not in read_config(tmp_path)

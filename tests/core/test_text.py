@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+
+from porttool.errors import CheckpointError
+from porttool.text import TextStream, load_tokenizer
+
+TEXTS = [
+    "The mayor said on Tuesday.", "  two  spaces\n\nand\ttabs ", "naïve café 東京 🌉🌊 ẞ",
+    "don't 3,141.59 END<|endoftext|>", "", "\u200b\ufeff\x00",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def byte_bpe(tmp_path_factory, tokenizer_folder):
+    """The same tokenizer in GPT-2's two files."""
+    folder = tmp_path_factory.mktemp("bpe")
+    values = json.loads((tokenizer_folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(values["vocab"]))
+    merges = [" ".join(m) if isinstance(m, list) else m for m in values["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_as_transformers(tokenizer_folder, text):
+    ours = load_tokenizer(tokenizer_folder)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_folder / "tokenizer.json"))
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_two_files_as_transformers(byte_bpe, text):
+    ours, theirs = load_tokenizer(byte_bpe), GPT2Tokenizer.from_pretrained(byte_bpe)
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_round_trip(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    plain = [t for t in TEXTS if "<|" not in t]
+    assert [tokenizer.decode(tokenizer.encode(t)) for t in plain] == plain
+    assert tokenizer.n_tokens == 320
+
+
+def test_truncation_and_padding_in_the_file_are_not_obeyed(tmp_path, tokenizer_folder):
+    import tokenizers
+
+    asks = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    asks.enable_truncation(4)
+    asks.enable_padding(length=8)
+    asks.save(str(tmp_path / "tokenizer.json"))
+    text = TEXTS[0]
+    assert load_tokenizer(tmp_path).encode(text) == load_tokenizer(tokenizer_folder).encode(text)
+
+
+def test_streaming_gives_the_same_text_in_whole_characters(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    for text in TEXTS[:3]:
+        stream = TextStream(tokenizer)
+        pieces = [stream.push(t) for t in tokenizer.encode(text)]
+        assert not any("\N{REPLACEMENT CHARACTER}" in p for p in pieces)
+        assert "".join(pieces) + stream.finish() == text
+
+
+def test_a_character_that_never_ends_is_shown_at_the_end(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode("a東")[:-1]
+    assert "".join(stream.push(t) for t in ids) == "a"
+    assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_added_tokens_of_two_files(tmp_path, byte_bpe):
+    folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
+    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 320}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.n_tokens == 321
+    assert tokenizer.encode("a[PAD]")[-1] == 320
+    assert tokenizer.decode([320]) == ""
+
+
+def test_no_tokenizer(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no tokenizer here \(tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "Magic"}}'])
+def test_a_damaged_tokenizer_names_its_file(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", ["vocab.json", "merges.txt", "added_tokens.json"])
+def test_damaged_byte_bpe_names_its_folder(tmp_path, byte_bpe, damaged):
+    folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
+    (folder / damaged).write_text("one\ntwo three four\n{")
+    with pytest.raises(CheckpointError, match=r"bpe.*: the tokenizer cannot be read"):
+        load_tokenizer(folder)
