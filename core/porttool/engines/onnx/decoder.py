@@ -117,7 +117,5 @@ class DecoderGraph:
         weight = self.blocks.weight("embedding.weight" if c.tied_head else "head.weight")
         out = "logits" if self.dtype == "float32" else "logits.narrow"
         graph.node("Gemm", [normed, weight], out, {"transB": 1})
-        if not c.tied_head:
-            graph.module("head", normed, out)
         self.blocks.widen(out, "logits")
         graph.output("logits", "float32", ["rows", c.vocab_size])

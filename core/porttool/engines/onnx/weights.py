@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from porttool.config import Dtype, ModelConfig
-from porttool.shards import TensorJob, encode_header, plan_shards
+from porttool.shards import MAX_SHARD_BYTES, TensorJob, encode_header, plan_shards
 from porttool.sources.safetensors_file import CODES, DTYPES
 from porttool.weights import cast
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from porttool.checkpoint import Checkpoint
+
+MAX_BYTES = MAX_SHARD_BYTES
 
 METADATA = {"format": "pt"}
 """What `write_tensors` puts into a header: its length moves the data."""
@@ -84,7 +86,7 @@ def make_tensor(checkpoint: Checkpoint, name: str, dtype: Dtype) -> Tensor:
 
 def plan_files(jobs: Sequence[TensorJob]) -> dict[str, list[TensorJob]]:
     """Divide the tensors into files."""
-    return plan_shards(jobs, "model")
+    return plan_shards(jobs, "model", MAX_BYTES)
 
 
 def place_tensors(shards: Mapping[str, Sequence[TensorJob]]) -> dict[str, StoredTensor]:
