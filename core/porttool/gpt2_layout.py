@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from porttool.huggingface import SourceConfig
 from porttool.weights import Take, WeightMap, take
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from porttool.weights import Via
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -32,7 +35,12 @@ MASKS = ("h.*.attn.bias", "h.*.attn.masked_bias")
 """Causal-mask buffers that old checkpoints carry; they hold no weights."""
 
 
-def read_gpt2_config(config: SourceConfig, *, n_kv_head: int | None = None) -> ModelConfig:
+def read_gpt2_config(
+    config: SourceConfig,
+    *,
+    n_kv_head: int | None = None,
+    activations: Mapping[str, Activation] = ACTIVATIONS,
+) -> ModelConfig:
     """Read every key of GPT2Config that changes the arithmetic; key heads are n_head if not told.
 
     Raises SourceError for a key that is missing or impossible.
@@ -49,7 +57,7 @@ def read_gpt2_config(config: SourceConfig, *, n_kv_head: int | None = None) -> M
         head_dim=config.quotient("n_embd", "n_head"),
         d_model=d_model,
         d_ff=config.integer("n_inner", 4 * d_model),
-        activation=config.one_of("activation_function", ACTIVATIONS, "gelu_new"),
+        activation=config.one_of("activation_function", activations, "gelu_new"),
         norm_eps=config.number("layer_norm_epsilon", 1e-5),
         attention_scale=(d_model // n_head) ** -0.5 if scaled else 1.0,
         inverse_layer_scale=config.flag("scale_attn_by_inverse_layer_idx", False),
@@ -99,3 +107,16 @@ def gpt2_weight_map(
     }
     copies = {"lm_head.weight": "wte.weight"} if config.tied_head else {}
     return WeightMap(rules, unused=MASKS, duplicates=copies)
+
+
+def openai_name(variable: str) -> str:
+    """Turn TensorFlow's `model/h0/ln_1/g` into `h.0.ln_1.weight`."""
+    name = re.sub(r"^h(\d+)/", r"h.\1.", variable.removeprefix("model/")).replace("/", ".")
+    if name in ("wte", "wpe"):
+        return f"{name}.weight"
+    return re.sub(r"\.[gw]$", ".weight", re.sub(r"\.b$", ".bias", name))
+
+
+def squeezed(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
+    """Turn a convolution of width one, [1, in, out], into [out, in]."""
+    return tensors[0].squeeze(0).t()

@@ -18,7 +18,10 @@ api_version = 1
 def porttool_converters() -> Iterable[type[Converter]]:
     """Return the converters of this family."""
     from porttool_gpt2.converter import GPT2Converter
+    from porttool_gpt2.fastertransformer import FasterTransformerConverter
     from porttool_gpt2.megatron import MegatronConverter
     from porttool_gpt2.tensorflow import TensorFlowConverter
 
-    return [GPT2Converter, MegatronConverter, TensorFlowConverter]
+    return [
+        FasterTransformerConverter, GPT2Converter, MegatronConverter, TensorFlowConverter,
+    ]  # fmt: skip

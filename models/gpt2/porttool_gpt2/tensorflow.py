@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from porttool import Converter, ModelConfig, Source, WeightMap
 from porttool.errors import SourceError
-from porttool.gpt2_layout import gpt2_config, gpt2_weight_map
+from porttool.gpt2_layout import gpt2_config, gpt2_weight_map, openai_name, squeezed
 from porttool.huggingface import check_special_ids, read_json
 from porttool.sources.ranks import Renamed
 from porttool.sources.tf_bundle import TensorBundle, find_bundle
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 KEYS = {
     "n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_head": "n_head",
@@ -67,23 +61,10 @@ class TensorFlowConverter(Converter):
         return Source(
             config=model,
             tokens=check_special_ids(ids, model.vocab_size, folder),
-            tensors=Renamed(bundle, {plain_name(name): name for name in bundle.infos()}),
+            tensors=Renamed(bundle, {openai_name(name): name for name in bundle.infos()}),
             tokenizer_data={new: (folder / old).read_bytes() for old, new in TOKENIZER.items()},
         )
 
     def weight_map(self, config: ModelConfig) -> WeightMap:
         """Return GPT-2's table; matrices are convolutions of width one, [1, in, out]."""
         return replace(gpt2_weight_map(config, squeezed), unused=TRAINING)
-
-
-def plain_name(variable: str) -> str:
-    """Turn `model/h0/ln_1/g` into `h.0.ln_1.weight`."""
-    name = re.sub(r"^h(\d+)/", r"h.\1.", variable.removeprefix("model/")).replace("/", ".")
-    if name in ("wte", "wpe"):
-        return f"{name}.weight"
-    return re.sub(r"\.[gw]$", ".weight", re.sub(r"\.b$", ".bias", name))
-
-
-def squeezed(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
-    """Turn [1, in, out] into [out, in]."""
-    return tensors[0].squeeze(0).t()

@@ -1,0 +1,33 @@
+"""GPT-2 and its kin as FasterTransformer and early TensorRT-LLM keep them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from porttool import Converter, ModelConfig, Source, WeightMap
+from porttool.fastertransformer import open_folder
+from porttool.weights import identity_rules
+
+
+class FasterTransformerConverter(Converter):
+    """A folder with config.ini and one raw array a file, for any number of ranks."""
+
+    name = "gpt2/fastertransformer"
+    family = "gpt2"
+    source_format = "FasterTransformer folder"
+
+    def matches(self, source: Path) -> bool:
+        """Return true if there is a config.ini here or in a folder like `1-gpu`."""
+        return (source / "config.ini").is_file() or any(source.glob("*-gpu/config.ini"))
+
+    def config(self, source: Path) -> ModelConfig:
+        """Read config.ini."""
+        return open_folder(source).config
+
+    def open(self, source: Path) -> Source:
+        """Read config.ini and hold every file to it."""
+        return open_folder(source)
+
+    def weight_map(self, config: ModelConfig) -> WeightMap:
+        """Return the table: core has joined and turned the arrays."""
+        return WeightMap(identity_rules(self.module(config).state_dict()))

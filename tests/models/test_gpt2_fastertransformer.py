@@ -1,0 +1,279 @@
+"""FasterTransformer's folders in and out, against files laid by hand from transformers' weights."""
+
+from __future__ import annotations
+
+import configparser
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from porttool.cli import run as run_cli
+from porttool.config import ModelConfig
+from porttool.converter import Source
+from porttool.errors import PorttoolError, UsageError
+from porttool.fastertransformer import export, open_folder
+from porttool.plugins import choose_converter
+from tiny import PROMPTS, full_logits, reference_logits
+
+GENERATION = {"top_k": 50, "bad_words_ids": None, "_name_or_path": "50%off/gpt2",
+              "pruned_heads": {}, "tf_legacy_loss": False, "forced_eos_token_id": None,
+              "processes": 4}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mha():
+    return tiny.gpt2(n_embd=32, n_head=4, n_layer=2, activation_function="gelu")
+
+
+@pytest.fixture(scope="module")
+def mqa():
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    config = GPTBigCodeConfig(
+        vocab_size=67, n_positions=48, n_embd=32, n_layer=2, n_head=4, multi_query=True,
+        activation_function="gelu_pytorch_tanh", bos_token_id=0, eos_token_id=0,
+        attn_implementation="sdpa",  # the eager softmax rounds to float32
+    )  # fmt: skip
+    model = GPTBigCodeForCausalLM(config).double().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator) * 0.2
+        parameter.copy_(drawn.double())
+    return model
+
+
+@pytest.fixture(params=["mha", "mqa"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def arrays(model, tp):
+    """Every file's array, as the conversion scripts of that time divide them."""
+    multi_query = hasattr(model.config, "multi_query")
+    state = {n: t.numpy() for n, t in model.transformer.state_dict().items()}
+    files = {"wte": state["wte.weight"], "wpe": state["wpe.weight"],
+             "final_layernorm.weight": state["ln_f.weight"],
+             "final_layernorm.bias": state["ln_f.bias"]}  # fmt: skip
+    for i in range(model.config.n_layer):
+
+        def get(name, i=i):
+            array = state[f"h.{i}.{name}"]
+            linear = multi_query and array.ndim == 2
+            return array.T if linear else array  # [in, out]
+
+        out = f"layers.{i}."
+        for ours, theirs in (("ln_1", "input_layernorm"), ("ln_2", "post_attention_layernorm")):
+            files |= {f"{out}{theirs}.{p}": get(f"{ours}.{p}") for p in ("weight", "bias")}
+        files[f"{out}attention.dense.bias"] = get("attn.c_proj.bias")
+        files[f"{out}mlp.dense_4h_to_h.bias"] = get("mlp.c_proj.bias")
+        for rank in range(tp):
+
+            def part(array, axis, rank=rank):
+                return np.split(array, tp, axis)[rank]
+
+            for kind in ("weight", "bias"):
+                fused = get(f"attn.c_attn.{kind}")
+                if multi_query:
+                    query, rest = np.split(fused, [32], -1)
+                    local = np.concatenate([part(query, -1), rest], -1)
+                else:
+                    local = part(fused.reshape(*fused.shape[:-1], 3, 32), -1)
+                files[f"{out}attention.query_key_value.{kind}.{rank}"] = local
+                files[f"{out}mlp.dense_h_to_4h.{kind}.{rank}"] = part(get(f"mlp.c_fc.{kind}"), -1)
+            files[f"{out}attention.dense.weight.{rank}"] = part(get("attn.c_proj.weight"), 0)
+            files[f"{out}mlp.dense_4h_to_h.weight.{rank}"] = part(get("mlp.c_proj.weight"), 0)
+    return {f"model.{name}.bin": np.ascontiguousarray(a, np.float32) for name, a in files.items()}
+
+
+def write_folder(folder, model, tp, **changes):
+    folder.mkdir(parents=True)
+    for name, array in arrays(model, tp).items():
+        array.tofile(folder / name)
+    c = model.config
+    values = {"n_embd": c.n_embd, "n_head": c.n_head, "n_layer": c.n_layer,
+              "n_positions": c.n_positions, "vocab_size": c.vocab_size, "n_inner": None,
+              "activation_function": c.activation_function, "eos_token_id": c.eos_token_id,
+              "layer_norm_epsilon": c.layer_norm_epsilon, "tie_word_embeddings": True,
+              "multi_query_mode": hasattr(c, "multi_query"), "storage_dtype": "float32",
+              "tensor_parallelism": tp, **GENERATION, **changes}  # fmt: skip
+    write_ini(folder, {k: v for k, v in values.items() if v != "absent"})
+    return folder
+
+
+def write_ini(folder, values):
+    parser = configparser.ConfigParser(interpolation=None)
+    parser["gpt"] = {key: str(value) for key, value in values.items()}
+    with (folder / "config.ini").open("w") as file:
+        parser.write(file)
+
+
+def refused(source, tmp_path, message):
+    with pytest.raises(PorttoolError, match=message):
+        tiny.converted(source, tmp_path / "out", "gpt2/fastertransformer")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_logits_equal_transformers(tmp_path, model, tp, registry):
+    source = write_folder(tmp_path / "c-model" / f"{tp}-gpu", model, tp).parent
+    assert choose_converter(registry, source).name == "gpt2/fastertransformer"
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint")
+    engine = tiny.built(checkpoint, tmp_path / "engine", dtype="float64")
+    runner = tiny.loaded(engine.path, registry)
+    for prompt in PROMPTS:
+        expected = reference_logits(model, prompt)
+        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_what_is_exported_is_what_the_old_tools_wrote(tmp_path, model, tp):
+    first = tiny.converted(write_folder(tmp_path / "1-gpu", model, 1), tmp_path / "first")
+    folder = export(first, tmp_path / "exported", tp=tp)
+    expected = arrays(model, tp)
+    assert {f.name for f in folder.glob("*.bin")} == expected.keys()
+    for name, array in expected.items():
+        assert (folder / name).read_bytes() == array.tobytes(), name
+    second = tiny.converted(folder, tmp_path / "second")
+    assert second.manifest.files == first.manifest.files
+    assert second.config == first.config
+    assert second.manifest.tokens == first.manifest.tokens
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_other_types_and_configs_make_the_round_trip(tmp_path, dtype, tokenizer_folder):
+    model = tiny.gpt2(n_inner=24, layer_norm_epsilon=0.3, tie_word_embeddings=False,
+                      scale_attn_by_inverse_layer_idx=True, activation_function="quick_gelu",
+                      vocab_size=320, eos_token_id=0, bos_token_id=0)  # fmt: skip
+    source = tiny.write_source(tmp_path / "source", model)
+    shutil.copytree(tokenizer_folder, source, dirs_exist_ok=True)
+    first = tiny.converted(source, tmp_path / "first", dtype=dtype)
+    folder = export(first, tmp_path / "exported", tp=3)
+    assert (folder / "model.lm_head.weight.bin").is_file()
+    second = tiny.converted(folder, tmp_path / "second")
+    assert (second.config, second.manifest.dtype) == (first.config, dtype)
+    assert second.manifest.files == first.manifest.files
+    assert (second.tokenizer / "tokenizer.json").is_file()
+
+
+def test_a_gate_goes_into_a_file_of_its_own(tmp_path):
+    """Gate rows in the plain file, linear rows in the second, bit for bit there and back."""
+    from porttool.fastertransformer.config_file import OwnSection, format_config
+    from porttool.fastertransformer.layout import bin_files
+
+    config = ModelConfig(
+        vocab_size=11, n_positions=8, n_layer=1, n_head=2, n_kv_head=2, head_dim=4, d_model=8,
+        d_ff=6, activation="silu", gated=True, position="rotary", rotary_fraction=0.5,
+        attention_scale=0.5, qkv_bias=False, out_bias=False, mlp_bias=False, tied_head=False,
+    )  # fmt: skip
+    up = torch.randn(12, 8)
+    first, second = bin_files("layers.0.mlp.up.weight", config)
+    assert first.name(1) == "model.layers.0.mlp.dense_h_to_4h.weight.1.bin"
+    assert second.name(1) == "model.layers.0.mlp.dense_h_to_4h.gate.weight.1.bin"
+    assert [(r.local, r.canonical) for r in second.regions(1, 2)] == [(slice(0, 3), slice(9, 12))]
+    assert up[9:12].equal(torch.cat([up[r.canonical] for r in second.regions(1, 2)]))
+    own = OwnSection(config=config, tokens={}, dtype="float32", tensor_parallel=1)
+    assert "activation_function = swiglu" in format_config(own)
+    assert "rotary_pct = 0.5" in format_config(own)
+
+
+def test_fastertransformer_keys_are_understood(tmp_path, mha, registry):
+    folder = write_folder(tmp_path / "2-gpu", mha, 2)
+    write_ini(folder, {
+        "model_name": "gpt2", "head_num": 4, "size_per_head": 8, "inter_size": 128,
+        "max_pos_seq_len": 48, "num_layer": 2, "vocab_size": 67, "start_id": 66, "end_id": 66,
+        "weight_data_type": "fp32", "tensor_para_size": 2, "activation_function": "gelu",
+    })  # fmt: skip
+    source = open_folder(folder)
+    assert isinstance(source, Source)
+    assert (source.config.n_head, source.config.d_ff, source.tokens.eos) == (4, 128, (66,))
+
+
+FIRST = "model.layers.0.attention.query_key_value.weight.0.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("model.wpe.bin", r"model\.wpe\.bin: the file is missing"),
+     ("model.layers.1.mlp.dense_4h_to_h.bias.bin", "dense_4h_to_h.bias.bin: the file is missing"),
+     (FIRST, "1 ranks by its .*2 ranks by its name"), ("config.ini", "not a source of")],
+)  # fmt: skip
+def test_a_missing_file_is_an_error(tmp_path, mha, name, message):
+    folder = write_folder(tmp_path / "2-gpu", mha, 2)
+    (folder / name).unlink()
+    refused(folder, tmp_path, message)
+
+
+def test_a_file_too_many_or_of_another_size_is_an_error(tmp_path, mha, mqa):
+    folder = write_folder(tmp_path / "1-gpu", mha, 1)
+    stale = folder / "model.layers.2.input_layernorm.bias.bin"
+    stale.write_bytes(bytes(128))
+    refused(folder, tmp_path, r"does not account for: model\.layers\.2")
+    stale.unlink()
+    (folder / "model.layers.0.attention.query_key_value.scale_y_quant_orig.bin").write_bytes(b"1")
+    tiny.converted(folder, tmp_path / "scales")
+    with (folder / "model.wte.bin").open("ab") as file:
+        file.write(b"12")
+    refused(folder, tmp_path, r"wte\.bin: has 8578 bytes, but \[67, 32\] in float32 needs 8576")
+    folder = write_folder(tmp_path / "2-gpu", mqa, 2)
+    array = np.fromfile(folder / FIRST, np.float32)
+    array[-1] += 1
+    array.tofile(folder / FIRST)
+    refused(folder, tmp_path, "keys and values are not those of rank 0")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"n_layer": 3}, r"layers\.2.*missing"), ({"storage_dtype": "float16"}, "needs"),
+     ({"storage_dtype": "int4"}, "porttool knows: bf16"), ({"n_head": 5}, "not a multiple"),
+     ({"tensor_parallelism": 2}, "2 ranks by config.ini"), ({"n_embd": "wide"}, "positive int"),
+     ({"vocab_size": "absent"}, "'vocab_size' is missing"), ({"novelty": 1}, "unknown.*novelty"),
+     ({"tie_word_embeddings": False}, "lm_head.weight.bin: the file is missing"),
+     ({"do_layer_norm_before": False}, "norms after"), ({"eos_token_id": 67}, "outside the vocab"),
+     ({"multi_query_mode": True}, "needs")],
+)  # fmt: skip
+def test_a_wrong_config_is_refused(tmp_path, mha, changes, message):
+    refused(write_folder(tmp_path / "1-gpu", mha, 1, **changes), tmp_path, message)
+
+
+def test_an_edited_export_is_noticed(tmp_path, mha):
+    first = tiny.converted(write_folder(tmp_path / "1-gpu", mha, 1), tmp_path / "first")
+    folder = export(first, tmp_path / "exported")
+    ini = folder / "config.ini"
+    text = ini.read_text()
+    ini.write_text(text.replace("layer_norm_epsilon = 1e-05", "layer_norm_epsilon = 1e-06"))
+    refused(folder, tmp_path, "disagree about layer_norm_epsilon")
+    ini.write_text(text.replace("tensor_parallel = 1", "tensor_parallel = one"))
+    refused(folder, tmp_path, "is damaged")
+    ini.write_text(text.replace("[gpt]", "[opt]"))
+    refused(folder, tmp_path, r"no section \[gpt\]")
+
+
+def test_several_folders_and_none(tmp_path, mha):
+    write_folder(tmp_path / "1-gpu", mha, 1)
+    write_folder(tmp_path / "2-gpu", mha, 2)
+    refused(tmp_path, tmp_path, "1-gpu, 2-gpu; give the path of one")
+    with pytest.raises(PorttoolError, match=r"no config\.ini here.*FasterTransformer 4"):
+        open_folder(tmp_path / "2-gpu" / "x")
+
+
+def test_what_the_layout_cannot_express_is_refused(tmp_path, checkpoint):
+    with pytest.raises(UsageError, match="3 heads cannot be divided over 2 ranks"):
+        export(checkpoint, tmp_path / "out", tp=2)
+    checkpoint = tiny.Checkpoint.open(checkpoint.path)
+    checkpoint.config = checkpoint.config.model_copy(update={"norm": "rmsnorm", "n_kv_head": 2})
+    with pytest.raises(UsageError, match="cannot express grouped key heads and RMSNorm"):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, checkpoint, capsys):
+    arguments = ["export", str(checkpoint.path), "--format", "fastertransformer", "--tp", "3",
+                 "--output", str(tmp_path / "out")]  # fmt: skip
+    assert run_cli(arguments) == 0
+    assert "3-gpu" in capsys.readouterr().out
+    assert run_cli(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert open_folder(tmp_path / "out").config == checkpoint.config
