@@ -50,7 +50,7 @@ class TorchRunner(Runner):
 
     @property
     def decodes_on_device(self) -> bool:  # type: ignore[override]
-        """True on a GPU."""
+        """True on a GPU, and on a CPU with compiled code."""
         return self._decoder.decodes_on_device
 
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
@@ -97,7 +97,19 @@ class TorchRunner(Runner):
         )
 
     def _make_decoder(self) -> DeviceDecoder:
-        return self._canonical()
+        if self.device != "cpu" or cast("TorchOptions", self.options).canonical:
+            return self._canonical()
+        import torch
+
+        from porttool.engines.torch.cpu import CpuDecoder
+
+        manifest = self.engine.manifest
+        return CpuDecoder(
+            manifest.config,
+            load_weights(self.engine.rank_path()),
+            dtype=getattr(torch, manifest.dtype),
+            limits=manifest.limits,
+        )
 
 
 def choose_device(wanted: str) -> str:
