@@ -33,7 +33,7 @@ class Derivation:
         self.config: ModelConfig = self.source.config
         module = converter.module(self.config)
         self.shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
-        weight_map = converter.weight_map(self.config)
+        weight_map = self.source.weight_map or converter.weight_map(self.config)
         infos = self.source.tensors.infos()
         self.rules: Mapping[str, Take] = resolve_rules(self.shapes, weight_map, infos)
 

@@ -20,7 +20,7 @@ class Tolerance:
 
     gap     at the first differing token, how much less likely (natural log) the engine's choice
             may be than the reference's, in the reference's own eyes
-    drift   mean |difference| of the chosen tokens' log-probabilities, at most
+    drift   |difference| of the chosen tokens' log-probabilities: 99 % of them lie below it
     share   of the articles, how many must agree or part at a tie, at least
     margin  of ROUGE, in points, that the port may lose, at most
     """
@@ -32,10 +32,10 @@ class Tolerance:
 
 
 TOLERANCES: dict[Dtype, Tolerance] = {
-    "float64": Tolerance(gap=1e-6, drift=1e-7, share=1.0),
-    "float32": Tolerance(gap=1e-3, drift=2e-5, share=0.99),
-    "float16": Tolerance(gap=0.05, drift=5e-3, share=0.95),
-    "bfloat16": Tolerance(gap=0.4, drift=4e-2, share=0.9),
+    "float64": Tolerance(gap=1e-6, drift=1e-9, share=1.0),
+    "float32": Tolerance(gap=1e-3, drift=1e-4, share=0.99),
+    "float16": Tolerance(gap=0.05, drift=5e-2, share=0.95),
+    "bfloat16": Tolerance(gap=0.4, drift=4e-1, share=0.9),
 }
 """Calibrated as docs/validation.md describes; the coarser of the two sides' types counts."""
 

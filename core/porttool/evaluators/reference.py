@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 
-N_CANDIDATES = 5
+N_CANDIDATES = 10
 """Alternatives kept of every step, to tell a tie with any of them from a real difference."""
+
+NEAR = 1.0
+"""Candidates beyond the second are kept only if they are this near to the best, in log p."""
 
 EDGE = 1 << 20
 """Bytes at either end of a weight file that its fingerprint covers."""
@@ -157,10 +160,8 @@ class Recorder:
         results = []
         for row, row_ids, row_logprobs in zip(rows, ids, logprobs, strict=True):
             tokens, ended = cut(row, eos)
-            candidates = tuple(
-                tuple(Candidate(t, round(p, 6)) for t, p in zip(*step, strict=True))
-                for step in zip(row_ids, row_logprobs, strict=True)
-            )[: len(tokens) + ended]
+            steps = list(zip(row_ids, row_logprobs, strict=True))[: len(tokens) + ended]
+            candidates = tuple(near_best(*step) for step in steps)
             chosen = tuple(c[0].logprob for c in candidates[: len(tokens)])
             results.append(
                 Continuation(
@@ -168,6 +169,12 @@ class Recorder:
                 )
             )
         return results
+
+
+def near_best(tokens: list[int], logprobs: list[float]) -> tuple[Candidate, ...]:
+    """Return a step's two best candidates, and those that come near the best."""
+    pairs = [Candidate(t, round(p, 7)) for t, p in zip(tokens, logprobs, strict=True)]
+    return tuple(c for i, c in enumerate(pairs) if i < 2 or c.logprob > pairs[0].logprob - NEAR)
 
 
 def cut(row: list[int], eos: tuple[int, ...]) -> tuple[list[int], bool]:

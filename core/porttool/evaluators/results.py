@@ -137,8 +137,9 @@ def require_same_task(saved: SideResult, task: Task, path: Path) -> None:
     ]
     if differing:
         raise UsageError(
-            f"{path} was made with different {' and '.join(differing)}; use the same options, or "
-            f"run the {saved.side} again"
+            f"{path} was made with different {' and '.join(differing)}; use the same options "
+            "(max_input_len among them: its default depends on the engine), or run the "
+            f"{saved.side} again"
         )
     if len(saved.continuations) != len(task.articles):
         raise UsageError(f"{path} holds {len(saved.continuations)} results of "

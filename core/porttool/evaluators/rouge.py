@@ -9,13 +9,13 @@ from porttool.errors import MissingExtra
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|\n+")
 
 
 def split_sentences(text: str) -> str:
     """Return a text with every sentence on a line of its own, as rougeLsum wants it.
 
-    It splits after `.`, `!` or `?` before white space, and at line ends: without data files, and
+    It splits at white space after `.`, `!` or `?` and a closing quote, and at line ends: without data files, and
     the same way for both sides and for the human summary.
     """
     parts = (part.strip() for part in _SENTENCE_END.split(text))

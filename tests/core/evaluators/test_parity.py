@@ -1,0 +1,281 @@
+"""`verify` passes a sound engine, and catches, places and explains one that is damaged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import tiny
+from porttool.engine import Engine
+from porttool.engines.torch.runner import TorchRunner
+from porttool.errors import CheckFailed, UsageError
+from porttool.evaluators.accounting import Derivation, check_weights
+from porttool.evaluators.damage import Damage
+from porttool.evaluators.parity import verify
+from porttool.nn import Step
+from porttool.plugins import choose_converter, load_registry
+from porttool.progress import SILENT
+
+CPU = {"device": "cpu"}
+LADDER = ["config", "weights", "prefill", "decode", "decode, several tokens a step",
+          "greedy tokens"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Inverse layer scaling, and an activation that is not the default one."""
+    model = tiny.gpt2(seed=2, scale_attn_by_inverse_layer_idx=True)
+    return tiny.write_source(tmp_path_factory.mktemp("parity") / "source", model)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source):
+    return tiny.converted(source, source.parent / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    return tiny.built(checkpoint, checkpoint.path.parent / "engine")
+
+
+@pytest.fixture
+def verified(source, tmp_path):
+    """Verify a runner or an engine against the source; return the report."""
+
+    def run(subject, **options):
+        runner = TorchRunner(subject, CPU) if isinstance(subject, Engine) else subject
+        converter = choose_converter(load_registry(), source)
+        return verify(
+            runner=runner, source=source, converter=converter, output=tmp_path / "out",
+            options={"prompt_len": 16, "new_tokens": 8, **options},
+        )  # fmt: skip
+
+    return run
+
+
+def outcome(report):
+    return {v.name: v.passed for v in report.verdicts}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+def test_sound_engine_passes_every_rung(checkpoint, verified, tmp_path, dtype):
+    report = verified(tiny.built(checkpoint, tmp_path / "engine", dtype=dtype))
+    assert [v.name for v in report.verdicts] == LADDER
+    assert report.passed, report.verdicts
+    report.require_pass()
+    saved = json.loads((tmp_path / "out" / "report.json").read_bytes())
+    assert saved["evaluator"] == "parity"
+    assert [v["passed"] for v in saved["verdicts"]] == [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("damage", "rungs", "place", "cause"),
+    [
+        ("scrambled layer", {"weights"}, "layers.1.attention.qkv.out", None),
+        ("swapped norms", {"weights"}, "layers.0.norm1.out", "norm1 and norm2 are swapped"),
+        ("other gelu", {"config"}, "layers.0.mlp.down.in", "the activation is gelu, not gelu_tanh"),
+        ("shifted positions", {"weights"}, "position.out", "positions are one too high"),
+        ("transposed projection", {"weights"}, "layers.0.attention.out.out", None),
+        ("keys and values swapped", {"weights"}, "layers.0.attention.qkv.out", None),
+        ("noise of 2 %", {"weights"}, "embedding.out", None),
+        ("noise of int8", {"weights"}, "embedding.out", None),
+        ("no 1/(layer + 1)", {"config"}, "layers.1.attention.out.in", "lacks the factor"),
+        ("no attention scale", {"config"}, "layers.0.attention.out.in", "is not scaled"),
+        ("epsilon of 1e-3", {"config"}, "layers.0.norm1.out", None),
+    ],
+)
+def test_damage_is_caught_and_placed(engine, verified, tmp_path, damage, rungs, place, cause):
+    report = verified(Damage(damage).apply(engine, tmp_path / "damaged"))
+    failed = {name for name, passed in outcome(report).items() if not passed}
+    assert rungs | {"prefill", "decode"} <= failed
+    assert not ({"config", "weights"} - rungs) & failed
+    assert report.measurements["first_difference"] == place
+    assert any(f"first differs at {place}" in note for note in report.notes)
+    found = report.measurements.get("cause")
+    assert cause in found if cause else found is None
+    with pytest.raises(CheckFailed, match="prefill: NMSE"):
+        report.require_pass()
+
+
+@pytest.mark.parametrize(
+    ("damage", "how"),
+    [
+        ("swapped norms", "layers.0.norm1.weight: holds layers.0.norm2.weight"),
+        ("shifted positions", "position.weight: its rows are shifted by one"),
+        ("transposed projection", "layers.0.attention.out.weight: is transposed"),
+        ("scrambled layer", "layers.1.attention.qkv.weight: the same values in another order"),
+        ("noise of 2 %", "embedding.weight: off by 2.0"),
+    ],
+)
+def test_weights_say_how_they_differ(engine, source, tmp_path, damage, how):
+    damaged = Damage(damage).apply(engine, tmp_path / "damaged")
+    check = check_weights(damaged, derivation_of(source), progress=SILENT)
+    assert how in "; ".join(f"{n}: {d}" for n, d in check.differing.items())
+
+
+def derivation_of(source):
+    return Derivation(choose_converter(load_registry(), source), source)
+
+
+def test_half_precision_hides_no_noise(checkpoint, verified, tmp_path):
+    sound = tiny.built(checkpoint, tmp_path / "engine", dtype="bfloat16")
+    report = verified(Damage("noise of 2 %").apply(sound, tmp_path / "damaged"))
+    assert outcome(report)["prefill"] is False
+    assert "Hugging Face in bfloat16" in report.verdicts[2].detail
+
+
+def test_tensors_missing_or_too_many_are_named(engine, source, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    damaged = Damage("nothing").apply(engine, tmp_path / "copy")
+    file = damaged.rank_path() / "model.safetensors"
+    tensors = load_file(file)
+    tensors["stray.weight"] = tensors.pop("layers.2.mlp.up.bias")
+    save_file(tensors, file)
+    verdict = check_weights(damaged, derivation_of(source), progress=SILENT).verdict
+    assert verdict.passed is False
+    assert "missing: layers.2.mlp.up.bias" in verdict.detail
+    assert "not the model's: stray.weight" in verdict.detail
+
+
+def test_weights_rounded_on_their_way_are_accepted_and_said(source, tmp_path):
+    narrow = tiny.converted(source, tmp_path / "narrow", dtype="bfloat16")
+    built = tiny.built(narrow, tmp_path / "engine", dtype="float32")
+    check = check_weights(built, derivation_of(source), progress=SILENT)
+    assert check.verdict.passed
+    assert check.through == "bfloat16"
+
+
+def test_two_ranks_are_put_together(source, tmp_path):
+    from porttool.builder import Rank
+    from porttool.evaluators.accounting import compare_tensor
+    from porttool.sharding import shard
+
+    derivation = derivation_of(source)
+    whole = derivation.tensor("layers.0.mlp.up.weight")
+    for index in (0, 1):
+        rank = Rank(index, 2)
+        part = shard("layers.0.mlp.up.weight", derivation.config, rank,
+                     lambda a, b: whole[a:b], len(whole))  # fmt: skip
+        assert compare_tensor("layers.0.mlp.up.weight", part, derivation, rank) == ("", "")
+        wrong, _ = compare_tensor("layers.0.mlp.up.weight", part, derivation, Rank(1 - index, 2))
+        assert wrong
+
+
+class LateWriter(TorchRunner):
+    """Writes and reads the cache one place too early once a row has begun."""
+
+    def step(self, step, *, all_positions=False):
+        begun = (step.starts > 0).to(torch.int64)
+        moved = Step(step.slots, step.tokens, step.starts - begun, step.lengths)
+        return super().step(moved, all_positions=all_positions)
+
+
+class RowMixer(TorchRunner):
+    """Takes every row of a decode step for its neighbour."""
+
+    def step(self, step, *, all_positions=False):
+        slots = step.slots if int(step.starts.max()) == 0 else step.slots.flip(0)
+        moved = Step(slots, step.tokens, step.starts, step.lengths)
+        return super().step(moved, all_positions=all_positions)
+
+
+class OneTokenOnly(TorchRunner):
+    """Right with one token a step, wrong with several."""
+
+    def step(self, step, *, all_positions=False):
+        if int(step.starts.max()) > 0 and step.tokens.shape[1] > 1:
+            step = Step(step.slots, step.tokens.flip(1), step.starts, step.lengths)
+        return super().step(step, all_positions=all_positions)
+
+
+@pytest.mark.parametrize(
+    ("runner", "failed"),
+    [
+        (LateWriter, {"decode", "decode, several tokens a step"}),
+        (RowMixer, {"decode", "decode, several tokens a step"}),
+        (OneTokenOnly, {"decode, several tokens a step"}),
+    ],
+)
+def test_broken_cache_is_told_from_broken_arithmetic(engine, verified, runner, failed):
+    report = verified(runner(engine, CPU))
+    wrong = {n for n, passed in outcome(report).items() if not passed}
+    assert wrong - {"greedy tokens"} == failed
+    assert report.measurements["cause"] == "cache"
+    assert any("likely the cache" in note for note in report.notes)
+    if runner is OneTokenOnly:
+        assert any("with several tokens a step" in note for note in report.notes)
+
+
+class NoisyKernel(TorchRunner):
+    """Right weights, wrong arithmetic."""
+
+    def step(self, step, *, all_positions=False):
+        logits = super().step(step, all_positions=all_positions)
+        return logits + 0.01 * torch.sin(torch.arange(logits.shape[-1]))
+
+
+class Opaque(NoisyKernel):
+    traces = False
+
+
+@pytest.mark.parametrize(("runner", "whose"), [(NoisyKernel, "engine's"), (Opaque, "source's")])
+def test_wrong_arithmetic_on_right_weights_is_the_engines_own(engine, verified, runner, whose):
+    report = verified(runner(engine, CPU))
+    assert outcome(report)["prefill"] is False
+    assert report.measurements["first_difference"] is None
+    assert any(
+        f"on the {whose} weights agrees" in n and "torch engine's own arithmetic" in n
+        for n in report.notes
+    )
+
+
+class HastyDecoder(TorchRunner):
+    """Gives the right logits, but the wrong tokens when it decodes by itself."""
+
+    decodes_on_device = True
+
+    def decode(self, step, n_tokens):
+        return torch.zeros(len(step.slots), n_tokens, dtype=torch.int64)
+
+
+def test_wrong_tokens_on_right_logits(engine, verified):
+    report = verified(HastyDecoder(engine, CPU))
+    assert {n for n, p in outcome(report).items() if not p} == {"greedy tokens"}
+    assert any("the logits agree but the tokens do not" in note for note in report.notes)
+
+
+def test_nan_never_passes(engine, verified):
+    class Broken(TorchRunner):
+        def step(self, step, *, all_positions=False):
+            return super().step(step, all_positions=all_positions) * float("nan")
+
+    report = verified(Broken(engine, CPU), diagnose=False)
+    assert outcome(report)["prefill"] is False
+    assert outcome(report)["decode"] is False
+
+
+def test_verify_needs_the_source(engine, tmp_path):
+    with pytest.raises(UsageError, match="name the folder with --hf-model"):
+        verify(runner=TorchRunner(engine, CPU), source=None, converter=None,
+               output=tmp_path / "out")  # fmt: skip
+
+
+def test_texts_need_a_tokenizer(verified, engine):
+    with pytest.raises(UsageError, match="texts need a tokenizer"):
+        verified(engine, texts=("Hello.",))
+
+
+def test_an_engine_for_one_new_token_cannot_be_verified(checkpoint, verified, tmp_path):
+    from porttool.engine import choose_limits
+
+    limits = choose_limits(checkpoint.config, max_output_len=1)
+    with pytest.raises(UsageError, match="--max-output-len 2"):
+        verified(tiny.built(checkpoint, tmp_path / "engine", limits=limits))
+
+
+def test_unknown_option_is_named(verified, engine):
+    with pytest.raises(UsageError, match="n_promts"):
+        verified(engine, n_promts=3)
