@@ -57,6 +57,7 @@ class SourceConfig:
         self.values = values
         self.file = file
         self._read = set(INERT_KEYS)
+        self._sections: list[SourceConfig] = []
 
     def take(self, key: str, *defaults: Any) -> Any:
         """Return a key's value; the default only where the key is absent or null."""
@@ -104,6 +105,14 @@ class SourceConfig:
             raise SourceError(f"{self.file}: {key!r} is {value!r}; porttool knows: {known}")
         return choices[value]
 
+    def section(self, key: str) -> SourceConfig:
+        """Return a nested object, empty where it is absent; `finish` holds it to the same rule."""
+        values = self.take(key, {})
+        if not isinstance(values, dict):
+            raise SourceError(f"{self.file}: {key!r} should be an object, not {values!r:.80}")
+        self._sections.append(SourceConfig(values, self.file / key))
+        return self._sections[-1]
+
     def ignore(self, *keys: str) -> None:
         """Declare keys of this family that change no arithmetic."""
         self._read.update(keys)
@@ -119,6 +128,8 @@ class SourceConfig:
                 f"{self.file}: unknown keys that could change the model: {listing(unread)}; "
                 "if they do not, delete them from a copy of the config"
             )
+        for section in self._sections:
+            section.finish()
 
 
 class HuggingFaceConverter(Converter):

@@ -1,17 +1,25 @@
-"""porttool plugins: what is installed, and what is broken and why."""
+"""porttool plugins: what is installed, what is broken and why, whether a family is right."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from porttool.cli import console
-from porttool.cli.options import json_option
+from porttool.cli.options import FOLDER, json_option
+from porttool.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from porttool.plugins import Catalog, Plugin, Registry
 
 
 @click.group("plugins", invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """Show plugins and what they bring."""
+    """Show plugins, check one, or begin a new one."""
     if context.invoked_subcommand is None:
         context.invoke(show)
 
@@ -23,31 +31,61 @@ def show(as_json: bool = False) -> None:
     from porttool.plugins import load_registry
 
     registry = load_registry()
-    components = [
-        {
-            "kind": catalog.kind,
-            "name": component.name,
-            "what": describe(component),
-            "plugin": f"{origin.distribution} {origin.version}",
-        }
-        for catalog in registry.catalogs
-        for component in catalog
-        for origin in [catalog.origin[component.name]]
-    ]
+    components = [row for catalog in registry.catalogs for row in rows_of(catalog)]
     broken = [p for p in registry.plugins if p.error]
     if as_json:
         failures = [{"name": p.name, "distribution": p.distribution, "error": p.error}
                     for p in broken]  # fmt: skip
         console.say_json({"components": components, "broken": failures})
         return
-    console.table(
-        "components",
-        ("kind", "name", "what", "plugin"),
-        [tuple(c.values()) for c in components],
-    )
+    show_families(registry)
+    kinds = ((registry.builders, "engines"), (registry.evaluators, "evaluators"))
+    for catalog, title in kinds:
+        rows = [(r["name"], r["what"], r["plugin"]) for r in rows_of(catalog)]
+        console.table(title, ("name", "what it does", "from"), rows)
+    for lone in lone_engines(registry):
+        console.say(lone)
     if broken:
-        rows = [(p.name, f"{p.distribution} {p.version}", str(p.error)) for p in broken]
-        console.table("broken plugins", ("plugin", "distribution", "why"), rows)
+        rows = [(p.name, origin(p), str(p.error)) for p in broken]
+        console.table("broken plugins", ("plugin", "from", "why"), rows)
+
+
+def rows_of(catalog: Catalog[Any]) -> list[dict[str, str]]:
+    """Return a catalog's components for machines."""
+    return [
+        {
+            "kind": catalog.kind,
+            "name": component.name,
+            "what": describe(component),
+            "plugin": origin(catalog.origin[component.name]),
+        }
+        for component in catalog
+    ]
+
+
+def origin(plugin: Plugin) -> str:
+    """Return where a plugin comes from."""
+    return f"{plugin.distribution} {plugin.version}"
+
+
+def show_families(registry: Registry) -> None:
+    """Print a line for every source of every family; a family is named once."""
+    rows: list[tuple[str, ...]] = []
+    last = None
+    for found in sorted(registry.converters, key=lambda c: (c.family, c.name)):
+        name = "" if found.family == last else found.family
+        last = found.family
+        hub = (found.hub_id or "") + (f" (before {found.refines})" if found.refines else "")
+        made = origin(registry.converters.origin[found.name])
+        rows.append((name, found.source_format, found.name, hub.strip(), made))
+    console.table("families", ("family", "reads", "converter", "published as", "from"), rows)
+
+
+def lone_engines(registry: Registry) -> Iterable[str]:
+    """Say which kinds of engine can be built and not run, or run and not built."""
+    builders, runners = set(registry.builders.classes), set(registry.runners.classes)
+    yield from (f"{kind}: can be built, but there is no runner" for kind in builders - runners)
+    yield from (f"{kind}: can be run, but there is no builder" for kind in runners - builders)
 
 
 def describe(component: type) -> str:
@@ -58,3 +96,42 @@ def describe(component: type) -> str:
         extra = f", refines {refines}" if refines else ""
         return f"{family} from: {component.source_format}{extra}"  # type: ignore[attr-defined]
     return (component.__doc__ or "").strip().splitlines()[0]
+
+
+@command.command("check")
+@click.argument("name")
+@json_option
+def check(name: str, as_json: bool) -> None:
+    """Run the conformance kit on the plugin or family NAME; exit status 1 if it fails.
+
+    Its cases are in the module `conformance` of the plugin's package.
+    """
+    from porttool.plugins import load_registry
+    from porttool.testing import find_cases, run_checks
+
+    results = [r for case in find_cases(load_registry(), name) for r in run_checks(case)]
+    failed = [r for r in results if not r.passed]
+    if as_json:
+        console.say_json({"name": name, "checks": [vars(r) for r in results]})
+    else:
+        rows = [
+            ("pass" if r.passed else "FAIL", r.case, r.check, f"{r.seconds:.2f}", r.detail)
+            for r in results
+        ]
+        console.table(f"conformance of {name}", ("", "case", "check", "s", "why"), rows)
+        console.say(f"{len(results)} checks, {len(failed)} failed")
+    if failed or not results:
+        raise CheckFailed(f"{name} does not conform: {len(failed)} of {len(results)} checks failed")
+
+
+@command.command("new")
+@click.argument("name")
+@click.option("--output", "-o", type=FOLDER, default=Path(), help="Where the package goes [here].")
+def new(name: str, output: Path) -> None:
+    """Write an installable package for a new family NAME that passes the kit as it is."""
+    from porttool.scaffold import write_plugin
+
+    folder = write_plugin(name, output)
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        console.say(str(file))
+    console.say(f"next: pip install -e {folder} && porttool plugins check {name}")

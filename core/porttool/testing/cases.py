@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,21 +72,23 @@ def find_plugin(registry: Registry, name: str) -> str:
 
 def run_checks(case: type[FamilyConformance]) -> Iterator[CheckResult]:
     """Run every check of a case, one after the other, and yield how each ended."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars would cut through the table
     case.setup_class()
     try:
-        for name, method in inspect.getmembers(case, inspect.isfunction):
-            if name.startswith("test_"):
-                began = time.perf_counter()
-                detail = failure(case, name)
-                yield CheckResult(
-                    case.__name__,
-                    (method.__doc__ or name).strip().splitlines()[0],
-                    detail is None,
-                    time.perf_counter() - began,
-                    detail or "",
-                )
+        for name in check_names(case):
+            began = time.perf_counter()
+            detail = failure(case, name)
+            seconds = time.perf_counter() - began
+            check = name.removeprefix("test_").replace("_", " ")
+            yield CheckResult(case.__name__, check, detail is None, seconds, detail or "")
     finally:
         case.teardown_class()
+
+
+def check_names(case: type[FamilyConformance]) -> list[str]:
+    """Return the names of a case's checks in the order in which they are written."""
+    defined = [name for base in reversed(case.__mro__) for name in vars(base)]
+    return [name for name in dict.fromkeys(defined) if name.startswith("test_")]
 
 
 def failure(case: type[FamilyConformance], check: str) -> str | None:
