@@ -73,7 +73,7 @@ STYLES = {"pass": "bold green", "FAIL": "bold red", "ok": "green", "broken": "bo
 
 def is_number(text: str) -> bool:
     """Return true for a number, with or without a sign or a unit after it."""
-    return bool(text) and (text[0].isdigit() or text[0] in "+-−.") and text[-1:] != ":"
+    return bool(text) and (text[0].isdigit() or text[0] in "+-.") and text[-1:] != ":"
 
 
 def show_report(report: Report) -> None:

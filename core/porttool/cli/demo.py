@@ -44,7 +44,11 @@ def command(data: Path, workdir: Path, max_articles: int) -> None:
                             progress=progress)  # fmt: skip
     console.show_report(verified)
     console.say("4. summarize: the same articles through the engine and through transformers")
-    options = {"dataset": str(data / "articles.jsonl"), "max_articles": max_articles}
+    options = {
+        "dataset": str(data / "articles.jsonl"),
+        "max_articles": max_articles,
+        "parity_report": str(space.report("gpt2", "parity") / "report.json"),
+    }
     summarized = api.evaluate("summarize", model="gpt2", hf_model=source, workspace=space,
                               options=options, progress=progress)  # fmt: skip
     console.show_report(summarized)
