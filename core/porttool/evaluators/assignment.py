@@ -27,7 +27,8 @@ class SummarizeOptions(Options):
     """What is summarised, how, and what the outcome is held to.
 
     Bounds that are None follow from the types of the two sides; see docs/validation.md. The
-    reference runs in float32 unless `reference_dtype` says otherwise.
+    reference runs in float32 unless `reference_dtype` says otherwise; with `yardstick` it also
+    measures what it is off by itself in a half-precision engine's type.
     """
 
     dataset: str = "abisee/cnn_dailymail"
@@ -53,6 +54,7 @@ class SummarizeOptions(Options):
 
     reference_dtype: Dtype | None = None
     reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+    yardstick: bool = True
 
     margin: PositiveFloat | None = None
     assumed_sd: PositiveFloat = 2.0

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from porttool.nn import Step
     from porttool.runner import Runner
 
-YARDSTICK_FACTOR = 10.0
+YARDSTICK_FACTOR = 4.0
 """How many times Hugging Face's own squared error in a half-precision type an engine may have."""
+
+WORST_FACTOR = 3.0
+"""The same for the largest error."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,7 @@ def judge_logits(
     """Hold an error to the bounds of a type, or to a yardstick: the reference's own error in it."""
     bound = BOUNDS[dtype]
     if yardstick is not None:
-        bound = LogitBound(
-            YARDSTICK_FACTOR * yardstick.nmse, YARDSTICK_FACTOR**0.5 * 2 * yardstick.worst
-        )
+        bound = LogitBound(YARDSTICK_FACTOR * yardstick.nmse, WORST_FACTOR * yardstick.worst)
     own = f", Hugging Face in {dtype}: {yardstick.nmse:.1e}" if yardstick else ""
     return Verdict(
         name=name,

@@ -208,6 +208,8 @@ def diagnose(probe: Probe, derivation: Derivation, findings: Findings) -> None:
     stepwise = ("decode", "decode, several tokens a step")
     if findings.failed("prefill"):
         parting, note = locate(probe, derivation)
+        if parting is None and findings.failed("config", "weights"):
+            note = "no single operation stands out: begin with the config and weights that differ"
         findings.notes.append(note)
         findings.measurements["first_difference"] = parting.stage.name if parting else None
         mistake = suspect(probe, derivation)

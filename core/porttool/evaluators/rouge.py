@@ -15,8 +15,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+|\n+")
 def split_sentences(text: str) -> str:
     """Return a text with every sentence on a line of its own, as rougeLsum wants it.
 
-    It splits at white space after `.`, `!` or `?` and a closing quote, and at line ends: without data files, and
-    the same way for both sides and for the human summary.
+    It splits at white space after `.`, `!` or `?` and a closing quote, and at line ends: without
+    data files, and the same way for both sides and for the human summary.
     """
     parts = (part.strip() for part in _SENTENCE_END.split(text))
     return "\n".join(part for part in parts if part)

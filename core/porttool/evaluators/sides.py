@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from porttool.config import Sampling
-from porttool.evaluators.reference import ReferenceModel, fingerprint_model, median_seconds
+from porttool.config import Dtype, Sampling
+from porttool.evaluators.reference import (
+    Device,
+    ReferenceModel,
+    fingerprint_model,
+    median_seconds,
+)
 from porttool.evaluators.results import Continuation, Decoding, SideResult, Speed, Task
 from porttool.progress import Progress
 from porttool.text import Tokenizer
@@ -18,6 +25,9 @@ if TYPE_CHECKING:
 
 ON_DEVICE_DRIFT = 64
 """Prompts run once more for log-probabilities where the timed run decodes on the device."""
+
+ROUNDING_PROMPTS = 32
+"""Prompts over which the reference's own rounding is measured."""
 
 Prompts = Sequence[Sequence[int]]
 
@@ -47,6 +57,24 @@ def run_reference(
         speed=speed_of(found, seconds, first),
         continuations=tuple(with_text(c, tokenizer) for c in found),
     )
+
+
+def measure_rounding(
+    folder: Path, device: Device, prompts: Prompts, reference: SideResult, dtype: Dtype
+) -> float:
+    """Run the reference's own tokens through it in a narrower type; return its drift's 99 %."""
+    import numpy as np
+
+    model = ReferenceModel(folder, dtype=dtype, device=device)
+    drift: list[float] = []
+    pairs = zip(prompts, reference.continuations, strict=True)
+    for prompt, found in islice(((p, c) for p, c in pairs if c.tokens), ROUNDING_PROMPTS):
+        if found.logprobs is not None:
+            logits = model.logits([*prompt, *found.tokens])[len(prompt) - 1 : -1]
+            chosen = logits.log_softmax(-1)[range(len(found.tokens)), list(found.tokens)]
+            pieces = zip(chosen.tolist(), found.logprobs, strict=True)
+            drift += [abs(a - b) for a, b in pieces]
+    return float(np.quantile(drift, 0.99)) if drift else 0.0
 
 
 def run_engine(

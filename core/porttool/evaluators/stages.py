@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 BASE: dict[Dtype, float] = {
     "float64": 1e-11, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1,
 }  # fmt: skip
-"""Relative error of a stage, ||a - b|| / ||b||, up to which it agrees."""
+"""Relative error of a stage, ||a - b|| / ||b||, up to which it agrees without a yardstick."""
 
-FACTOR = 4.0
-"""How many times the reference's own error in a type a stage may have."""
+FACTOR = 3.0
+"""How many times the reference's own error in the engine's type a stage may have."""
+
+FLOOR = 1e-5
+"""A relative error that is never held against a stage in half precision."""
 
 CAUSES = (
     ("embedding.out", "the token embedding's weights"),
@@ -104,8 +107,9 @@ def compare_stages(
             continue
         if theirs_at.numel() != ours_at.numel():
             continue
-        allowed = relative_error(own[name], theirs_at) if own and name in own else 0.0
-        bound = max(BASE[dtype], FACTOR * allowed)
+        bound = BASE[dtype]
+        if own and name in own:
+            bound = max(FLOOR, FACTOR * relative_error(own[name], theirs_at))
         stages.append(Stage(name, relative_error(ours_at, theirs_at), bound))
     return stages
 

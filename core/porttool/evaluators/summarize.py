@@ -19,6 +19,7 @@ from porttool.evaluators.results import (
 from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from porttool.config import Dtype
     from porttool.converter import Converter
     from porttool.evaluators.comparison import Bounds, Comparison
     from porttool.evaluators.reference import Device
@@ -152,7 +153,7 @@ def run_sides(
         )
     reference, engine = saved_reference, saved_engine
     if port.source is not None:
-        reference = make_reference(options, port.source, work, progress)
+        reference = make_reference(options, port, port.source, work, progress)
         reference.save(output)
     if port.runner is not None:
         from porttool.evaluators.sides import run_engine
@@ -171,16 +172,28 @@ def saved_side(output: Path, side: Literal["engine", "reference"], task: Task) -
 
 
 def make_reference(
-    options: SummarizeOptions, source: Path, work: Assignment, progress: Progress
+    options: SummarizeOptions, port: Port, source: Path, work: Assignment, progress: Progress
 ) -> SideResult:
-    """Load the source in Hugging Face, run it, and let it go again."""
+    """Load the source in Hugging Face, run it, and let it go again.
+
+    Then its own rounding is measured: in the engine's type if it is half precision, or, for
+    engines yet to come, in both such types.
+    """
     from porttool.evaluators.reference import ReferenceModel
-    from porttool.evaluators.sides import run_reference
+    from porttool.evaluators.sides import measure_rounding, run_reference
 
     device: Device = options.reference_device
     dtype = options.reference_dtype or "float32"
     model = ReferenceModel(source, dtype=dtype, device=device)
-    return run_reference(
+    found = run_reference(
         model, work.tokenizer, work.prompts, work.task, batch_size=options.batch_size,
         progress=progress,
     )  # fmt: skip
+    del model
+    if dtype != "float32" or not options.yardstick or options.num_beams > 1:
+        return found
+    halves: tuple[Dtype, ...] = ("float16", "bfloat16")
+    if port.runner is not None:
+        halves = tuple(h for h in halves if h == port.runner.engine.manifest.dtype)
+    rounding = {h: measure_rounding(source, device, work.prompts, found, h) for h in halves}
+    return found.model_copy(update={"rounding": rounding})

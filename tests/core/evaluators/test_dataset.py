@@ -1,0 +1,123 @@
+"""Articles from every place, in a known order, pinned by hash; what is wrong is named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from porttool.errors import UsageError
+from porttool.evaluators.dataset import Article, DatasetRequest, load_articles, write_pins
+
+
+def request(path, **changes):
+    return DatasetRequest(name=str(path), **changes)
+
+
+def ids(found):
+    return [a.id for a in found]
+
+
+def test_json_lines_in_order(articles, rows):
+    found = load_articles(request(articles, max_articles=3))
+    assert found == [Article(r["id"], r["article"], r["highlights"]) for r in rows[:3]]
+
+
+def test_parquet_file_and_folder_and_saved_folder_agree(articles, rows, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(rows)
+    (tmp_path / "parts").mkdir()
+    table.select(range(8)).to_parquet(tmp_path / "parts" / "test-00000-of-00002.parquet")
+    table.select(range(8, 14)).to_parquet(tmp_path / "parts" / "test-00001-of-00002.parquet")
+    table.select([0]).to_parquet(tmp_path / "parts" / "train-00000-of-00001.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "splits")
+    wanted = load_articles(request(articles))
+    one = tmp_path / "parts" / "test-00000-of-00002.parquet"
+    assert load_articles(request(one)) == wanted[:8]
+    for folder in ("parts", "saved", "splits"):
+        assert load_articles(request(tmp_path / folder)) == wanted
+
+
+def test_shuffle_is_that_of_datasets(articles, rows):
+    datasets = pytest.importorskip("datasets")
+    wanted = datasets.Dataset.from_list(rows).shuffle(seed=7)["id"][:5]
+    assert ids(load_articles(request(articles, seed=7, max_articles=5))) == list(wanted)
+
+
+def test_other_column_names(rows, tmp_path):
+    file = tmp_path / "other.jsonl"
+    file.write_text(json.dumps({"key": 5, "text": "A b.", "summary": "A."}) + "\n\n")
+    found = load_articles(request(file, columns=("key", "text", "summary")))
+    assert found == [Article("5", "A b.", "A.")]
+
+
+def test_pins_bring_back_the_same_articles_in_their_order(articles, tmp_path):
+    chosen = load_articles(request(articles, seed=3, max_articles=4))
+    pins = tmp_path / "pins.txt"
+    write_pins(pins, chosen)
+    assert load_articles(request(articles, ids=pins)) == chosen
+    pins.write_text("article-03\narticle-01\n")
+    assert ids(load_articles(request(articles, ids=pins))) == ["article-03", "article-01"]
+
+
+def test_a_pinned_article_that_changed_is_refused(articles, rows, tmp_path):
+    pins, file = tmp_path / "pins.txt", tmp_path / "changed.jsonl"
+    write_pins(pins, load_articles(request(articles, max_articles=3)))
+    altered = [{**r, "article": r["article"] + "!"} if i == 1 else r for i, r in enumerate(rows)]
+    file.write_text("".join(json.dumps(r) + "\n" for r in altered))
+    with pytest.raises(UsageError, match=r"article-01 is not the one pinned .* has changed"):
+        load_articles(request(file, ids=pins))
+
+
+def test_a_pinned_article_that_is_missing_is_named(articles, tmp_path):
+    pins = tmp_path / "pins.txt"
+    pins.write_text("article-03\nstranger\n")
+    with pytest.raises(UsageError, match="1 of 2 articles in .* are not there: stranger"):
+        load_articles(request(articles, ids=pins))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "there are no articles in it"),
+        ('{"id": "a", "article": "x"}\n', "no column highlights; its columns are id, article;"),
+        ('{"id": "a", "article": "x", "highlights": "y"}\n{"id": ', "line 2: damaged JSON"),
+        ("[1, 2]\n", "line 1: should be a JSON object"),
+        ('{"id": "a", "article": " ", "highlights": "y"}', "the article 'a' has an empty"),
+        ('{"id": "a", "article": "x", "highlights": 5}', "the article 'a' has an empty"),
+    ],
+)
+def test_bad_json_lines(tmp_path, content, message):
+    file = tmp_path / "articles.jsonl"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        load_articles(request(file))
+
+
+def test_a_folder_without_articles(tmp_path):
+    with pytest.raises(UsageError, match="there are no articles here"):
+        load_articles(request(tmp_path))
+
+
+def test_a_damaged_parquet_file(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "test.parquet").write_bytes(b"PAR1 nothing of the kind")
+    with pytest.raises(UsageError, match=r"test\.parquet: cannot be read as parquet"):
+        load_articles(request(tmp_path))
+
+
+@pytest.mark.parametrize("content", [None, "", "\n \n"])
+def test_pins_that_are_not_there(articles, tmp_path, content):
+    pins = tmp_path / "pins.txt"
+    if content is not None:
+        pins.write_text(content)
+    with pytest.raises(UsageError, match="article ids"):
+        load_articles(request(articles, ids=pins))
+
+
+def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    with pytest.raises(UsageError, match=r"neither a local path nor .*name a local \.jsonl"):
+        load_articles(DatasetRequest(name="nobody/no_such_data"))

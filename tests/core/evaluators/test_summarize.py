@@ -1,0 +1,255 @@
+"""Both sides get the same ids, together or one after the other, and the verdicts follow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import tiny
+from porttool.config import PromptTemplate
+from porttool.engines.torch.runner import TorchRunner
+from porttool.errors import CheckFailed, UsageError
+from porttool.evaluators.damage import Damage
+from porttool.evaluators.dataset import Article
+from porttool.evaluators.prompts import Recipe, encode_articles
+from porttool.evaluators.results import load_result
+from porttool.evaluators.summarize import SummarizeEvaluator, summarize
+from porttool.progress import Progress
+from porttool.text import load_tokenizer
+
+CPU = {"device": "cpu"}
+COMPARED = [
+    "rouge1 not inferior", "rouge2 not inferior", "rougeL not inferior", "rougeLsum not inferior",
+    "token agreement", "log-probability drift",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(writer, writer_engine, articles, tmp_path):
+    """Summarise; say which sides run, and change any option."""
+
+    def go(*, engine=True, reference=True, runner=None, source=writer, progress=None, **options):
+        subject = runner or TorchRunner(writer_engine, CPU)
+        settings = {"dataset": str(articles), "max_new_tokens": 12, "batch_size": 3,
+                    "max_input_len": 40, "resamples": 500, **options}  # fmt: skip
+        return summarize(
+            output=tmp_path / "out",
+            runner=subject if engine else None,
+            source=source if reference else None,
+            tokenizer=load_tokenizer(writer),
+            options=settings,
+            progress=progress or Progress(),
+        )
+
+    return go
+
+
+def outcome(report):
+    return {v.name: v.passed for v in report.verdicts}
+
+
+def test_a_sound_engine_passes(run, tmp_path):
+    report = run()
+    assert list(outcome(report)) == COMPARED
+    assert report.passed, report.verdicts
+    texts = [a["engine"] for a in report.measurements["articles"]]
+    assert len(set(texts)) > 6, "the model says the same of every article: nothing is tested"
+    assert texts == [a["reference"] for a in report.measurements["articles"]]
+    for name in ("report.json", "report.html", "report.png", "reference.json", "articles.txt"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "all 6 checks pass" in page
+    assert "data:image/png;base64," in page
+    assert "http" not in page.replace("http-equiv", "")
+    saved = json.loads((tmp_path / "out" / "report.json").read_bytes())
+    assert saved["measurements"]["articles"][3]["sha256"]
+
+
+def test_what_is_planned_is_said_before_and_what_was_found_after(run):
+    told = []
+
+    class Listener(Progress):
+        def note(self, text):
+            told.append(text)
+
+    report = run(progress=Listener(), assumed_sd=3.0, margin=1.0)
+    assert "14 articles of" in told[0]
+    assert "margin 1 ROUGE points, assumed sd of the differences 3.00" in told[1]
+    assert any("measured sd of the differences 0.00" in note for note in report.notes)
+
+
+def test_the_same_twice(run):
+    first, second = run(), run()
+    assert first.verdicts == second.verdicts
+    assert first.tables[0] == second.tables[0]
+    for key in ("rouge", "articles", "options"):
+        assert first.measurements[key] == second.measurements[key]
+
+
+def test_one_side_after_the_other_is_as_both_at_once(run, tmp_path):
+    both = run()
+    shutil.rmtree(tmp_path / "out")
+    alone = run(engine=False)
+    assert not alone.verdicts
+    assert not alone.passed
+    assert "run the engine with the same options" in alone.notes[-1]
+    later = run(reference=False)
+    assert later.verdicts == both.verdicts
+    assert later.measurements["models"] == both.measurements["models"]
+
+
+def test_the_engine_first_then_the_reference(run):
+    assert not run(reference=False).verdicts
+    assert run(engine=False).passed
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"max_articles": 12}, "articles and token ids of the prompts"),
+        ({"max_input_len": 39}, "token ids of the prompts"),
+        ({"max_new_tokens": 11}, "decoding"),
+        ({"num_beams": 2}, "decoding"),
+        ({"suffix": " Summary: "}, "token ids of the prompts"),
+    ],
+)
+def test_a_saved_reference_of_another_task_is_refused(run, change, what):
+    run(engine=False)
+    with pytest.raises(UsageError, match=f"was made with different {what}"):
+        run(reference=False, **change)
+
+
+def test_a_saved_reference_in_another_type_is_refused(run):
+    run(engine=False)
+    with pytest.raises(UsageError, match="was made in float32, not bfloat16"):
+        run(reference=False, reference_dtype="bfloat16")
+
+
+def test_a_damaged_saved_reference_is_refused(run, tmp_path):
+    run(engine=False)
+    (tmp_path / "out" / "reference.json").write_text('{"format": "porttool-summaries"}')
+    with pytest.raises(UsageError, match=r"reference\.json: not a saved result"):
+        run(reference=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "caught"),
+    [
+        ("scrambled layer", {"token agreement", "log-probability drift"}),
+        ("other gelu", {"log-probability drift"}),
+        ("noise of 2 %", {"log-probability drift"}),
+        ("shifted positions", {"token agreement", "log-probability drift"}),
+    ],
+)
+def test_damage_is_caught(run, writer_engine, tmp_path, damage, caught):
+    damaged = Damage(damage).apply(writer_engine, tmp_path / "damaged")
+    report = run(runner=TorchRunner(damaged, CPU))
+    assert caught <= {name for name, passed in outcome(report).items() if passed is False}
+    with pytest.raises(CheckFailed, match="log-probability drift"):
+        report.require_pass()
+
+
+def test_beam_search_on_both_sides(run):
+    report = run(num_beams=3, length_penalty=2.0)
+    assert list(outcome(report)) == COMPARED[:-1]
+    assert report.passed, report.verdicts
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_held_to_the_references_own_rounding(
+    run, writer_checkpoint, tmp_path, dtype
+):
+    engine = tiny.built(writer_checkpoint, tmp_path / "half", dtype=dtype)
+    report = run(runner=TorchRunner(engine, CPU))
+    drift = report.verdicts[-1]
+    assert drift.passed, drift
+    rounding = load_result(tmp_path / "out", "reference").rounding
+    assert set(rounding) == {dtype}
+    assert drift.bound == f"99 % ≤ {2.5 * rounding[dtype]:.2g}"
+
+
+def test_too_few_articles_give_no_verdict(run):
+    report = run(max_articles=4)
+    assert outcome(report)["rouge1 not inferior"] is None
+    with pytest.raises(CheckFailed, match="needs at least 10 articles"):
+        report.require_pass()
+
+
+@pytest.mark.parametrize(("threshold", "passed"), [(-1.0, True), (99.0, False)])
+def test_the_absolute_threshold(run, threshold, passed):
+    report = run(reference=False, rouge1_threshold=threshold)
+    assert outcome(report) == {"rouge1 threshold": passed}
+
+
+def test_nothing_compared_is_a_failure(run):
+    with pytest.raises(CheckFailed, match="nothing was compared"):
+        run(reference=False).require_pass()
+
+
+def test_no_side_at_all(run):
+    with pytest.raises(UsageError, match="neither an engine nor a Hugging Face folder"):
+        run(engine=False, reference=False)
+
+
+def test_a_prompt_longer_than_the_engine_takes(run):
+    with pytest.raises(UsageError, match="the engine takes 60"):
+        run(max_input_len=70, reference=False)
+
+
+def test_options_are_closed():
+    with pytest.raises(UsageError, match="max_artciles"):
+        SummarizeEvaluator({"max_artciles": 3})
+    with pytest.raises(UsageError, match="max_articles"):
+        SummarizeEvaluator({"max_articles": 0})
+
+
+def test_a_source_that_is_no_model(run, tmp_path, writer):
+    (tmp_path / "empty").mkdir()
+    from porttool.errors import SourceError
+
+    with pytest.raises(SourceError, match=r"config\.json"):
+        run(source=tmp_path / "empty")
+
+
+def test_a_source_without_a_weight_is_refused(run, tmp_path, writer):
+    from safetensors.torch import load_file, save_file
+
+    from porttool.errors import SourceError
+
+    copy = shutil.copytree(writer, tmp_path / "holey")
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["transformer.h.1.ln_2.bias"]
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SourceError, match=r"missing_keys: transformer\.h\.1\.ln_2\.bias"):
+        run(source=copy)
+
+
+def test_the_recipe(writer):
+    tokenizer = load_tokenizer(writer)
+    article = Article("a", " The mayor did n't vote .", "x")
+    recipe = Recipe(" TL;DR: ", "", None, 500)
+    [ids] = encode_articles([article], tokenizer, recipe)
+    assert tokenizer.decode(ids) == "The mayor didn't vote . TL;DR:"
+    [short] = encode_articles([article], tokenizer, Recipe(" TL;DR: ", "", None, 6))
+    assert short == ids[-6:]
+
+
+def test_an_instruction_keeps_its_template_and_the_articles_beginning(writer):
+    tokenizer = load_tokenizer(writer)
+    template = PromptTemplate(plain="{instruction}|", with_input="{instruction}|{input}|end",
+                              answer_marker="end")  # fmt: skip
+    article = Article("a", "The council will vote on the new bridge . " * 9, "x")
+    [ids] = encode_articles([article], tokenizer, Recipe("", "Say.", template, 40))
+    text = tokenizer.decode(ids)
+    assert len(ids) <= 40
+    assert text.startswith("Say.|The council will vote")
+    assert text.endswith("|end")
+    with pytest.raises(UsageError, match="template alone is longer than 3 tokens"):
+        encode_articles([article], tokenizer, Recipe("", "Say.", template, 3))
+
+
+def test_instruction_without_a_template(run):
+    with pytest.raises(UsageError, match="no instruction template"):
+        run(prompt="instruction")
