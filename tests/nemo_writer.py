@@ -86,7 +86,7 @@ def draw(values: dict[str, Any], vocab: int = VOCAB, seed: int = 0) -> Tensors:
 def forward(values: dict[str, Any], tensors: Tensors, ids: list[int]) -> torch.Tensor:
     """Logits [len(ids), vocab] in float64, written from NeMo's formulas."""
     t = {n: x.double() for n, x in tensors.items()}
-    d, h, g, k, _ = sizes(values)
+    _, h, g, k, _ = sizes(values)
     n = len(ids)
     x = t["embedding.word_embeddings.weight"][ids]
     if "embedding.position_embeddings.weight" in t:
@@ -247,11 +247,17 @@ def write(
     for tp in range(n_tp):
         for pp in range(n_pp):
             folder = f"tp_rank_{tp:02}_pp_rank_{pp:03}/" if n_pp > 1 else f"mp_rank_{tp:02}/"
-            buffer = io.BytesIO()
-            torch.save(rank_state(values, tensors, style, tp, pp), buffer)
             where = folder if n_tp * n_pp > 1 else ""
-            members[f"{where}model_weights.ckpt"] = buffer.getvalue()
+            state = rank_state(values, tensors, style, tp, pp)
+            members[f"{where}model_weights.ckpt"] = saved(state)
     return pack(path, members, form)
+
+
+def saved(state: dict[str, Any]) -> bytes:
+    """Return what torch.save writes."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def pack(path: Path, members: dict[str, bytes], form: str) -> Path:

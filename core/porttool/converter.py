@@ -35,6 +35,7 @@ from porttool.weights import (
     TensorSource,
     WeightMap,
     cast,
+    making_cost,
     map_tensor,
     resolve_rules,
 )
@@ -224,7 +225,7 @@ def plan_jobs(
             name,
             shapes[name],
             target,
-            sum(infos[n].nbytes for n in rule.names),
+            making_cost([infos[n] for n in rule.names], rule, target),
             partial(make_tensor, name, shapes[name], rule, source, target, allow_nonfinite),
         )
         for name, rule in rules.items()

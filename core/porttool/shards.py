@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from porttool.sources.safetensors_file import CODES, DTYPES
 if TYPE_CHECKING:
     from torch import Tensor
 
+M_MMAP_THRESHOLD = -3
 MAX_SHARD_BYTES = 1 << 30
 """A shard is the unit of resuming and of parallel verification."""
 
@@ -105,9 +107,10 @@ def write_shards(
     progress: Progress,
 ) -> None:
     """Write every shard that the folder does not hold yet."""
+    give_memory_back()
     todo = {name: jobs for name, jobs in shards.items() if name not in folder.files}
     jobs = [job for shard in todo.values() for job in shard]
-    budget = 2 * max((job.cost for job in jobs), default=0)
+    budget = max((max(job.cost, 2 * job.nbytes) for job in jobs), default=0)
     progress.advance(sum(j.nbytes for n, s in shards.items() if n not in todo for j in s))
     with closing(make_ahead(jobs, workers=workers, budget=budget)) as tensors:
         for name, shard in todo.items():
@@ -115,6 +118,16 @@ def write_shards(
                 record = write_tensors(file, shard, tensors, progress)
                 sync(file)
             folder.add_file(name, record)
+
+
+def give_memory_back() -> None:
+    """Let the C library return freed tensors to the system at once.
+
+    glibc keeps blocks of up to 32 MB, for each thread, from the first time that one is freed.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def write_tensors(

@@ -131,7 +131,8 @@ def resolve_rules(
         if not any(fnmatchcase(n, pattern) for pattern in weight_map.unused)
     )  # fmt: skip
     if missing:
-        raise SourceError(f"tensors missing from the source: {listing(missing)}")
+        files = listing(sorted({info.file for info in present.values()}))
+        raise SourceError(f"tensors missing from the source: {listing(missing)} (read: {files})")
     if extra:
         where = {present[n].file for n in extra}
         raise SourceError(
@@ -168,6 +169,13 @@ def describe(rule: Take, source: TensorSource) -> str:
     """Return a rule's source tensors as text: name, shape and file."""
     infos = source.infos()
     return ", ".join(f"{n} {list(infos[n].shape)} in {infos[n].file}" for n in rule.names)
+
+
+def making_cost(sources: Sequence[TensorInfo], rule: Take, dtype: str) -> int:
+    """Return the memory that making a tensor takes: what is read, and as much for what is made."""
+    read = sum(info.nbytes for info in sources)
+    kept = rule.via is as_is and all(info.dtype == dtype for info in sources)
+    return read if kept else 2 * read
 
 
 def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False) -> Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import nemo_writer as nemo
 import tiny
 from nemo_writer import GPT_2B, PLAIN, VOCAB
+from porttool.errors import PorttoolError
 from porttool.progress import Progress
+from porttool.sources.nemo import read_nemo_config
 from tiny import full_logits, reference_logits
 
 ATOL = 1e-9
@@ -304,3 +309,178 @@ def test_numbers_without_a_point_are_numbers(tmp_path):
     source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(made()))
     assert b"layernorm_epsilon: 1e-5" in source.read_bytes()
     assert tiny.converted(source, tmp_path / "checkpoint").config.norm_eps == 1e-5
+
+
+def refusal(source: Path, folder: Path, model: str | None = None) -> str:
+    with pytest.raises(PorttoolError) as caught:
+        tiny.converted(source, folder / "checkpoint", model)
+    assert not (folder / "checkpoint").exists()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ffn_hidden_size": 48}, "layers.0.mlp.up.weight should be [96, 32] but comes out as "
+                                  "[80, 32] of layers.0.mlp.up.weight [80, 32] in a.nemo: model_"),
+        ({"num_layers": 5}, "tensors missing from the source: layers.4.attention.out.weight"),
+        ({"num_layers": 3}, "tensors that nothing accounts for in a.nemo: model_weights.ckpt: "),
+        ({"bias": True}, "tensors missing from the source: layers.0.attention.out.bias"),
+        ({"num_query_groups": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
+        ({"num_query_groups": 2}, "layers.0.attention.qkv.weight should be [64, 32]"),
+        ({"share_embeddings_and_output_weights": True}, "differs from embedding.weight"),
+        ({"activation": "gelu"}, "layers.0.mlp.up.weight should be [40, 32]"),
+        ({"activation": "swish"}, "'activation' is 'swish'; porttool knows: fast-geglu,"),
+        ({"openai_gelu": True}, "'openai_gelu' contradicts the activation"),
+        ({"normalization": "rmsnorm", "layernorm_zero_centered_gamma": True}, "zero-centred"),
+        ({"position_embedding_type": "alibi"}, "porttool knows: learned_absolute, rope"),
+        ({"rotary_percentage": 0.4}, "rotary dimension 3 is odd"),
+        ({"transformer_block_type": "post_ln"}, "'transformer_block_type' is 'post_ln', which"),
+        ({"seq_len_interpolation_factor": 4}, "'seq_len_interpolation_factor' is 4"),
+        ({"router_topk": 2}, "unknown keys that could change the model: router_topk"),
+        ({"max_position_embeddings": "${.nothing}"}, "refers to ${.nothing}, which is not there"),
+        ({"max_position_embeddings": "${.max_position_embeddings}"}, "refers to itself"),
+        ({"hidden_size": "${multiply:4,8}"}, "'hidden_size' should be a positive integer"),
+        ({"tensor_model_parallel_size": 2}, "tensor rank 0 of stage 0, tensor rank 1 of stage 0"),
+        ({"tokenizer": {"library": "sentencepiece", "model": "nemo:x.model"}},
+         "model_config.yaml names 'nemo:x.model', which is not there"),
+    ],
+)  # fmt: skip
+def test_yaml_that_disagrees_or_cannot_be_ported(tmp_path, change, said):
+    values = made()
+    members = {
+        "model_config.yaml": yaml.safe_dump({**values, **change}).encode(),
+        "model_weights.ckpt": nemo.saved(nemo.rank_state(values, nemo.draw(values), "core", 0, 0)),
+    }
+    source = nemo.pack(tmp_path / "a.nemo", members, "tar")
+    message = refusal(source, tmp_path)
+    assert said in message
+    assert "a.nemo" in message
+
+
+def test_tokenizer_with_more_ids_than_rows(tmp_path):
+    values = made(tokenizer={"vocab_file": "nemo:aa_vocab.json"})
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), files=nemo.bpe_files(60))
+    said = "the tokenizer has 60 ids, but the embedding in a.nemo: model_weights.ckpt only 56 rows"
+    assert said in refusal(source, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["tar", "folder"])
+def test_missing_ranks_are_named(tmp_path, form):
+    values = made(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    tensors = nemo.draw(values)
+    whole = nemo.write(tmp_path / "whole", values, tensors, form="folder")
+    files = {f.relative_to(whole).as_posix(): f.read_bytes()
+             for f in whole.rglob("*") if f.is_file()}  # fmt: skip
+    files.pop("tp_rank_01_pp_rank_001/model_weights.ckpt")
+    source = nemo.pack(tmp_path / "a.nemo", files, form)
+    assert "the files of tensor rank 1 of stage 1 are missing" in refusal(source, tmp_path)
+
+
+def test_ranks_of_different_checkpoints(tmp_path):
+    values = made(tensor_model_parallel_size=2)
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), form="folder")
+    other = nemo.write(tmp_path / "other", values, nemo.draw(values, seed=1), form="folder")
+    rank = "mp_rank_01/model_weights.ckpt"
+    (source / rank).write_bytes((other / rank).read_bytes())
+    assert "should be the same on every rank" in refusal(source, tmp_path)
+
+
+def test_distributed_checkpoints_are_refused_by_name(tmp_path):
+    members = {
+        "model_config.yaml": yaml.safe_dump(made()).encode(),
+        "model_weights/metadata.json": b'{"sharded_backend": "torch_dist"}',
+        "model_weights/common.pt": b"",
+        "model_weights/__0_0.distcp": b"",
+    }
+    source = nemo.pack(tmp_path / "a.nemo", members, "tar")
+    message = refusal(source, tmp_path)
+    assert "model_weights/metadata.json is of a distributed checkpoint" in message
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"num_layers: [", "model_config.yaml is damaged"),
+        (b"num_layers: !!python/object/apply:os.system ['true']", "model_config.yaml is damaged"),
+        (b"- num_layers", "should hold a mapping"),
+    ],
+)
+def test_damaged_yaml(tmp_path, data, said):
+    source = nemo.pack(tmp_path / "a.nemo", {"model_config.yaml": data}, "tar")
+    with pytest.raises(PorttoolError, match=said):
+        read_nemo_config(source)
+
+
+def test_the_right_family_is_named(tmp_path, source):
+    values = made()
+    archive = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values))
+    assert "it looks like gpt_next" in refusal(archive, tmp_path, "gpt2")
+    assert "it looks like gpt2" in refusal(source, tmp_path, "gpt_next")
+
+
+def test_prompt_tables_are_not_models(tmp_path, registry):
+    prompts = yaml.safe_dump({**made(), "virtual_prompt_style": "p-tuning"}).encode()
+    source = nemo.pack(tmp_path / "a.nemo", {"model_config.yaml": prompts}, "tar")
+    assert not registry.converter("gpt_next").matches(source)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_a_truncated_compressed_archive(tmp_path, keep):
+    values = made()
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), form="gz")
+    data = source.read_bytes()
+    source.write_bytes(data[: int(len(data) * keep)])
+    assert "truncated or damaged" in refusal(source, tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_compressed_trap_is_not_unpacked(tmp_path, monkeypatch):
+    values = made()
+    monkeypatch.setattr("porttool.sources.archive.SMALL", 10_000)
+    members = {"model_config.yaml": yaml.safe_dump(values).encode(), "zeros": bytes(60_000_000)}
+    source = nemo.pack(tmp_path / "a.nemo", members, "gz")
+    assert "it is a trap" in refusal(source, tmp_path)
+
+
+@pytest.mark.parametrize("package", ["yaml", "sentencepiece"])
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch, package):
+    values = made(tokenizer={"model": "nemo:x.model"})
+    files = {"x.model": nemo.sentencepiece_model(50)}
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), files=files)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert "pip install 'porttool[gpt-next]'" in refusal(source, tmp_path)
+
+
+CONVERT = """
+import re, sys
+from pathlib import Path
+from porttool.converter import convert
+from porttool.plugins import choose_converter, load_registry
+registry = load_registry()
+source, output = Path(sys.argv[1]), Path(sys.argv[2])
+converter = choose_converter(registry, source)
+plugin = registry.record(registry.converters, converter.name)
+convert(converter, source, output, plugin=plugin, dtype="bfloat16")
+print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_stays_bounded(tmp_path, ranks):
+    """The archive is three times the bound: twice the largest tensor and 300 MB."""
+    values = made(
+        hidden_size=1024, ffn_hidden_size=2048, num_layers=24, tensor_model_parallel_size=ranks
+    )
+    tensors = nemo.draw(values)
+    largest = max(t.nbytes for t in tensors.values())
+    source = nemo.write(tmp_path / "a.nemo", values, tensors)
+    bound = 2 * largest + 300_000_000
+    assert source.stat().st_size > 3 * bound
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, source, tmp_path / "checkpoint"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    peak = int(done.stdout) * 1024
+    assert peak < bound, f"peak {peak / 1e6:.0f} MB, allowed {bound / 1e6:.0f} MB"

@@ -78,9 +78,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding = blank_table(config.vocab_size, config.d_model)
         if config.position == "learned":
-            self.position = nn.Embedding(config.n_positions, config.d_model)
+            self.position = blank_table(config.n_positions, config.d_model)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layer))
         self.norm = Norm(config)
         if not config.tied_head:
@@ -110,6 +110,14 @@ class Decoder(nn.Module):
         """Project normalised hidden states [..., d_model] on the vocabulary."""
         weight = self.embedding.weight if self.config.tied_head else self.head.weight
         return F.linear(x, weight)
+
+
+def blank_table(n_rows: int, d_model: int) -> nn.Embedding:
+    """Return an embedding that is not initialised; its rows are loaded from a checkpoint.
+
+    Drawing them on the meta device would import a compiler of 150 MB, for nothing.
+    """
+    return nn.Embedding(n_rows, d_model, _weight=torch.empty(n_rows, d_model))
 
 
 def meta_decoder(config: ModelConfig) -> Decoder:

@@ -1,7 +1,7 @@
 """A zip-format torch file that lies somewhere inside a larger file, its tensors read in place.
 
-torch's weights-only reader unpickles the structure alone: under FakeTensorMode it makes tensors
-without memory and notes where the bytes of each begin. These are then read by pread.
+torch's weights-only reader unpickles the structure alone: mapped to the meta device, tensors have
+no memory, and their storages say where in the file their bytes begin. These are read by pread.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class TorchZip(TensorSource):
         if not isinstance(tree, dict):
             raise SourceError(f"{label}: holds {type(tree).__name__}, not a dictionary of tensors")
         patterns = tuple(without)
-        self._fakes = {
+        self._metas = {
             str(name): value
             for name, value in tree.items()
             if not any(fnmatchcase(str(name), pattern) for pattern in patterns)
         }
-        for name, value in self._fakes.items():
+        for name, value in self._metas.items():
             check_stored(name, value, entries, label)
         self._infos = {
             name: TensorInfo(
                 tuple(t.shape), str(t.dtype).removeprefix("torch."),
                 t.numel() * t.element_size(), label,
             )
-            for name, t in self._fakes.items()
+            for name, t in self._metas.items()
         }  # fmt: skip
 
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -66,19 +66,19 @@ class TorchZip(TensorSource):
         """Read the bytes that one tensor spans."""
         import torch
 
-        fake = self._fakes[name]
-        buffer = torch.empty(span(fake) * fake.element_size(), dtype=torch.uint8)
-        first = fake.storage_offset() * fake.element_size()
-        start = self._place.offset + (fake.untyped_storage()._checkpoint_offset or 0) + first
-        read_exactly(self._path, buffer, start)
-        return buffer.view(fake.dtype).as_strided(tuple(fake.shape), fake.stride())
+        meta = self._metas[name]
+        width = meta.element_size()
+        buffer = torch.empty(span(meta) * width, dtype=torch.uint8)
+        start = self._place.offset + (meta.untyped_storage()._checkpoint_offset or 0)
+        read_exactly(self._path, buffer, start + meta.storage_offset() * width)
+        return buffer.view(meta.dtype).as_strided(tuple(meta.shape), meta.stride())
 
 
-def span(fake: Tensor) -> int:
+def span(tensor: Tensor) -> int:
     """Elements from a tensor's first to its last in memory."""
-    if fake.numel() == 0:
+    if tensor.numel() == 0:
         return 0
-    reach = zip(fake.shape, fake.stride(), strict=True)
+    reach = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((size - 1) * stride for size, stride in reach)
 
 
@@ -88,7 +88,6 @@ def read_structure(path: Path, place: Member, label: str) -> tuple[Any, list[zip
     Byte streams are let through: Transformer Engine keeps its extra state as such.
     """
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     require_safe_torch(torch.__version__)
     with io.BufferedReader(Section(path.open("rb"), place), 1 << 20) as file:
@@ -98,12 +97,8 @@ def read_structure(path: Path, place: Member, label: str) -> tuple[Any, list[zip
         if order is not None and order.file_size == len("big"):
             raise SourceError(f"{label}: was written on a big-endian machine; save it again")
         file.seek(0)
-        with (
-            unpickling(label),
-            torch.serialization.safe_globals([io.BytesIO]),
-            FakeTensorMode(),
-        ):
-            return torch.load(file, map_location="cpu", weights_only=True), entries
+        with unpickling(label), torch.serialization.safe_globals([io.BytesIO]):
+            return torch.load(file, map_location="meta", weights_only=True), entries
 
 
 def check_stored(name: str, value: Any, entries: list[zipfile.ZipInfo], label: str) -> None:
@@ -112,14 +107,17 @@ def check_stored(name: str, value: Any, entries: list[zipfile.ZipInfo], label: s
 
     if not isinstance(value, torch.Tensor):
         raise SourceError(f"{label}: {name!r} is {type(value).__name__}, not a tensor")
-    if value.layout != torch.strided or value.device.type != "cpu":
+    if value.layout != torch.strided or value.device.type != "meta":
         raise SourceError(f"{label}: {name!r} is not a plain dense tensor")
     storage = value.untyped_storage()
-    offset = storage._checkpoint_offset or 0
+    offset = storage._checkpoint_offset
+    if offset is None:
+        raise SourceError(f"{label}: torch {torch.__version__} does not say where {name!r} lies")
     holder = entries[max(0, bisect([e.header_offset or 0 for e in entries], offset) - 1)]
     end = (value.storage_offset() + span(value)) * value.element_size()
-    if storage.nbytes() != holder.file_size or end > holder.file_size:
+    held = holder.file_size if storage.nbytes() else 0
+    if storage.nbytes() != held or end > held:
         raise SourceError(
             f"{label}: {name!r} needs {max(end, storage.nbytes())} bytes, its entry "
-            f"{holder.filename!r} has {holder.file_size}; the file is damaged"
+            f"{holder.filename!r} has {held}; the file is damaged"
         )

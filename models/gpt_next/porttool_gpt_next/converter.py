@@ -56,11 +56,14 @@ class NemoConverter(Converter):
     hub_id = "nvidia/GPT-2B-001"
 
     def matches(self, source: Path) -> bool:
-        """Tell a language model from NeMo's other archives by its YAML."""
+        """Tell a language model from NeMo's other archives by its YAML.
+
+        A damaged archive is this family's by its name, so that reading it says what is wrong.
+        """
         try:
             values = read_nemo_config(source)
         except SourceError:
-            return False
+            return source.suffix == ".nemo" and source.exists()
         return "num_layers" in values and "virtual_prompt_style" not in values
 
     def prepare(
