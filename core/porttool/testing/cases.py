@@ -48,7 +48,8 @@ def find_cases(registry: Registry, name: str) -> list[type[FamilyConformance]]:
         for _, case in inspect.getmembers(import_module(home), inspect.isclass)
         if issubclass(case, FamilyConformance) and not inspect.isabstract(case)
     ]
-    found = [c for c in cases if name == plugin or c.family == name]
+    families = {c.family for c in registry.converters if name in (c.family, c.name)}
+    found = [case for case in cases if name == plugin or case.family in families]
     if not found:
         raise UsageError(f"{home} holds no FamilyConformance for {name!r}")
     return found

@@ -78,8 +78,7 @@ class FamilyConformance(ABC):
     def specimen(self, seed: int = 0) -> Specimen:
         """Return the source of a seed, written once and taken as far as has been asked."""
         if seed not in self._specimens:
-            folder = Path(self._folder.name) / str(seed)
-            folder.mkdir()
+            folder = Path(tempfile.mkdtemp(dir=self._folder.name))
             self.write_source(folder / "source", seed)
             self._specimens[seed] = Specimen(folder / "source", folder)
         return self._specimens[seed]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import pickletools
 import zipfile
 from collections.abc import Iterator
@@ -46,8 +47,14 @@ def require_plain(folder: Path) -> None:
 
 
 def is_pickle(data: bytes) -> bool:
-    """Return true if the bytes are one pickle from the first opcode to STOP; nothing is run."""
+    """Return true if the bytes begin as a pickle does, or are a whole one of the first protocols.
+
+    Nothing is run: the opcodes are only read.
+    """
+    if data[:1] == pickle.PROTO:
+        return True
     try:
-        return any(True for _ in pickletools.genops(data))
-    except (ValueError, UnicodeDecodeError):
+        last = [position for _, _, position in pickletools.genops(data)][-1]
+    except (ValueError, IndexError):  # UnicodeDecodeError is a ValueError
         return False
+    return last == len(data) - 1
