@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from porttool.engines.onnx.element_types import ELEMENT_TYPES
 from porttool.engines.onnx.rows import RowMap
-from porttool.engines.onnx.session import translated_errors
 from porttool.nn import KVCache, Step
 
 if TYPE_CHECKING:
     from porttool.config import Limits, ModelConfig
+
+
+MAX_KEPT = 16
+"""Bindings of plain decoding that are kept; each holds logits of its own."""
+
+
+class Program(ABC):
+    """The exported graph, loaded by some library on some device."""
+
+    device: str
+    scatters: bool
+    """True if the graph writes into the cache itself (form `scatter`)."""
+
+    @abstractmethod
+    def bind(self, tensors: Mapping[str, Tensor], *, repeats: bool) -> Callable[[], None]:
+        """Bind memory to every input and output; return what runs the graph on it.
+
+        `repeats` says that the same binding will run for many steps.
+        """
 
 
 @dataclass(frozen=True)
@@ -30,36 +48,30 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Binding:
-    """One step's inputs, at fixed addresses, bound together with the cache rows they go with."""
+    """One step's inputs and logits at fixed addresses, and the call that runs it."""
 
-    shape: StepShape
-    io: Any
-    tokens: Tensor
-    positions: Tensor
-    starts: Tensor
-    wanted: Tensor
+    tensors: dict[str, Tensor]
+    execute: Callable[[], None]
     news: tuple[Tensor, Tensor] | None
 
 
 class CachedGraph:
-    """A session of the exported graph, and the cache that it reads and writes in place."""
+    """A program of the exported graph, and the cache that it reads and writes in place."""
 
     def __init__(
-        self, session: Any, config: ModelConfig, limits: Limits, *, dtype: str, device: str
+        self, program: Program, config: ModelConfig, limits: Limits, *, dtype: str
     ) -> None:
-        self.session = session
+        self.program = program
         self.config = config
-        self.dtype = dtype
-        self.device = device
-        self.capacity = limits.max_len
-        self.scatters = any(o.name.startswith("present_key") for o in session.get_outputs())
+        self.device = program.device
         kind = getattr(torch, dtype)
         self.cache = KVCache(
-            config, limits.max_batch_size, limits.max_len, dtype=kind, device=device
+            config, limits.max_batch_size, limits.max_len, dtype=kind, device=self.device
         )
-        self.table = torch.zeros(limits.max_prompt_rows, config.d_model, dtype=kind, device=device)
+        size = (limits.max_prompt_rows, config.d_model)
+        self.table = torch.zeros(size, dtype=kind, device=self.device)
         self._rows = RowMap(limits.max_batch_size)
-        self._last: Binding | None = None
+        self._kept: dict[StepShape, Binding] = {}
 
     @torch.inference_mode()
     def run(self, step: Step, *, all_positions: bool) -> Tensor:
@@ -68,100 +80,98 @@ class CachedGraph:
         place = self._rows.arrange(step.slots.tolist())
         self._copy(place.moves)
         order = torch.tensor(place.order)
+        ends = torch.arange(n) * width + step.lengths[order] - 1
+        given = {
+            "tokens": step.tokens[order],
+            "positions": step.positions[order].clamp(max=self.cache.keys.shape[3] - 1),
+            "starts": step.starts[order],
+            "wanted": torch.arange(n * width) if all_positions else ends,
+        }
+        shape = StepShape(place.first, n, width, len(given["wanted"]))
+        bound = self._binding(shape)
+        for name, values in given.items():
+            bound.tensors[name].copy_(values)
+        bound.execute()
+        if bound.news is not None:
+            self._store(shape, bound.tensors["positions"], bound.news)
+        logits = bound.tensors["logits"]
         back = torch.empty_like(order)
         back[order] = torch.arange(n)
-        ends = torch.arange(n) * width + step.lengths[order] - 1
-        wanted = torch.arange(n * width) if all_positions else ends
-        bound = self._bind(StepShape(place.first, n, width, len(wanted)))
-        for target, source in (
-            (bound.tokens, step.tokens[order]),
-            (bound.positions, step.positions[order]),
-            (bound.starts, step.starts[order]),
-            (bound.wanted, wanted),
-        ):
-            target.copy_(source)
-        logits = self._execute(bound)
-        if bound.news is not None:
-            self._store(bound, bound.news)
-        if all_positions:
-            logits = logits.view(n, width, -1)
-        return logits if n == 1 else logits[back.to(self.device)]
+        return (logits.view(n, width, -1) if all_positions else logits)[back.to(self.device)]
 
     def copy_slots(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy the rows of whole slots, as if at once."""
         rows = self._rows.row_of
         self._copy([(rows[a], rows[b]) for a, b in zip(source, target, strict=True)])
 
+    def load_table(self, table: Tensor | None) -> None:
+        """Put rows of a prompt table where the graph reads them."""
+        self.table.zero_()
+        if table is not None:
+            self.table[: len(table)] = table
+
     def _copy(self, moves: list[tuple[int, int]]) -> None:
         if moves:
             source, target = zip(*moves, strict=True)
             self.cache.copy_slots(torch.tensor(source), torch.tensor(target))
 
-    def _execute(self, bound: Binding) -> Tensor:
-        logits = torch.empty(bound.shape.rows, self.config.vocab_size, device=self.device)
-        self._bind_tensor(bound.io.bind_output, "logits", logits)
-        with translated_errors("ONNX Runtime could not run the step"):
-            self.session.run_with_iobinding(bound.io)
-        return logits
+    def _binding(self, shape: StepShape) -> Binding:
+        """Bind a shape; one of plain decoding is kept, since it comes back with every token."""
+        if shape not in self._kept:
+            bound = self._bind(shape)
+            if shape.width > 1:
+                return bound
+            if len(self._kept) == MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[shape] = bound
+        return self._kept[shape]
 
     def _bind(self, shape: StepShape) -> Binding:
-        """Return the last binding if it has the shape: decoding binds once for many steps."""
-        if self._last is None or self._last.shape != shape:
-            self._last = self._make_binding(shape)
-        return self._last
+        news = None if self.program.scatters else self._news(shape)
+        tensors = {**self._step_tensors(shape), **self._cache_tensors(shape, news)}
+        if len(self.table):
+            tensors["prompt_table"] = self.table
+        return Binding(tensors, self.program.bind(tensors, repeats=shape.width == 1), news)
 
-    def _make_binding(self, shape: StepShape) -> Binding:
+    def _step_tensors(self, shape: StepShape) -> dict[str, Tensor]:
         def integers(*sizes: int) -> Tensor:
             return torch.zeros(sizes, dtype=torch.int64, device=self.device)
 
-        grid = (shape.batch, shape.width)
-        bound = Binding(
-            shape, self.session.io_binding(), integers(*grid), integers(*grid),
-            integers(shape.batch), integers(shape.rows), self._news(shape),
-        )  # fmt: skip
-        for name in ("tokens", "positions", "starts", "wanted"):
-            self._bind_tensor(bound.io.bind_input, name, getattr(bound, name))
-        if len(self.table):
-            self._bind_tensor(bound.io.bind_input, "prompt_table", self.table)
-        self._bind_cache(bound)
-        return bound
+        return {
+            "tokens": integers(shape.batch, shape.width),
+            "positions": integers(shape.batch, shape.width),
+            "starts": integers(shape.batch),
+            "wanted": integers(shape.rows),
+            "logits": torch.empty(shape.rows, self.config.vocab_size, device=self.device),
+        }
 
-    def _news(self, shape: StepShape) -> tuple[Tensor, Tensor] | None:
-        """Return room for a step's new keys and values, where the graph does not store them."""
-        if self.scatters:
-            return None
+    def _news(self, shape: StepShape) -> tuple[Tensor, Tensor]:
+        """Return room for a step's new keys and values: the graph does not store them itself."""
         c = self.config
         sizes = (c.n_layer, shape.batch, c.n_kv_head, shape.width, c.head_dim)
-        kind = self.cache.keys.dtype
-        return (
-            torch.empty(sizes, dtype=kind, device=self.device),
-            torch.empty(sizes, dtype=kind, device=self.device),
+        keys, values = (
+            torch.empty(sizes, dtype=self.cache.keys.dtype, device=self.device) for _ in range(2)
         )
+        return keys, values
 
-    def _bind_cache(self, bound: Binding) -> None:
-        """Bind the rows of every layer: as past, and again as present, the same memory."""
-        rows = slice(bound.shape.first, bound.shape.first + bound.shape.batch)
-        wholes = (self.cache.keys, self.cache.values)
-        for i, (kind, whole) in enumerate(zip(("key", "value"), wholes, strict=True)):
+    def _cache_tensors(
+        self, shape: StepShape, news: tuple[Tensor, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Return the rows of every layer: as past, and again as present, the same memory."""
+        rows = slice(shape.first, shape.first + shape.batch)
+        found = {}
+        wholes = (("key", self.cache.keys), ("value", self.cache.values))
+        for i, (kind, whole) in enumerate(wholes):
             for layer in range(self.config.n_layer):
-                past = whole[layer, rows]
-                self._bind_tensor(bound.io.bind_input, f"past_{kind}.{layer}", past)
-                if bound.news is None:
-                    self._bind_tensor(bound.io.bind_output, f"present_{kind}.{layer}", past)
+                found[f"past_{kind}.{layer}"] = past = whole[layer, rows]
+                if news is None:
+                    found[f"present_{kind}.{layer}"] = past
                 else:
-                    new = bound.news[i][layer]
-                    self._bind_tensor(bound.io.bind_output, f"new_{kind}.{layer}", new)
+                    found[f"new_{kind}.{layer}"] = news[i][layer]
+        return found
 
-    def _store(self, bound: Binding, news: tuple[Tensor, Tensor]) -> None:
+    def _store(self, shape: StepShape, positions: Tensor, news: tuple[Tensor, Tensor]) -> None:
         """Put a step's new keys and values where they belong."""
-        rows = torch.arange(bound.shape.batch, device=self.device)[:, None] + bound.shape.first
+        rows = torch.arange(shape.batch, device=self.device)[:, None] + shape.first
         for whole, new in zip((self.cache.keys, self.cache.values), news, strict=True):
-            whole[:, rows, :, bound.positions] = new.permute(1, 3, 0, 2, 4)
-
-    def _bind_tensor(self, bind: Any, name: str, tensor: Tensor) -> None:
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        device_id = tensor.device.index or 0
-        bind(
-            name, tensor.device.type, device_id, ELEMENT_TYPES[dtype], list(tensor.shape),
-            tensor.data_ptr(),
-        )  # fmt: skip
+            whole[:, rows, :, positions] = new.permute(1, 3, 0, 2, 4)

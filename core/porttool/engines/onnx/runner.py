@@ -16,8 +16,19 @@ from porttool.runner import Runner
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from porttool.config import Limits
     from porttool.engine import Engine
     from porttool.nn import Step
+
+
+def require_room(table: Tensor | None, limits: Limits) -> None:
+    """Refuse a prompt table that is larger than the room reserved at build."""
+    if table is not None and table.shape[0] > limits.max_prompt_rows:
+        raise UsageError(
+            f"the prompt table has {table.shape[0]} rows, the engine has room for "
+            f"{limits.max_prompt_rows}; "
+            f"build it with --max-prompt-embedding-table-size {table.shape[0]}"
+        )
 
 
 class OnnxRunnerOptions(Options):
@@ -36,6 +47,7 @@ class OnnxRunner(Runner):
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         from porttool.engines.onnx.cached_graph import CachedGraph
+        from porttool.engines.onnx.program import SessionProgram
 
         super().__init__(engine, options)
         asked = cast("OnnxRunnerOptions", self.options)
@@ -45,13 +57,9 @@ class OnnxRunner(Runner):
         )
         self._folder = engine.rank_path()
         session = make_session(self._folder / MODEL, self._settings, self._folder)
-        self._graph = CachedGraph(
-            session,
-            self.config,
-            engine.manifest.limits,
-            dtype=engine.manifest.dtype,
-            device=self._settings.device,
-        )
+        made = engine.manifest
+        program = SessionProgram(session, self._settings.device)
+        self._graph = CachedGraph(program, self.config, made.limits, dtype=made.dtype)
 
     @property
     def description(self) -> str:
@@ -77,15 +85,8 @@ class OnnxRunner(Runner):
 
     def load_prompt_table(self, table: Tensor | None) -> None:
         """Use a prompt table that fits the room reserved at build."""
-        room = self.engine.manifest.limits.max_prompt_rows
-        if table is not None and table.shape[0] > room:
-            raise UsageError(
-                f"the prompt table has {table.shape[0]} rows, the engine has room for {room}; "
-                f"build it with --max-prompt-embedding-table-size {table.shape[0]}"
-            )
-        self._graph.table.zero_()
-        if table is not None:
-            self._graph.table[: len(table)] = table
+        require_room(table, self.engine.manifest.limits)
+        self._graph.load_table(table)
 
     def trace(self, step: Step) -> dict[str, Tensor]:
         """Run the graph once with every module's input and output among its outputs."""

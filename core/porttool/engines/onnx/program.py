@@ -1,0 +1,37 @@
+"""The exported graph in ONNX Runtime, its inputs and outputs bound to torch's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from porttool.engines.onnx.cached_graph import Program
+from porttool.engines.onnx.element_types import ELEMENT_TYPES
+from porttool.engines.onnx.session import translated_errors
+
+
+class SessionProgram(Program):
+    """An ONNX Runtime session. Nothing is copied between it and torch."""
+
+    def __init__(self, session: Any, device: str) -> None:
+        self.session = session
+        self.device = device
+        self.inputs = {value.name for value in session.get_inputs()}
+        self.scatters = any(v.name.startswith("present_key") for v in session.get_outputs())
+
+    def bind(self, tensors: Mapping[str, Tensor], *, repeats: bool) -> Callable[[], None]:
+        """Bind every tensor by its address; the binding keeps them alive."""
+        io = self.session.io_binding()
+        for name, tensor in tensors.items():
+            bind = io.bind_input if name in self.inputs else io.bind_output
+            element = ELEMENT_TYPES[str(tensor.dtype).removeprefix("torch.")]
+            index = tensor.device.index or 0
+            bind(name, tensor.device.type, index, element, list(tensor.shape), tensor.data_ptr())
+        return partial(self._run, io, tensors)
+
+    def _run(self, io: Any, tensors: Mapping[str, Tensor]) -> None:
+        with translated_errors("ONNX Runtime could not run the step"):
+            self.session.run_with_iobinding(io)
