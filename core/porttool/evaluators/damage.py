@@ -89,6 +89,7 @@ def config_change(text: str, **fields: Any) -> Mistake:
 DAMAGES: Mapping[str, Change] = {
     "nothing": lambda c: Mistake("nothing", weights=unchanged),
     "scrambled layer": lambda c: Mistake("", weights=scrambled("layers.1.")),
+    "every matrix scrambled": lambda c: Mistake("", weights=scrambled("")),
     "swapped norms": lambda c: Mistake("", weights=swapped_norms),
     "other gelu": lambda c: config_change(
         "", activation="gelu" if c.activation == "gelu_tanh" else "gelu_tanh"

@@ -10,7 +10,10 @@ import pytest
 import tiny
 from porttool.engine import choose_limits
 
-WORDS = "harbour storm council bridge mayor bread coffee price town vote Tuesday river".split()
+WORDS = [
+    "harbour", "storm", "council", "bridge", "mayor", "bread", "coffee", "price", "town", "vote",
+    "Tuesday", "river",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session")

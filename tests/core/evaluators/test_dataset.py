@@ -73,7 +73,7 @@ def test_a_pinned_article_that_changed_is_refused(articles, rows, tmp_path):
 def test_a_pinned_article_that_is_missing_is_named(articles, tmp_path):
     pins = tmp_path / "pins.txt"
     pins.write_text("article-03\nstranger\n")
-    with pytest.raises(UsageError, match="1 of 2 articles in .* are not there: stranger"):
+    with pytest.raises(UsageError, match=r"1 of 2 articles in .* are not there: stranger"):
         load_articles(request(articles, ids=pins))
 
 

@@ -1,0 +1,109 @@
+"""The trained demo model: a sound port passes on real text, a damaged one does not."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import tiny
+from porttool.engines.torch.runner import TorchRunner
+from porttool.errors import CheckFailed
+from porttool.evaluators.damage import Damage
+from porttool.evaluators.parity import verify
+from porttool.evaluators.summarize import summarize
+from porttool.plugins import choose_converter, load_registry
+from porttool.text import load_tokenizer
+
+DEMO = Path(__file__).parent.parent / "examples" / "demo"
+SOURCE = DEMO / "gpt2-news"
+CPU = {"device": "cpu"}
+RECIPE = {
+    "dataset": str(DEMO / "articles.jsonl"), "max_articles": 16, "max_new_tokens": 60,
+    "max_input_len": 412,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return tiny.built(tiny.converted(SOURCE, folder / "checkpoint"), folder / "engine")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The reference's results, made once and compared with every engine."""
+    folder = tmp_path_factory.mktemp("reference")
+    options = {**RECIPE, "yardstick": False}
+    converter = choose_converter(load_registry(), SOURCE)
+    assert not summarize(
+        source=SOURCE, converter=converter, output=folder, options=options
+    ).verdicts
+    return folder / "reference.json"
+
+
+@pytest.fixture
+def summarized(reference, tmp_path):
+    def run(engine, **options):
+        (tmp_path / "out").mkdir()
+        shutil.copy(reference, tmp_path / "out")
+        return summarize(
+            runner=TorchRunner(engine, CPU), tokenizer=load_tokenizer(engine.tokenizer),
+            output=tmp_path / "out", options={**RECIPE, **options},
+        )  # fmt: skip
+
+    return run
+
+
+def failures(report):
+    return {v.name for v in report.verdicts if v.passed is not True}
+
+
+def test_the_trained_model_passes_and_its_summaries_are_good(summarized, engine):
+    report = summarized(engine, rouge1_threshold=70)
+    report.require_pass()
+    assert report.verdicts[-1].name == "rouge1 threshold"
+
+
+def test_a_model_that_learnt_nothing_does_not(summarized, engine, tmp_path):
+    damaged = Damage("every matrix scrambled").apply(engine, tmp_path / "damaged")
+    report = summarized(damaged, rouge1_threshold=70)
+    assert {"rouge1 not inferior", "token agreement", "rouge1 threshold"} <= failures(report)
+
+
+@pytest.mark.parametrize(
+    ("damage", "caught"),
+    [
+        ("scrambled layer", {"rouge1 not inferior", "token agreement", "log-probability drift"}),
+        ("other gelu", {"log-probability drift"}),
+        ("noise of int4", {"rouge1 not inferior", "token agreement", "log-probability drift"}),
+        ("noise of int8", {"log-probability drift"}),
+        ("noise of 2 %", {"log-probability drift"}),
+    ],
+)
+def test_summarize_catches_damage(summarized, engine, tmp_path, damage, caught):
+    report = summarized(Damage(damage).apply(engine, tmp_path / "damaged"))
+    assert caught <= failures(report)
+    with pytest.raises(CheckFailed, match="log-probability drift"):
+        report.require_pass()
+
+
+@pytest.mark.parametrize(
+    ("damage", "place"),
+    [
+        ("nothing", None),
+        ("scrambled layer", "layers.1.attention.qkv.out"),
+        ("other gelu", "layers.0.mlp.down.in"),
+        ("noise of int8", "embedding.out"),
+    ],
+)
+def test_verify_catches_and_places_damage(engine, tmp_path, damage, place):
+    subject = Damage(damage).apply(engine, tmp_path / "damaged")
+    report = verify(
+        runner=TorchRunner(subject, CPU), source=SOURCE, output=tmp_path / "out",
+        tokenizer=load_tokenizer(SOURCE), converter=choose_converter(load_registry(), SOURCE),
+    )  # fmt: skip
+    assert report.passed is (place is None)
+    assert report.measurements.get("first_difference") == place
+    assert "tokenizer" not in failures(report)
