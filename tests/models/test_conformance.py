@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from porttool_camel5b.conformance import Camel5bConformance
 from porttool_gpt2.conformance import GPT2Conformance
+from porttool_gpt_next.conformance import NemoConformance
 from porttool_santacoder.conformance import BigCodeConformance, SantaCoderConformance
 
 
@@ -20,4 +21,8 @@ class TestBigCode(BigCodeConformance):
 
 
 class TestSantaCoder(SantaCoderConformance):
+    pass
+
+
+class TestGPTNext(NemoConformance):
     pass
