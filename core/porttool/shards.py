@@ -10,7 +10,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
@@ -112,12 +112,37 @@ def write_shards(
     jobs = [job for shard in todo.values() for job in shard]
     budget = max((max(job.cost, 2 * job.nbytes) for job in jobs), default=0)
     progress.advance(sum(j.nbytes for n, s in shards.items() if n not in todo for j in s))
-    with closing(make_ahead(jobs, workers=workers, budget=budget)) as tensors:
+    ahead = make_ahead(jobs, workers=workers, budget=budget)
+    with one_thread_each(), closing(ahead) as tensors, ThreadPoolExecutor(1) as disk:
+        completed: list[Future[None]] = []
         for name, shard in todo.items():
             with (folder.path / name).open("wb", buffering=0) as file:
                 record = write_tensors(file, shard, tensors, progress)
-                sync(file)
-            folder.add_file(name, record)
+            for earlier in completed:
+                earlier.result()
+            completed = [disk.submit(complete, folder, name, record)]
+        for last in completed:
+            last.result()
+
+
+def complete(folder: PendingFolder, name: str, record: FileRecord) -> None:
+    """Push a shard to the disk, while the next one is made, and only then note it as complete."""
+    with (folder.path / name).open("rb") as file:
+        sync(file)
+    folder.add_file(name, record)
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Keep torch from starting threads for each of the threads that make tensors."""
+    import torch
+
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def give_memory_back() -> None:
@@ -127,7 +152,7 @@ def give_memory_back() -> None:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 22)
 
 
 def write_tensors(
