@@ -16,6 +16,7 @@ from porttool.errors import MissingExtra, UsageError
 from porttool.hub import resolve_source
 from porttool.plugins import Registry, choose_converter, load_registry, named_converters
 from porttool.progress import SILENT, Progress
+from porttool.prompt_table import PromptTable, choose_table_converter, convert_table
 from porttool.runner import Runner, load_runner
 from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace
@@ -58,6 +59,27 @@ def convert(
         allow_nonfinite=allow_nonfinite,
         progress=progress,
     )
+
+
+def convert_prompts(
+    source: Path,
+    output: Path | None,
+    *,
+    model: str | None = None,
+    dtype: Dtype | None = None,
+    force: bool = False,
+    options: Mapping[str, Any] | None = None,
+    registry: Registry | None = None,
+) -> PromptTable | None:
+    """Turn a source of virtual tokens into a prompt table; None if the source is a model."""
+    registry = registry or load_registry()
+    converter = choose_table_converter(registry, source, model, options)
+    if converter is None:
+        return None
+    if output is None:
+        raise UsageError("say with --output where the prompt table is to go")
+    record = registry.record(registry.tables, converter.name)
+    return convert_table(converter, source, output, plugin=record, dtype=dtype, replace=force)
 
 
 def default_hub_id(registry: Registry, model: str | None) -> str | None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from porttool.builder import Builder
     from porttool.converter import Converter
     from porttool.evaluator import Evaluator
+    from porttool.prompt_table import TableConverter
     from porttool.runner import Runner
 
 API_VERSION = 1
@@ -36,8 +37,11 @@ hookimpl = pluggy.HookimplMarker("porttool")
 
 
 @hookspec
-def porttool_converters() -> Iterable[type[Converter]]:
-    """Return the converters that this plugin brings: one for each source format of a family."""
+def porttool_converters() -> Iterable[type[Converter | TableConverter]]:
+    """Return the converters that this plugin brings: one for each source format of a family.
+
+    Those of prompt tables, which make a table instead of a checkpoint, are among them.
+    """
     return ()
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from porttool.component import Component
     from porttool.converter import Converter
     from porttool.evaluator import Evaluator
+    from porttool.prompt_table import TableConverter
     from porttool.runner import Runner
 
 T = TypeVar("T", bound="Component")
@@ -96,8 +97,17 @@ class Registry:
     def converters(self) -> Catalog[Converter]:
         """Converters by name."""
         from porttool.converter import Converter
+        from porttool.prompt_table import TableConverter
 
-        return self._collect("converter", Converter)
+        return self._collect("converter", Converter, TableConverter)
+
+    @cached_property
+    def tables(self) -> Catalog[TableConverter]:
+        """Converters of prompt tables by name; plugins bring them among their converters."""
+        from porttool.converter import Converter
+        from porttool.prompt_table import TableConverter
+
+        return self._collect("converter", TableConverter, Converter)
 
     @cached_property
     def builders(self) -> Catalog[Builder]:
@@ -122,8 +132,8 @@ class Registry:
 
     @property
     def catalogs(self) -> tuple[Catalog[Any], ...]:
-        """All four catalogs; reading them is what finds a broken hook."""
-        return (self.converters, self.builders, self.runners, self.evaluators)
+        """All catalogs; reading them is what finds a broken hook."""
+        return (self.converters, self.tables, self.builders, self.runners, self.evaluators)
 
     def converter(self, name: str, options: Mapping[str, Any] | None = None) -> Converter:
         """Return a converter, standing on the one that it refines."""
@@ -168,17 +178,18 @@ class Registry:
             except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
                 self._set_aside(impl.plugin_name, error)
 
-    def _collect(self, kind: str, base: Any) -> Catalog[Any]:
+    def _collect(self, kind: str, base: Any, *others: Any) -> Catalog[Any]:
+        """Collect the classes of `base` from a hook that may yield the others too."""
         catalog: Catalog[Any] = Catalog(kind)
         by_name = {plugin.name: plugin for plugin in self.plugins}
         hook = getattr(self._manager.hook, f"porttool_{kind}s")
         for impl in sorted(hook.get_hookimpls(), key=lambda i: str(i.plugin_name)):
             try:
-                found = checked(impl.function(), kind, base)
+                found = checked(impl.function(), kind, (base, *others))
             except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
                 self._set_aside(impl.plugin_name, error)
                 continue
-            for component in found:
+            for component in (c for c in found if issubclass(c, base)):
                 catalog.add(component, by_name[impl.plugin_name])
         return catalog
 
@@ -188,12 +199,13 @@ class Registry:
         ]
 
 
-def checked(components: Iterable[Any], kind: str, base: type[Component]) -> list[Any]:
+def checked(components: Iterable[Any], kind: str, bases: tuple[type[Component], ...]) -> list[Any]:
     """Return a hook's classes if they are complete components of the kind; else PluginError."""
     result = []
     for component in components:
-        if not (inspect.isclass(component) and issubclass(component, base)):
-            raise PluginError(f"porttool_{kind}s returned {component!r}, not a {base.__name__}")
+        if not (inspect.isclass(component) and issubclass(component, bases)):
+            wanted = bases[0].__name__
+            raise PluginError(f"porttool_{kind}s returned {component!r}, not a {wanted}")
         if not isinstance(getattr(component, "name", None), str):
             raise PluginError(f"{component.__qualname__} has no name")
         if missing := sorted(getattr(component, "__abstractmethods__", ())):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from porttool.cli import console
 from porttool.cli.options import DTYPES, FOLDER, as_settings, json_option, model_options, set_option
+
+if TYPE_CHECKING:
+    from porttool.prompt_table import PromptTable
 
 
 @click.command("convert")
@@ -38,15 +42,27 @@ def command(
     settings: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> None:
-    """Turn SOURCE (a folder, a file or a hub id) into a checkpoint.
+    """Turn SOURCE (a folder, a file or a hub id) into a checkpoint, or into a prompt table.
 
     SOURCE defaults to the family's own weights on the hub. The family is recognised; --model
     insists on one. What a killed run left is taken up again.
     """
-    from porttool.api import convert
+    from porttool.api import convert, convert_prompts
     from porttool.workspace import Workspace
 
     asked = {"n_head": n_head, "vocab_size": vocab_size}
+    options = {k: v for k, v in asked.items() if v is not None} | as_settings(settings)
+    table = source and convert_prompts(
+        Path(source),
+        output,
+        model=model,
+        dtype=dtype,  # type: ignore[arg-type]
+        force=force,
+        options=options,
+    )
+    if table:
+        show_table(table, as_json=as_json)
+        return
     checkpoint = convert(
         source,
         output,
@@ -55,7 +71,7 @@ def command(
         workers=processes,
         force=force,
         allow_nonfinite=allow_nonfinite,
-        options={k: v for k, v in asked.items() if v is not None} | as_settings(settings),
+        options=options,
         workspace=Workspace.choose(workdir),
         progress=console.ConsoleProgress(),
     )
@@ -67,3 +83,14 @@ def command(
         f"{checkpoint.path}: {made.family}, {len(checkpoint.names())} tensors, {made.dtype}, "
         f"{sum(f.bytes for f in made.files.values()) / 1e6:.1f} MB"
     )
+
+
+def show_table(table: PromptTable, *, as_json: bool) -> None:
+    """Say what a prompt table holds: the tasks, which are given by name or number when run."""
+    if as_json:
+        console.say_json({"table": str(table.path), **table.manifest.model_dump(mode="json")})
+        return
+    made = table.config
+    console.say(f"{table.path}: {made.n_rows} virtual tokens of {made.d_model}, {made.dtype}")
+    for number, (task, length) in enumerate(zip(made.tasks, made.lengths, strict=True)):
+        console.say(f"  task {number}: {task}, {length} tokens")

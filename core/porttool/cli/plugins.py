@@ -72,11 +72,13 @@ def show_families(registry: Registry) -> None:
     """Print a line for every source of every family; a family is named once."""
     rows: list[tuple[str, ...]] = []
     last = None
-    for found in sorted(registry.converters, key=lambda c: (c.family, c.name)):
+    origins = {**registry.converters.origin, **registry.tables.origin}
+    everything: list[Any] = [*registry.converters, *registry.tables]
+    for found in sorted(everything, key=lambda c: (c.family, c.name)):
         name = "" if found.family == last else found.family
         last = found.family
         hub = (found.hub_id or "") + (f" (before {found.refines})" if found.refines else "")
-        made = origin(registry.converters.origin[found.name])
+        made = origin(origins[found.name])
         rows.append((name, found.source_format, found.name, hub.strip(), made))
     console.table("families", ("family", "reads", "converter", "published as", "from"), rows)
 

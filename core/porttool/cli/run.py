@@ -53,6 +53,11 @@ INPUTS: OptionTable = (
     ("--input-tokens", {"type": FILE, "help": "Token ids: .csv, one prompt a row, or .npy."}),
     ("--instruction", {"help": "Ask through the model's instruction template."}),
     ("--tokenizer", {"type": FOLDER, "help": "Folder of another tokenizer."}),
+    ("--prompt-table", {"type": FOLDER, "help": "Virtual tokens that go before the prompts."}),
+    ("--task", {"multiple": True,
+                "help": "Task of the table, by name or number: one, or one a prompt. Without it "
+                        "ids from vocab_size on are the table's rows."}),
+    ("--tasks", {"help": "The same, separated by commas."}),
 )  # fmt: skip
 
 OUTPUTS: OptionTable = (
@@ -90,7 +95,7 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
         options=as_settings(asked["settings"]),
         workspace=Workspace.choose(asked["workdir"]),
     )
-    prompts = read_prompts(asked, loaded)
+    prompts = with_virtual_tokens(asked, loaded, read_prompts(asked, loaded))
     sampling = read_sampling(asked, loaded)
     stream = Stream(loaded, len(prompts)) if asked["stream"] else None
     results = generate(
@@ -123,6 +128,21 @@ def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]
         template = loaded.engine.manifest.prompt
         texts = [fill_template(template, asked["instruction"], text) for text in texts or [""]]
     return [loaded.tokenizer.encode(text) for text in texts]
+
+
+def with_virtual_tokens(
+    asked: dict[str, Any], loaded: LoadedEngine, prompts: list[list[int]]
+) -> list[list[int]]:
+    """Return the prompts with their tasks' virtual tokens, and load the table they are rows of."""
+    from porttool.prompt_table import PromptTable, use_table
+
+    tasks = [*asked["task"], *(t.strip() for t in (asked["tasks"] or "").split(",") if t.strip())]
+    if asked["prompt_table"]:
+        return use_table(PromptTable.open(asked["prompt_table"]), loaded.runner, prompts, tasks)
+    vocab_size = loaded.engine.manifest.config.vocab_size
+    if tasks or any(i >= vocab_size for ids in prompts for i in ids):
+        raise UsageError(f"tasks, and ids from {vocab_size} on, need --prompt-table")
+    return prompts
 
 
 def read_texts(asked: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ to corrupt memory (GHSA-63cw-57p8-fm3p).
 from __future__ import annotations
 
 import ctypes
+import io
 import mmap
 import pickle
 import warnings
@@ -87,6 +88,19 @@ def load_tree(path: Path, safe: Sequence[Any] = ()) -> Any:
         check_zip(path)
     with unpickling(str(path)), torch.serialization.safe_globals(list(safe)):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def load_bytes(data: bytes, label: str) -> Any:
+    """Unpickle a small torch file from memory, under the same rules; `label` is for messages."""
+    import torch
+
+    require_safe_torch(torch.__version__)
+    file = io.BytesIO(data)
+    if zipfile.is_zipfile(file):
+        check_entries(zip_entries(file, label), len(data), label)
+    file.seek(0)
+    with unpickling(label):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 @contextmanager
