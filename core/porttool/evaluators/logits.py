@@ -97,14 +97,14 @@ def judge_logits(
     bound = BOUNDS[dtype]
     if yardstick is not None:
         bound = LogitBound(YARDSTICK_FACTOR * yardstick.nmse, WORST_FACTOR * yardstick.worst)
-    own = f", Hugging Face in {dtype}: {yardstick.nmse:.1e}" if yardstick else ""
+    own = f", Hugging Face in {dtype} {yardstick.nmse:.1e}" if yardstick else ""
     return Verdict(
         name=name,
         passed=found.nmse <= bound.nmse and found.worst <= bound.worst,
         found=f"NMSE {found.nmse:.1e}, max {found.worst:.1e}",
         bound=f"≤ {bound.nmse:.1e}, {bound.worst:.1e}",
-        detail=f"max |Δ| {found.max_abs:.2g} on logits of scale {found.scale:.2g}, cosine ≥ "
-        f"{found.cosine:.6f}, top-1 {found.top1:.1%}, {found.n_positions} positions{own}",
+        detail=f"{found.n_positions} positions, max |Δ| {found.max_abs:.2g} at scale "
+        f"{found.scale:.2g}, top-1 {found.top1:.1%}{own}",
     )
 
 
