@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from porttool.config import ModelConfig
-from porttool.engines.torch.cuda_skinny import Model, Parts, SkinnyChain, append, attend, embed
-from porttool.engines.torch.cuda_skinny import merge, pick
+from porttool.engines.torch.cuda_chains import Model, StreamChain, WideChain, embed
+from porttool.engines.torch.cuda_chains import wide_attention
+from porttool.engines.torch.cuda_prefill import Prompt, prefill_layers, project
 from porttool.engines.torch.cuda_state import (
     HISTORY,
     DeviceCache,
     Rows,
+    Scratch,
     make_rows,
     make_scratch,
     rotary_tables,
 )
 from porttool.engines.torch.cuda_tuning import (
-    SKINNY_ROWS,
+    SMALL_ROWS,
     Tuning,
     default_tuning,
     gpu_name,
+    tile_rows,
 )
-from porttool.engines.torch.cuda_weights import Linear, pack_weights
-from porttool.engines.torch.cuda_wide import attend_packed, wide_layers, wide_logits
+from porttool.engines.torch.cuda_weights import pack_weights
 from porttool.errors import UsageError
 from porttool.nn import Step
 
@@ -66,38 +69,39 @@ class CudaDecoder:
             config, pack_weights(config, weights, dtype, device), cache,
             *rotary_tables(config, max_len, device), chosen, dtype, device != "cpu",
         )  # fmt: skip
-        head = chosen.tiles["head"]
-        n_best = -(-config.vocab_size // head.block_n)
         # one step may carry several tokens of a slot, so that rows can outnumber slots
-        self.rows = make_rows(max(n_slots, SKINNY_ROWS), device)
-        self.scratch = make_scratch(config, SKINNY_ROWS, splits=chosen.splits, n_best=n_best,
-                                    dtype=dtype, device=device)  # fmt: skip
-        self.chain = SkinnyChain(self.model, self.rows, self.scratch)
+        self.rows = make_rows(max(n_slots, SMALL_ROWS), device)
         self._table: Tensor | None = None
         self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
-        self._x: dict[int, Tensor] = {}
+        self._scratch: dict[int, Scratch] = {}
 
     @property
     def description(self) -> str:
         """Where it runs and how it is tuned."""
         return f"{gpu_name(self.device)}, Triton kernels and CUDA graphs"
 
+    def use(self, tuning: Tuning) -> None:
+        """Run with another tuning from now on; graphs are captured anew."""
+        self.tuning = tuning
+        self.model = replace(self.model, tuning=tuning)
+        self._graphs.clear()
+        self._scratch.clear()
 
+    def rewind(self, n: int, context: int) -> None:
+        """Put the first n rows back to a context, for measurements."""
+        self.rows.cursor.zero_()
+        self.rows.positions[:n] = context
 
-    def order_of(self, name: str) -> Linear:
-        """Return the first matrix of a kind: qkv, out, up, down or head."""
-        w = self.model.weights
-        linear: Linear = w.head if name == "head" else getattr(w.layers[0], name)
-        return linear
+    def replay_greedy(self, n: int, tokens: int) -> None:
+        """Replay greedy steps of rows that are in place, for measurements."""
+        self._replay("greedy", self._bucket(n), tokens)
 
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
         """Feed tokens; float32 logits as the `Runner` contract says. May be overwritten later."""
         packed = _Packed(step)
-        if packed.n_tokens <= SKINNY_ROWS:
-            logits = self._skinny_step(packed)
-        elif packed.width == 1:
-            logits = self._wide_step(packed)
+        if packed.n_tokens <= SMALL_ROWS or packed.width == 1:
+            logits = self._small_step(packed)
         else:
             return self._prefill(packed, all_positions=all_positions)
         return _arrange(logits, packed, all_positions=all_positions)
@@ -112,7 +116,7 @@ class CudaDecoder:
             raise UsageError(f"decoding would reach {reach} tokens; a slot holds {self.max_len}")
         n = self._bucket(packed.n_rows)
         self._put(packed, n)
-        embed(self.model, self.rows, self._stream_of(n), n, self._table)
+        embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
         pieces = []
         while n_tokens > 0:
             count = min(n_tokens, HISTORY)
@@ -136,19 +140,12 @@ class CudaDecoder:
 
     # ---- steps --------------------------------------------------------------------------------
 
-    def _skinny_step(self, packed: _Packed) -> Tensor:
-        n = packed.n_tokens
+    def _small_step(self, packed: _Packed) -> Tensor:
+        n = self._bucket(packed.n_tokens)
         self._put(packed, n)
-        embed(self.model, self.rows, self.scratch.x, n, self._table)
+        embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
         self._replay("logits" if packed.width == 1 else "several", n, 1)
-        return self._logits_of(n)[:n]
-
-    def _wide_step(self, packed: _Packed) -> Tensor:
-        n = self._bucket(packed.n_rows)
-        self._put(packed, n)
-        embed(self.model, self.rows, self._stream_of(n), n, self._table)
-        self._replay("logits", n, 1)
-        return self._logits_of(n)[: packed.n_rows]
+        return self._logits_of(n)[: packed.n_tokens]
 
     def _prefill(self, packed: _Packed, *, all_positions: bool) -> Tensor:
         c = self.config
@@ -159,15 +156,8 @@ class CudaDecoder:
             x = torch.empty(group.n_tokens, c.d_model, device=self.device)
             embed(self.model, rows, x, group.n_tokens, self._table)
             slots, starts, first = group.bounds(self.device)
-
-            def attend_group(layer: int, qkv: Tensor) -> Tensor:
-                query = qkv.new_empty(qkv.shape[0], c.n_head * c.head_dim)
-                append(self.model, rows, layer, qkv, query, qkv.shape[0])
-                return attend_packed(
-                    self.model, layer, query, slots, starts, first, group.width
-                )
-
-            normed = wide_layers(self.model, x, attend_group)
+            prompt = Prompt(rows, slots, starts, first, group.width)
+            normed = prefill_layers(self.model, x, prompt)
             if not all_positions:
                 last = normed[first[1:].long() - 1]
                 out[group.first_row : group.first_row + group.n_rows] = self._project(last)
@@ -177,13 +167,13 @@ class CudaDecoder:
         return out
 
     def _project(self, normed: Tensor) -> Tensor:
-        return wide_logits(normed, self.model.weights.head.weight)
+        return project(normed, self.model.weights.head.weight)
 
     # ---- rows and graphs ----------------------------------------------------------------------
 
     def _bucket(self, n: int) -> int:
         """Rows of the graph that runs n rows: exact while skinny, rounded up above."""
-        if n <= SKINNY_ROWS:
+        if n <= SMALL_ROWS:
             return n
         step = 8 if n <= 64 else 16
         return min(-(-n // step) * step, max(self.n_slots, n))
@@ -193,12 +183,21 @@ class CudaDecoder:
         block = packed.block(n).to(self.device)
         self.rows.tokens[:n], self.rows.positions[:n], self.rows.slots[:n] = block
 
-    def _stream_of(self, n: int) -> Tensor:
-        if n <= SKINNY_ROWS:
-            return self.scratch.x
-        if n not in self._x:
-            self._x[n] = torch.empty(n, self.config.d_model, device=self.device)
-        return self._x[n]
+    def _scratch_of(self, n: int) -> Scratch:
+        """Return the buffers of steps of n rows; all steps of up to SMALL_ROWS share theirs."""
+        n = max(n, SMALL_ROWS)
+        if n not in self._scratch:
+            t, tiles = self.tuning, self.tuning.wide[str(tile_rows(n))]
+            blocks = [tiles["head"].block_n, t.stream["head"].block_n]
+            splits = max(t.attention.splits if n <= SMALL_ROWS else 1,
+                         wide_attention(self.model, n).splits)  # fmt: skip
+            self._scratch[n] = make_scratch(
+                self.config, n, splits=splits,
+                split=max(tiles["out"].split, tiles["down"].split),
+                n_best=-(-self.config.vocab_size // min(blocks)), dtype=self.dtype,
+                device=self.device,
+            )  # fmt: skip
+        return self._scratch[n]
 
     def _logits_of(self, n: int) -> Tensor:
         if n not in self._logits:
@@ -220,67 +219,39 @@ class CudaDecoder:
 
     def _capture(self, work: Callable[[], None], count: int) -> torch.cuda.CUDAGraph:
         """Compile and warm up with every row as padding, then record."""
-        kept = [t.clone() for t in (self.rows.tokens, self.rows.positions, self.rows.slots,
-                                    self.rows.cursor, self.rows.history)]  # fmt: skip
-        stream, x = torch.cuda.Stream(), {n: t.clone() for n, t in self._x.items()}
-        small = self.scratch.x.clone()
-        self.rows.slots.fill_(-1)
-        self.rows.positions.zero_()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor, old in zip((self.rows.tokens, self.rows.positions, self.rows.slots,
-                                self.rows.cursor, self.rows.history), kept, strict=True):  # fmt: skip
+        r = self.rows
+        state = [r.tokens, r.positions, r.slots, r.cursor, r.history]
+        state += [scratch.x for scratch in self._scratch.values()]
+        kept = [tensor.clone() for tensor in state]
+        r.slots.fill_(-1)
+        r.positions.zero_()
+        work()
+        torch.cuda.synchronize()
+        for tensor, old in zip(state, kept, strict=True):
             tensor.copy_(old)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(count):
                 work()
-        self.scratch.x.copy_(small)
-        for n, old in x.items():
-            self._x[n].copy_(old)
         return graph
 
     def _work(self, kind: str, n: int) -> Callable[[], None]:
-        if n <= SKINNY_ROWS:
-            return lambda: self._skinny_work(kind, n)
-        return lambda: self._wide_work(kind, n)
+        """Return what enqueues one step of n rows: logits, several (of a slot) or greedy."""
+        scratch = self._scratch_of(n)
+        chain = (
+            StreamChain(self.model, self.rows, scratch)
+            if n == 1
+            else WideChain(self.model, self.rows, scratch, append=kind != "several")
+        )
+        logits = None if kind == "greedy" else self._logits_of(n)
 
-    def _skinny_work(self, kind: str, n: int) -> None:
-        self.chain.layers(n, append=kind != "several")
-        if kind == "greedy":
-            self.chain.head(n, None)
-            self.chain.pick(n)
-        else:
-            self.chain.head(n, self._logits_of(n))
+        def work() -> None:
+            chain.layers(n)
+            chain.head(n, logits)
+            if logits is None:
+                chain.pick(n)
 
-    def _wide_work(self, kind: str, n: int) -> None:
-        c, x = self.config, self._stream_of(n)
-        parts = self._wide_parts(n)
-
-        def attend_rows(layer: int, qkv: Tensor) -> Tensor:
-            out = qkv.new_empty(n, c.n_head * c.head_dim)
-            attend(self.model, self.rows, layer, qkv, out, parts, n)
-            if parts.splits > 1:
-                merge(self.model, parts, out, n)
-            return out
-
-        logits = self._project(wide_layers(self.model, x, attend_rows))
-        if kind == "greedy":
-            pick(self.model, self.rows, x, n, logits, None)
-        else:
-            self._logits_of(n).copy_(logits)
-
-    def _wide_parts(self, n: int) -> Parts:
-        """Split the context only when rows and heads alone do not fill the GPU."""
-        c = self.config
-        splits = 1
-        while splits < 16 and n * c.n_kv_head * splits < 528:
-            splits *= 2
-        part = torch.empty(n, c.n_head, splits, c.head_dim, device=self.device)
-        top, total = (torch.empty(n, c.n_head, splits, device=self.device) for _ in range(2))
-        return Parts(splits, part, top, total)
+        return work
 
 
 class _Packed:

@@ -26,16 +26,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Activations between kernels, for the largest step that runs through fixed buffers."""
+    """Activations between the kernels of a step."""
 
     x: Tensor  # [rows, d_model] float32: the residual stream
+    normed: Tensor  # [rows, d_model]
     qkv: Tensor  # [rows, qkv_dim]
     attended: Tensor  # [rows, n_head * head_dim]
     hidden: Tensor  # [rows, d_ff]
+    delta: Tensor  # [split * rows * d_model] float32: sums that the next norm adds
     part: Tensor  # [rows, n_head, splits, head_dim] float32
-    top: Tensor  # [rows, n_head, splits] float32
-    total: Tensor  # [rows, n_head, splits] float32
-    best: Tensor  # [rows, programs of the head] float32
+    weight: Tensor  # [rows, n_head, splits] float32
+    best: Tensor  # [rows * programs of the head] float32
     where: Tensor  # the same, int32
 
 
@@ -50,9 +51,10 @@ def make_rows(n: int, device: str) -> Rows:
 
 
 def make_scratch(
-    config: ModelConfig, n: int, *, splits: int, n_best: int, dtype: torch.dtype, device: str
-) -> Scratch:
-    """Allocate scratch for n rows."""
+    config: ModelConfig, n: int, *, splits: int, split: int, n_best: int, dtype: torch.dtype,
+    device: str,
+) -> Scratch:  # fmt: skip
+    """Allocate scratch for n rows, `splits` parts of attention and `split` parts of a product."""
     c = config
 
     def new(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
@@ -60,12 +62,13 @@ def make_scratch(
 
     return Scratch(
         x=new(c.d_model),
+        normed=new(c.d_model, kind=dtype),
         qkv=new(c.qkv_dim, kind=dtype),
         attended=new(c.n_head * c.head_dim, kind=dtype),
         hidden=new(c.d_ff, kind=dtype),
+        delta=new(split * c.d_model),
         part=new(c.n_head, splits, c.head_dim),
-        top=new(c.n_head, splits),
-        total=new(c.n_head, splits),
+        weight=new(c.n_head, splits),
         best=new(n_best),
         where=new(n_best, kind=torch.int32),
     )

@@ -4,46 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from porttool.config import ModelConfig
 
-SKINNY_ROWS = 16
-"""Up to this many rows a step's result does not depend on how many there are."""
+SMALL_ROWS = 16
+"""2 to this many rows run in the same tiles, so that a row's result does not depend on them."""
+
+MAX_TILE_ROWS = 128
+"""More rows than this take several row tiles."""
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How one skinny linear is cut: `stream` on CUDA cores or `tile` on tensor cores."""
+class StreamTile:
+    """How a single row's matrix is cut; `held` tiles are loaded before the predecessor ends."""
 
-    kind: Literal["stream", "tile"]
     block_n: int
     block_k: int
     warps: int = 4
-    groups: int = 1
-    stages: int = 4
     held: int = 1
-    own: bool = False
+
+
+@dataclass(frozen=True)
+class WideTile:
+    """How a product of several rows is cut; `split` cuts the inner dimension over programs."""
+
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 4
+    split: int = 1
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Parts of the context, positions a program takes at a time, and its warps."""
+
+    splits: int
+    block_t: int
+    warps: int = 4
 
 
 @dataclass(frozen=True)
 class Tuning:
     """Everything measured for one model on one GPU; `as_dict` goes into the engine's folder.
 
-    `tiles` by linear ("qkv", "out", "up", "down", "head"); `splits` of the context for up to
-    SKINNY_ROWS rows; `block_t` positions a program takes at a time; `ahead` bytes of the next
-    matrix that each kernel asks into the L2 cache.
+    `stream` by linear ("qkv", "out", "up", "down", "head"); `wide` by rows of a tile, then by
+    linear; `notes` are the microseconds that the winners took.
     """
 
     gpu: str
-    tiles: Mapping[str, Tile]
-    splits: int
-    block_t: int
-    ahead: int
-    early: bool = True
-    attention_warps: int = 4
+    stream: Mapping[str, StreamTile]
+    wide: Mapping[str, Mapping[str, WideTile]]
+    attention: AttentionTile
+    wide_attention: AttentionTile
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,15 +69,22 @@ class Tuning:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tuning:
         """Read what `as_dict` wrote."""
-        tiles = {name: Tile(**tile) for name, tile in data["tiles"].items()}
-        return cls(**{**data, "tiles": tiles})
+        return cls(
+            gpu=data["gpu"],
+            stream={name: StreamTile(**tile) for name, tile in data["stream"].items()},
+            wide={
+                rows: {name: WideTile(**tile) for name, tile in tiles.items()}
+                for rows, tiles in data["wide"].items()
+            },
+            attention=AttentionTile(**data["attention"]),
+            wide_attention=AttentionTile(**data["wide_attention"]),
+            notes=data["notes"],
+        )
 
 
 def gpu_name(device: str) -> str:
     """Name the GPU (or "interpreter" on a CPU) that a tuning belongs to."""
-    if device == "cpu":
-        return "interpreter"
-    return torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "interpreter"
 
 
 def power_of_two(n: int) -> int:
@@ -69,27 +92,60 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def default_tile(n: int, k: int, *, gated: bool) -> Tile:
-    """Cut [n, k] so that about four programs a multiprocessor stream it."""
-    block_k = 1024 if k >= 4096 else 512 if k > 512 else max(power_of_two(k), 16)
-    block_n = 8 if n >= 8192 and block_k <= 512 else 4
-    return Tile("stream", block_n // (2 if gated else 1), block_k)
+def tile_rows(n: int) -> int:
+    """Rows of a tile for a step of n rows."""
+    return min(max(power_of_two(n), SMALL_ROWS), MAX_TILE_ROWS)
 
 
-def default_tuning(config: ModelConfig, device: str) -> Tuning:
-    """Return the rule's choice for a model that was not measured."""
+def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Columns (of one half when gated) and inner dimension of every kind of matrix."""
     c = config
-    shapes = {
+    return {
         "qkv": (c.qkv_dim, c.d_model),
         "out": (c.d_model, c.n_head * c.head_dim),
         "up": (c.d_ff, c.d_model),
         "down": (c.d_model, c.d_ff),
         "head": (c.vocab_size, c.d_model),
     }
-    tiles = {
-        name: default_tile(n, k, gated=c.gated and name == "up")
-        for name, (n, k) in shapes.items()
+
+
+def default_stream(n: int, k: int, *, gated: bool) -> StreamTile:
+    """Cut [n, k] so that a warp or four take whole rows and 16 weights a thread are in flight."""
+    if n >= 4 * k or n >= 4096:
+        return StreamTile(4 if gated else 8, 256, 4, held=2 if k > 256 else 1)
+    block_k = 1024 if k >= 1024 else max(power_of_two(k), 16)
+    return StreamTile(4, block_k, 4, held=2 if k > block_k else 1)
+
+
+def default_wide(n: int, k: int, rows: int, name: str, *, gated: bool) -> WideTile:
+    """Cut [n, k] into about one program a multiprocessor; only residual matrices split k."""
+    block_n = 128 if n >= 16384 and not gated else 64 if n >= 8192 else 32
+    split = 1
+    while name in ("out", "down") and split < 8 and n // block_n * split < 96:
+        split *= 2
+    while split == 1 and block_n > 16 and n // block_n < 96:
+        block_n //= 2
+    if n // block_n <= 1:
+        block_n = 16
+    block_k = 64 if rows >= 64 else 128
+    return WideTile(block_n, min(block_k, max(power_of_two(k), 16)), 4, 4, split)
+
+
+def default_tuning(config: ModelConfig, device: str) -> Tuning:
+    """Return the rule's choice for a model that was not measured."""
+    c = config
+    gated = {name: c.gated and name == "up" for name in shapes(c)}
+    stream = {
+        name: default_stream(n, k, gated=gated[name]) for name, (n, k) in shapes(c).items()
+    }
+    wide = {
+        str(rows): {
+            name: default_wide(n, k, rows, name, gated=gated[name])
+            for name, (n, k) in shapes(c).items()
+        }
+        for rows in (16, 32, 64, 128)
     }
     splits = min(max(power_of_two(-(-96 // c.n_kv_head)), 1), 16)
     block_t = 64 if c.head_dim <= 64 else 32
-    return Tuning(gpu_name(device), tiles, splits, block_t, ahead=16 << 20)
+    return Tuning(gpu_name(device), stream, wide, AttentionTile(splits, block_t),
+                  AttentionTile(1, block_t))  # fmt: skip

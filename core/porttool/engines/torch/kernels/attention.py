@@ -31,8 +31,13 @@ def rotated(base, head, at, d, position, cosine, sine, DIM: tl.constexpr, ROTARY
 
 
 @triton.jit
+def _add2(a, b, x, y):
+    return a + x, b + y
+
+
+@triton.jit
 def decode_attention(
-    qkv, keys, values, slots, positions, cosine, sine, part, top, total, out, scale, capacity,
+    qkv, keys, values, slots, positions, cosine, sine, part, weight, out, scale, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, APPEND: tl.constexpr,
     PDL: tl.constexpr,
@@ -93,28 +98,28 @@ def decode_attention(
         score = tl.where(at < high, score, float("-inf"))
         above = tl.maximum(high_t, score)
         safe = tl.where(above == float("-inf"), 0.0, above)
-        weight = tl.exp(score - safe)
+        chance = tl.exp(score - safe)
         shrink = tl.exp(high_t - safe)
-        total_t = total_t * shrink + weight
-        acc = acc * shrink[:, None] + weight[:, None] * value.to(tl.float32)
+        total_t = total_t * shrink + chance
+        acc = acc * shrink[:, None] + chance[:, None] * value.to(tl.float32)
         high_t = above
     highest = tl.max(high_t, 0)
     share = tl.exp(high_t - tl.where(highest == float("-inf"), 0.0, highest))
-    joined = tl.sum(acc * share[:, None], 0)
-    weight_sum = tl.sum(total_t * share, 0)
+    shares = tl.broadcast_to((total_t * share)[:, None], (BLOCK_T, BLOCK_D))
+    joined, weight_sum = tl.reduce((acc * share[:, None], shares), 0, _add2)
+    average = tl.where(weight_sum > 0, joined / weight_sum, 0.0)
     if SPLITS == 1:
         at = (row.to(tl.int64) * HEADS + kv) * DIM + d
-        tl.store(out + at, (joined / weight_sum).to(out.dtype.element_ty), mask=whole)
+        tl.store(out + at, average.to(out.dtype.element_ty), mask=whole)
     else:
         at = (row.to(tl.int64) * HEADS + kv) * SPLITS + split
-        tl.store(part + at * DIM + d, joined, mask=whole)
-        tl.store(top + at, highest)
-        tl.store(total + at, weight_sum)
+        tl.store(part + at * DIM + d, average, mask=whole)
+        tl.store(weight + at + 0 * d, highest + tl.log(weight_sum), mask=d == 0)
 
 
 @triton.jit
 def group_attention(
-    qkv, keys, values, slots, positions, cosine, sine, part, top, total, out, scale, capacity,
+    qkv, keys, values, slots, positions, cosine, sine, part, weight, out, scale, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
     APPEND: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -174,33 +179,34 @@ def group_attention(
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
         score = tl.where((at < high)[None, :], score, float("-inf"))
         above = tl.maximum(highest, tl.max(score, 1))
-        weight = tl.exp(score - above[:, None])
+        chance = tl.exp(score - above[:, None])
         shrink = tl.exp(highest - above)
-        weight_sum = weight_sum * shrink + tl.sum(weight, 1)
-        acc = tl.dot(weight.to(kind), value, acc * shrink[:, None], input_precision=PRECISION)
+        weight_sum = weight_sum * shrink + tl.sum(chance, 1)
+        acc = tl.dot(chance.to(kind), value, acc * shrink[:, None], input_precision=PRECISION)
         highest = above
     head = row.to(tl.int64) * HEADS + kv * GROUP + g
+    average = tl.where((weight_sum > 0)[:, None], acc / weight_sum[:, None], 0.0)
     if SPLITS == 1:
-        average = (acc / weight_sum[:, None]).to(out.dtype.element_ty)
+        average = average.to(out.dtype.element_ty)
         tl.store(out + head[:, None] * DIM + d[None, :], average, mask=both)
     else:
         at = head * SPLITS + split
-        tl.store(part + at[:, None] * DIM + d[None, :], acc, mask=both)
-        tl.store(top + at, highest, mask=g < GROUP)
-        tl.store(total + at, weight_sum, mask=g < GROUP)
+        tl.store(part + at[:, None] * DIM + d[None, :], average, mask=both)
+        tl.store(weight + at, highest + tl.log(weight_sum), mask=g < GROUP)
 
 
 @triton.jit
 def merge_kernel(
-    part, top, total, out, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    part, weight, out, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of split attention: out [rows, HEADS * DIM]; grid (column blocks, rows)."""
+    """Join the parts of split attention: out [rows, HEADS * DIM]; grid (head blocks, rows)."""
     announce(PDL)
     await_predecessor(PDL)
     row = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    live = column < HEADS * DIM
-    value = merged(part, top, total, row, column, live, HEADS, DIM, SPLITS)
-    at = row.to(tl.int64) * (HEADS * DIM) + column
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=live)
+    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    d = tl.arange(0, BLOCK_D)
+    value = merged(part, weight, row, head, d, HEADS, DIM, SPLITS)
+    inside = (head < HEADS)[:, None] & (d < DIM)[None, :]
+    at = (row.to(tl.int64) * HEADS + head)[:, None] * DIM + d[None, :]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)

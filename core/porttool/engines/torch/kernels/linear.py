@@ -1,11 +1,6 @@
-"""Skinny matrix kernels: a weight matrix streamed once for at most 16 rows of activations.
+"""The matrix kernel of single rows: weights streamed once, multiplied on the CUDA cores.
 
-Two forms of the same operation. `stream_linear` multiplies on the CUDA cores, one row after the
-other, and has the shortest latency at one row; `tile_linear` multiplies 16 rows at once on the
-tensor cores. In both the order of every sum depends on the shape and the tile alone, never on
-how many rows there are, so that a row's result is the same bits in any batch.
-
-The norm before a linear needs no pass of its own in `stream_linear`: with g the norm's weight and
+The norm before a linear needs no pass of its own: with g the norm's weight and
 b its bias, norm(x) W^T = r (x (gW)^T - mean sum_k gW) + bW^T, r the reciprocal deviation. The last
 two sums are constants of the model (`column_sum`, part of `bias`), and mean and r are
 accumulated beside the product.
@@ -17,33 +12,31 @@ import triton
 import triton.language as tl
 
 from porttool.engines.torch.kernels.activation import activate
-from porttool.engines.torch.kernels.chain import (
-    announce,
-    await_predecessor,
-    prefetch,
-    prefetch_share,
-)
+from porttool.engines.torch.kernels.chain import announce, await_predecessor
 
 
 @triton.jit
-def merged(part, top, total, row, column, live, HEADS: tl.constexpr, DIM: tl.constexpr,
+def merged(part, weight, row, head, d, HEADS: tl.constexpr, DIM: tl.constexpr,
            SPLITS: tl.constexpr):  # fmt: skip
-    """Join the parts that split attention left: the softmax average at `column` of one row.
+    """Join the parts that split attention left: softmax averages [len(head), len(d)] of one row.
 
-    part [rows, HEADS, SPLITS, DIM] are unnormalised sums, top and total [rows, HEADS, SPLITS]
-    their running maxima and weights. Elementwise in a fixed order: any kernel gets the same bits.
+    part [rows, HEADS, SPLITS, DIM] are the parts' own averages, weight [rows, HEADS, SPLITS] the
+    logarithms of their shares. Elementwise in a fixed order: any kernel gets the same bits.
     """
-    first = (row * HEADS + column // DIM) * SPLITS
-    highest = tl.full(column.shape, float("-inf"), tl.float32)
+    known = head < HEADS
+    first = (row * HEADS + head) * SPLITS
+    highest = tl.full(head.shape, float("-inf"), tl.float32)
     for s in tl.static_range(SPLITS):
-        highest = tl.maximum(highest, tl.load(top + first + s, mask=live, other=0.0))
-    weight = tl.zeros(column.shape, tl.float32)
-    value = tl.zeros(column.shape, tl.float32)
+        highest = tl.maximum(highest, tl.load(weight + first + s, mask=known, other=0.0))
+    total = tl.zeros(head.shape, tl.float32)
+    value = tl.zeros((head.shape[0], d.shape[0]), tl.float32)
+    inside = known[:, None] & (d < DIM)[None, :]
     for s in tl.static_range(SPLITS):
-        share = tl.exp(tl.load(top + first + s, mask=live, other=0.0) - highest)
-        weight += share * tl.load(total + first + s, mask=live, other=1.0)
-        value += share * tl.load(part + (first + s) * DIM + column % DIM, mask=live, other=0.0)
-    return value / weight
+        share = tl.exp(tl.load(weight + first + s, mask=known, other=0.0) - highest)
+        total += share
+        at = part + ((first + s) * DIM)[:, None] + d[None, :]
+        value += share[:, None] * tl.load(at, mask=inside, other=0.0)
+    return value / total[:, None]
 
 
 @triton.jit
@@ -69,22 +62,20 @@ def _vector(base, n, live, PRESENT: tl.constexpr):
 
 @triton.jit
 def stream_linear(
-    x, w, bias, column_sum, gamma, x_out, out, best, where, part, top, total,
-    next_weight, next_bytes, M, eps,
+    x, w, bias, column_sum, gamma, x_out, out, best, where, part, top, M, eps,
     N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr,
     HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr, AHEAD: tl.constexpr, OWN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(norm(x[m]) . w[n] + bias[n]); RESIDUAL adds it to x_out instead.
 
     x [M, K]; w [N, K], or [2N, K] with rows gate | linear when GATED; NORM is "none",
     "layernorm" or "rmsnorm"; SPLITS > 0 reads x from split attention's parts. One program
     computes BLOCK_N columns for every row. Before the wait it loads all that does not depend on
-    its predecessor: the first HELD weight tiles, the norm's scale, bias and constants, which
-    no cache holds either; the rest of its weights (OWN) and AHEAD bytes of the next matrix are
-    asked into the L2 cache.
+    its predecessor: the first HELD weight tiles, the norm's scale, bias and constants, which no
+    cache holds either.
     """
     if EARLY:
         announce(PDL)
@@ -102,10 +93,6 @@ def stream_linear(
         held = held + (_weights(rows, inner, i * BLOCK_K, live, k, K),)
         if GATED:
             held_twin = held_twin + (_weights(rows + HALF, inner, i * BLOCK_K, live, k, K),)
-    if OWN and HELD < TILES:
-        prefetch(rows, 0, BLOCK_N * K * (w.dtype.element_ty.primitive_bitwidth // 8))
-        if GATED:
-            prefetch(rows + HALF, 0, BLOCK_N * K * (w.dtype.element_ty.primitive_bitwidth // 8))
     scales = ()
     if NORMED:
         for i in tl.static_range(TILES):
@@ -115,8 +102,6 @@ def stream_linear(
     shift_twin = _vector(bias + N, n, live, HAS_BIAS and GATED)
     sums = _vector(column_sum, n, live, NORMED)
     sums_twin = _vector(column_sum + N, n, live, NORMED and GATED)
-    if AHEAD:
-        prefetch_share(next_weight, next_bytes)
     await_predecessor(PDL)
     if not EARLY:
         announce(PDL)
@@ -133,8 +118,10 @@ def stream_linear(
             else:
                 weight = _weights(rows, inner, i * BLOCK_K, live, k, K)
             if SPLITS > 0:
-                value = merged(part, top, total, m, at, at < K, HEADS, DIM, SPLITS)
-                value = tl.where(at < K, value, 0.0).to(w.dtype.element_ty).to(tl.float32)
+                head = i * (BLOCK_K // DIM) + tl.arange(0, BLOCK_K // DIM)
+                value = merged(part, top, m, head, tl.arange(0, DIM), HEADS, DIM, SPLITS)
+                value = tl.where((head < HEADS)[:, None], value, 0.0).to(w.dtype.element_ty)
+                value = tl.reshape(value, (BLOCK_K,)).to(tl.float32)
             else:
                 value = tl.load(x + m * K + at, mask=at < K, other=0.0).to(tl.float32)
             if NORMED:

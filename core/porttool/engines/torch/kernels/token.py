@@ -48,13 +48,12 @@ def embed_kernel(
 def pick_kernel(
     best, where, n_best, tokens, positions, cursor, history, history_width,
     embedding, position, x, VOCAB, N_POSITIONS,
-    D: tl.constexpr, BLOCK: tl.constexpr, LEARNED: tl.constexpr, DENSE: tl.constexpr,
-    SCAN: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, LEARNED: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Take each row's greedy token, remember it and write the next step's residual stream.
 
-    best [rows, n_best] are maxima of parts of the vocabulary and `where` their ids; with DENSE
-    they are the logits themselves. The lowest id wins a tie, as torch.argmax does on a CPU.
+    best [rows, n_best] are maxima of parts of the vocabulary and `where` their ids. The lowest id
+    wins a tie, as torch.argmax does on a CPU.
     """
     await_predecessor(PDL)
     announce(PDL)
@@ -64,11 +63,9 @@ def pick_kernel(
     index = tl.full((SCAN,), 2147483647, tl.int32)
     for first in range(0, n_best, SCAN):
         at = first + lane
-        value = tl.load(best + row.to(tl.int64) * n_best + at, mask=at < n_best, other=float("-inf"))
-        if DENSE:
-            name = at
-        else:
-            name = tl.load(where + row.to(tl.int64) * n_best + at, mask=at < n_best, other=2147483647)
+        part = row.to(tl.int64) * n_best + at
+        value = tl.load(best + part, mask=at < n_best, other=float("-inf"))
+        name = tl.load(where + part, mask=at < n_best, other=2147483647)
         better = value > top
         index = tl.where(better, name, index)
         top = tl.where(better, value, top)
