@@ -12,7 +12,7 @@ from porttool.errors import CheckpointError, MissingExtra, UsageError
 if TYPE_CHECKING:
     import tokenizers
 
-    from porttool.config import PromptTemplate
+    from porttool.config import InfillTokens, PromptTemplate
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -151,6 +151,13 @@ class TextStream:
         """Return what was held back."""
         text = self._tokenizer.decode(self._ids)
         return text[len(self._shown) :] if text.startswith(self._shown) else ""
+
+
+def infill_prompt(tokens: InfillTokens | None, before: str, after: str) -> str:
+    """Return the prompt for what belongs between two texts; UsageError if the model has none."""
+    if tokens is None:
+        raise UsageError("this model was not converted with tokens for infilling; pass plain text")
+    return tokens.prompt(before, after)
 
 
 def fill_template(template: PromptTemplate | None, instruction: str, given: str = "") -> str:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import tiny
+from porttool.cli import run as porttool
 from porttool.errors import SourceError, UsageError
 from porttool.plugins import choose_converter
+from porttool.text import load_tokenizer
 from tiny import PROMPTS, full_logits, reference_logits
 
 ATOL = 1e-9
@@ -207,3 +209,42 @@ def test_configs_that_cannot_be_ported(tmp_path, change, said):
     source = original(tmp_path / "source", bigcode(n_inner=40), **change)
     with pytest.raises(SourceError, match=said):
         tiny.converted(source, tmp_path / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def coder(tmp_path_factory) -> Path:
+    """A GPTBigCode folder with a byte-level tokenizer that knows the infilling tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("coder")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in UNDERSCORES])
+    end = tokenizer.token_to_id("<|endoftext|>")
+    model = bigcode(vocab_size=264, n_positions=400, bos_token_id=end, eos_token_id=end)
+    source = tiny.write_source(folder / "source", model)
+    tokenizer.save(str(source / "tokenizer.json"))
+    return source
+
+
+def test_run_fills_in_the_middle(tmp_path, coder, registry):
+    engine = tiny.built(tiny.converted(coder, tmp_path / "checkpoint"), tmp_path / "engine")
+    asked = ["run", str(engine.path), "--prefix", "def f(", "--suffix", "):\n", "--set", "device",
+             "cpu", "--max-output-len", "5", "--output-csv", str(tmp_path / "out.csv")]  # fmt: skip
+    assert porttool(asked) == 0
+    row = [int(i) for i in (tmp_path / "out.csv").read_text().split(",")]
+    tokenizer = load_tokenizer(coder)
+    wanted = tokenizer.encode("<fim_prefix>def f(<fim_suffix>):\n<fim_middle>")
+    assert row[: len(wanted)] == wanted
+    assert wanted[0] == 257 and len(wanted) == 3 + len("def f():\n")
+
+
+def test_run_refuses_to_fill_in_without_the_tokens(tmp_path, source, tokenizer_folder, capsys):
+    engine = tiny.built(tiny.converted(source, tmp_path / "checkpoint"), tmp_path / "engine")
+    asked = ["run", str(engine.path), "--prefix", "a", "--tokenizer", str(tokenizer_folder)]
+    assert porttool(asked) == 2
+    assert "not converted with tokens for infilling" in capsys.readouterr().err
+    assert porttool([*asked, "--input-text", "b"]) == 2
+    assert "give one of" in capsys.readouterr().err

@@ -52,6 +52,8 @@ INPUTS: OptionTable = (
     ("--input-file", {"type": FILE, "help": "Text file, one prompt a line."}),
     ("--input-tokens", {"type": FILE, "help": "Token ids: .csv, one prompt a row, or .npy."}),
     ("--instruction", {"help": "Ask through the model's instruction template."}),
+    ("--prefix", {"help": "Text before a gap that the model is to fill in."}),
+    ("--suffix", {"help": "Text after the gap."}),
     ("--tokenizer", {"type": FOLDER, "help": "Folder of another tokenizer."}),
     ("--prompt-table", {"type": FOLDER, "help": "Virtual tokens that go before the prompts."}),
     ("--task", {"multiple": True,
@@ -72,6 +74,7 @@ OUTPUTS: OptionTable = (
 INPUT_CHOICES: tuple[set[str], ...] = (
     {"input_text"}, {"input_file"}, {"input_tokens"}, {"instruction"},
     {"instruction", "input_text"}, {"instruction", "input_file"},
+    {"prefix"}, {"suffix"}, {"prefix", "suffix"},
 )  # fmt: skip
 
 
@@ -113,12 +116,12 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
 
 def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]:
     """Return the prompts' ids, from whichever one input was given."""
-    from porttool.text import fill_template
+    from porttool.text import fill_template, infill_prompt
     from porttool.token_files import read_tokens
 
-    given = {k for k in ("input_text", "input_file", "input_tokens", "instruction") if asked[k]}
+    given = {k for k in set().union(*INPUT_CHOICES) if asked[k]}
     if given not in INPUT_CHOICES:
-        raise UsageError("give one of --input-text, --input-file and --input-tokens")
+        raise UsageError("give one of --input-text, --input-file, --input-tokens and --prefix")
     if asked["input_tokens"]:
         return read_tokens(asked["input_tokens"])
     if loaded.tokenizer is None:
@@ -127,6 +130,9 @@ def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]
     if asked["instruction"]:
         template = loaded.engine.manifest.prompt
         texts = [fill_template(template, asked["instruction"], text) for text in texts or [""]]
+    if asked["prefix"] or asked["suffix"]:
+        infill = loaded.engine.manifest.infill
+        texts = [infill_prompt(infill, asked["prefix"] or "", asked["suffix"] or "")]
     return [loaded.tokenizer.encode(text) for text in texts]
 
 
