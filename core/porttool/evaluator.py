@@ -75,14 +75,16 @@ class Report(Closed):
 class Port:
     """An engine beside the source that it came from; either side may be absent.
 
-    `source` is the Hugging Face folder and `converter` what reads it. `tokenizer` defaults to the
-    source's own.
+    `source` is the Hugging Face folder. `converter` reads it, or reads `origin` where the engine
+    was converted from something that transformers cannot run, such as a .nemo archive.
+    `tokenizer` defaults to the source's own.
     """
 
     runner: Runner | None = None
     tokenizer: Tokenizer | None = None
     source: Path | None = None
     converter: Converter | None = None
+    origin: Path | None = None
 
 
 class Evaluator(Component):

@@ -155,6 +155,6 @@ def end_tokens(port: Port) -> tuple[int, ...]:
         return port.runner.engine.manifest.tokens.eos
     source = port.source or Path()
     if port.converter is not None:
-        return port.converter.open(source).tokens.eos
+        return port.converter.open(port.origin or source).tokens.eos
     vocab_size = int(read_config(source)["vocab_size"])
     return check_special_ids(special_ids(source), vocab_size, source).eos

@@ -91,7 +91,11 @@ def read_parity(path: Path) -> Report | None:
 def heading(report: Report) -> str:
     """Return the title, the two sides and the outcome."""
     failed = sum(v.passed is not True for v in report.verdicts)
-    text = f"all {len(report.verdicts)} checks pass" if report.passed else f"{failed} of {len(report.verdicts)} checks failed"
+    text = (
+        f"all {len(report.verdicts)} checks pass"
+        if report.passed
+        else f"{failed} of {len(report.verdicts)} checks failed"
+    )
     if not report.verdicts:
         text = "nothing was compared"
     kind = "yes" if report.passed else "no"

@@ -46,17 +46,20 @@ def verify(
     *,
     runner: Runner,
     source: Path,
-    converter: Converter,
     output: Path,
+    converter: Converter | None = None,
+    origin: Path | None = None,
     tokenizer: Tokenizer | None = None,
     options: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> Report:
     """Hold an engine against its source: config, weights, logits in prefill and decode, tokens.
 
+    Without a converter that reads the source, or the `origin` that was converted in its place,
+    config and weights are left out, and a note says so.
     On failure the report's notes say where the two first part and what the likely cause is.
     """
-    port = Port(runner, tokenizer, source, converter)
+    port = Port(runner, tokenizer, source, converter, origin)
     return evaluate(ParityEvaluator(options), port, output, progress=progress)
 
 
@@ -85,21 +88,29 @@ class ParityEvaluator(Evaluator):
         from porttool.evaluators.probe import Probe
 
         options = cast("ParityOptions", self.options)
-        if port.runner is None or port.source is None or port.converter is None:
+        if port.runner is None or port.source is None:
             raise UsageError(
                 "verify needs the engine and the Hugging Face folder that it came from; name "
                 "the folder with --hf-model"
             )
         findings = Findings()
-        derivation = Derivation(port.converter, port.source)
-        findings.verdicts.append(judge_config(port.runner.config, derivation.config))
+        derivation = None
+        if port.converter is not None:
+            derivation = Derivation(port.converter, port.origin or port.source)
         climb_tokenizer(port, options, findings)
-        climb_weights(port.runner, derivation, findings, progress)
+        if derivation is None:
+            findings.notes.append(
+                "no installed family reads the Hugging Face folder: logits and tokens are "
+                "compared, config and weights are not"
+            )
+        else:
+            findings.verdicts.append(judge_config(port.runner.config, derivation.config))
+            climb_weights(port.runner, derivation, findings, progress)
         probe = Probe.make(port.runner, port.tokenizer, port.source, options)
         climb_logits(probe, findings, progress)
         climb_tokens(probe, findings)
         if options.diagnose and not all(v.passed for v in findings.verdicts):
-            diagnose(probe, derivation, findings)
+            diagnose(probe, derivation, findings, placed=port.origin is None)
         for note in findings.notes:
             progress.note(note)
         return Report(
@@ -201,17 +212,25 @@ def climb_tokens(probe: Probe, findings: Findings) -> None:
     )
 
 
-def diagnose(probe: Probe, derivation: Derivation, findings: Findings) -> None:
-    """Say where the two first part and what the likely cause is."""
+def diagnose(
+    probe: Probe, derivation: Derivation | None, findings: Findings, *, placed: bool
+) -> None:
+    """Say where the two first part and what the likely cause is.
+
+    The place can be found only if the family's rules name the Hugging Face folder's modules.
+    """
     from porttool.evaluators.diagnosis import explain_decode, locate, suspect
 
     stepwise = ("decode", "decode, several tokens a step")
-    if findings.failed("prefill"):
-        parting, note = locate(probe, derivation)
-        if parting is None and findings.failed("config", "weights"):
-            note = "no single operation stands out: begin with the config and weights that differ"
-        findings.notes.append(note)
-        findings.measurements["first_difference"] = parting.stage.name if parting else None
+    if findings.failed("prefill") and derivation is None:
+        findings.notes.append("where the two part cannot be said without the family's rules")
+    elif findings.failed("prefill") and derivation is not None:
+        if placed:
+            parting, note = locate(probe, derivation)
+            if parting is None and findings.failed("config", "weights"):
+                note = "no one operation stands out: begin with the config and weights that differ"
+            findings.notes.append(note)
+            findings.measurements["first_difference"] = parting.stage.name if parting else None
         mistake = suspect(probe, derivation)
         if mistake:
             findings.notes.append(f"cause: {mistake}")

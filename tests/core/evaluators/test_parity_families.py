@@ -1,0 +1,80 @@
+"""`verify` on families whose sources fuse, split and permute weights, or are no HF folder."""
+
+from __future__ import annotations
+
+import pytest
+
+import tiny
+from porttool.engines.torch.runner import TorchRunner
+from porttool.evaluators.damage import Damage
+from porttool.evaluators.parity import verify
+from porttool.plugins import choose_converter, load_registry
+from porttool_gpt_next import conformance as gpt_next
+from porttool_santacoder.conformance import BigCodeConformance
+
+OPTIONS = {"prompt_len": 12, "new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def bigcode(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bigcode")
+    BigCodeConformance().write_source(folder / "source", 0)
+    checkpoint = tiny.converted(folder / "source", folder / "checkpoint")
+    return folder / "source", tiny.built(checkpoint, folder / "engine", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def nemo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nemo")
+    gpt_next.NemoConformance().write_source(folder / "source", 0)
+    checkpoint = tiny.converted(folder / "source", folder / "checkpoint")
+    return folder / "source", tiny.built(checkpoint, folder / "engine", dtype="float32")
+
+
+def verified(engine, source, output, **sides):
+    runner = TorchRunner(engine, {"device": "cpu"})
+    return verify(runner=runner, source=source, output=output, options=OPTIONS, **sides)
+
+
+@pytest.mark.parametrize(
+    ("damage", "place", "cause"),
+    [
+        ("nothing", None, None),
+        ("scrambled layer", "layers.1.attention.qkv.out", None),
+        ("keys and values swapped", "layers.0.attention.qkv.out", None),
+        ("other gelu", "layers.0.mlp.down.in", "the activation is gelu, not gelu_tanh"),
+        ("no attention scale", "layers.0.attention.out.in", "attention is not scaled"),
+    ],
+)
+def test_multi_query_attention(bigcode, tmp_path, damage, place, cause):
+    source, engine = bigcode
+    converter = choose_converter(load_registry(), source)
+    damaged = Damage(damage).apply(engine, tmp_path / "damaged")
+    report = verified(damaged, source, tmp_path / "out", converter=converter)
+    assert report.passed is (place is None)
+    assert report.measurements.get("first_difference") == place
+    assert cause in report.measurements["cause"] if cause else "cause" not in report.measurements
+
+
+def test_an_archive_beside_a_folder_that_transformers_reads(nemo, tmp_path):
+    source, engine = nemo
+    reference = source.with_name(gpt_next.REFERENCE)
+    converter = choose_converter(load_registry(), source)
+    sides = {"converter": converter, "origin": source}
+    sound = verified(engine, reference, tmp_path / "sound", **sides)
+    assert sound.passed, sound.verdicts
+    assert [v.name for v in sound.verdicts][:2] == ["config", "weights"]
+    damaged = Damage("no attention scale").apply(engine, tmp_path / "damaged")
+    report = verified(damaged, reference, tmp_path / "out", **sides)
+    assert "attention is not scaled" in report.measurements["cause"]
+
+
+def test_without_the_familys_rules_logits_are_compared_and_the_rest_is_said(nemo, tmp_path):
+    source, engine = nemo
+    reference = source.with_name(gpt_next.REFERENCE)
+    report = verified(engine, reference, tmp_path / "sound")
+    assert report.passed
+    assert report.verdicts[0].name == "prefill"
+    assert any("config and weights are not" in note for note in report.notes)
+    damaged = Damage("swapped norms").apply(engine, tmp_path / "damaged")
+    assert not verified(damaged, reference, tmp_path / "out").passed
