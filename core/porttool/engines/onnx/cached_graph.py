@@ -93,7 +93,7 @@ class CachedGraph:
             bound.tensors[name].copy_(values)
         bound.execute()
         if bound.news is not None:
-            self._store(shape, bound.tensors["positions"], bound.news)
+            self._store(shape, given, bound.news)
         logits = bound.tensors["logits"]
         back = torch.empty_like(order)
         back[order] = torch.arange(n)
@@ -170,8 +170,13 @@ class CachedGraph:
                     found[f"new_{kind}.{layer}"] = news[i][layer]
         return found
 
-    def _store(self, shape: StepShape, positions: Tensor, news: tuple[Tensor, Tensor]) -> None:
-        """Put a step's new keys and values where they belong."""
-        rows = torch.arange(shape.batch, device=self.device)[:, None] + shape.first
+    def _store(
+        self, shape: StepShape, given: Mapping[str, Tensor], news: tuple[Tensor, Tensor]
+    ) -> None:
+        """Put a step's new keys and values where they belong; a row behind the cache has none."""
+        kept = (given["starts"] < self.cache.keys.shape[3]).nonzero()[:, 0]
+        rows = kept.to(self.device)[:, None] + shape.first
+        positions = given["positions"][kept].to(self.device)
         for whole, new in zip((self.cache.keys, self.cache.values), news, strict=True):
-            whole[:, rows, :, positions] = new.permute(1, 3, 0, 2, 4)
+            stored = new[:, kept.to(self.device)]  # [n_layer, rows, n_kv_head, width, head_dim]
+            whole[:, rows, :, positions] = stored.permute(1, 3, 0, 2, 4)

@@ -1,0 +1,104 @@
+"""The runner of TensorRT engines: the plan over a cache in place, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import NonNegativeInt
+
+from porttool.component import Options
+from porttool.engines.onnx.export import MODEL
+from porttool.engines.onnx.runner import require_room
+from porttool.engines.tensorrt.builder import PLAN
+from porttool.engines.tensorrt.gpu import Gpu, PlanOrigin, require_same
+from porttool.engines.tensorrt.library import require_tensorrt
+from porttool.engines.tensorrt.options import TensorrtOptions
+from porttool.engines.tensorrt.profiles import ALL_POSITIONS_WIDTH
+from porttool.runner import Runner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from porttool.engine import Engine
+    from porttool.engines.tensorrt.program import PlanProgram
+    from porttool.nn import Step
+
+
+class TensorrtRunnerOptions(Options):
+    """`weight_streaming_budget`: bytes of weights kept on the GPU; TensorRT's choice if not given.
+
+    It matters only to a plan built with `weight_streaming`.
+    """
+
+    weight_streaming_budget: NonNegativeInt | None = None
+
+
+class TensorrtRunner(Runner):
+    """Runs a TensorRT engine on torch's current GPU."""
+
+    name = "tensorrt"
+    Options = TensorrtRunnerOptions
+
+    def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(engine, options)
+        (self._built,) = engine.manifest.built
+        self._origin = PlanOrigin.model_validate(self._built["origin"])
+        self._options = TensorrtOptions.model_validate(self._built["options"])
+        version = require_tensorrt()
+        plan = engine.rank_path() / PLAN
+        require_same(self._origin, version=version, gpu=Gpu.current(), where=str(plan))
+        from porttool.engines.onnx.cached_graph import CachedGraph
+
+        made = engine.manifest
+        self._graph = CachedGraph(self._load(), self.config, made.limits, dtype=made.dtype)
+
+    @property
+    def description(self) -> str:
+        """Library, GPU, type and form of the cache."""
+        return (
+            f"tensorrt {self._origin.tensorrt} on {self._origin.gpu.name}, "
+            f"{self.engine.manifest.dtype}, {self._built['cache']} cache"
+        )
+
+    def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
+        """Feed tokens; return logits."""
+        from porttool.engines.onnx.stepping import fed, fed_in_pieces
+
+        self.check(step)
+        if all_positions:
+            return fed_in_pieces(self._run, step, self.max_len, width=ALL_POSITIONS_WIDTH)
+        return fed(self._run, step, self.max_len, all_positions=False)
+
+    def copy_slots(self, source: list[int], target: list[int]) -> None:
+        """Copy cache rows."""
+        self._graph.copy_slots(source, target)
+
+    def load_prompt_table(self, table: Tensor | None) -> None:
+        """Use a prompt table that fits the room reserved at build."""
+        require_room(table, self.engine.manifest.limits)
+        self._graph.load_table(table)
+
+    def _run(self, step: Step, *, all_positions: bool) -> Tensor:
+        if not self._options.static_batch:
+            return self._graph.run(step, all_positions=all_positions)
+        from porttool.engines.onnx.stepping import filled
+
+        whole = filled(step, self.n_slots, self.max_len)
+        return self._graph.run(whole, all_positions=all_positions)[: len(step.slots)]
+
+    def _load(self) -> PlanProgram:
+        from porttool.engines.tensorrt.log import MessageLog
+        from porttool.engines.tensorrt.program import PlanProgram, load_plan
+        from porttool.engines.tensorrt.stream import DeviceStream
+
+        log = MessageLog()
+        folder = self.engine.rank_path()
+        engine = load_plan(
+            folder / PLAN,
+            log=log,
+            host_code=self._origin.version_compatible,
+            graph=folder / MODEL if self._options.strip else None,
+            budget=cast("TensorrtRunnerOptions", self.options).weight_streaming_budget,
+        )
+        return PlanProgram(engine, log, DeviceStream())
