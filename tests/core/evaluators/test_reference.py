@@ -1,0 +1,110 @@
+"""The Hugging Face side: padding changes nothing, recorded numbers are true, nothing is noisy."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+
+from porttool.errors import SourceError
+from porttool.evaluators.reference import ReferenceModel, fingerprint_model, quiet
+from porttool.evaluators.results import Decoding
+
+PROMPTS = [[5, 90, 211], [7] * 11, [300, 2, 8, 45, 6, 31], [19]]
+
+
+@pytest.fixture(scope="module")
+def model(writer):
+    return ReferenceModel(writer, dtype="float64")
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_padding_and_batching_change_nothing(model, num_beams):
+    decoding = Decoding(max_new_tokens=9, num_beams=num_beams)
+    together = model.generate(PROMPTS, decoding, batch_size=4)
+    alone = [model.generate([p], decoding)[0] for p in PROMPTS]
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
+    assert len({c.tokens for c in together}) > 1
+
+
+def test_recorded_log_probabilities_are_those_of_teacher_forcing(model):
+    for prompt, found in zip(PROMPTS, model.generate(PROMPTS, Decoding(max_new_tokens=7)),
+                             strict=True):  # fmt: skip
+        logits = model.logits([*prompt, *found.tokens])[len(prompt) - 1 : -1]
+        logprobs = logits.log_softmax(-1)
+        assert logits.argmax(-1).tolist() == list(found.tokens)
+        wanted = logprobs[range(7), list(found.tokens)]
+        assert torch.tensor(found.logprobs, dtype=torch.float64).allclose(wanted, atol=2e-7)
+        for step, candidates in zip(logprobs, found.candidates, strict=True):
+            best = step.topk(len(candidates))
+            assert [c.token for c in candidates] == best.indices.tolist()
+            assert len(candidates) >= 2
+
+
+def test_rows_end_before_their_end_token(model):
+    free = model.generate(PROMPTS, Decoding(max_new_tokens=9))
+    end = free[0].tokens[4]
+    cut = model.generate(PROMPTS, Decoding(max_new_tokens=9, eos=(end,)))
+    first = free[0].tokens.index(end)
+    assert cut[0].tokens == free[0].tokens[:first]
+    assert cut[0].ended
+    assert len(cut[0].candidates) == first + 1
+    assert len(cut[0].logprobs) == first
+
+
+def test_trace_is_of_the_modules_named(model):
+    trace = model.trace([4, 5, 6], {"a": "h.1.attn.c_attn", "b": "nowhere", "c": "wte"})
+    assert set(trace) == {"a.in", "a.out", "c.in", "c.out", "logits"}
+    assert trace["a.out"].shape == (1, 3, 72)
+    assert torch.equal(trace["logits"][0], model.logits([4, 5, 6]))
+
+
+def test_the_checkpoints_own_sampling_does_not_reach_the_comparison(writer, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(writer, tmp_path / "opinionated")
+    (copy / "generation_config.json").write_text(
+        '{"do_sample": true, "temperature": 9.0, "repetition_penalty": 3.0, "max_length": 5}'
+    )
+    decoding = Decoding(max_new_tokens=9)
+    plain = ReferenceModel(writer).generate(PROMPTS, decoding)
+    assert [c.tokens for c in ReferenceModel(copy).generate(PROMPTS, decoding)] == [
+        c.tokens for c in plain
+    ]
+
+
+def test_quiet_is_put_back():
+    from transformers.utils import logging as theirs
+
+    before = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    with quiet():
+        assert theirs.get_verbosity() == logging.ERROR
+        assert not theirs.is_progress_bar_enabled()
+        warnings.warn("this must not be heard", stacklevel=1)
+    assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == before
+
+
+def test_loading_says_nothing(writer, capfd):
+    ReferenceModel(writer).generate(PROMPTS[:1], Decoding(max_new_tokens=1))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fingerprint_covers_config_and_weights(writer, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(writer, tmp_path / "copy")
+    assert fingerprint_model(copy) == fingerprint_model(writer)
+    file = copy / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert fingerprint_model(copy) != fingerprint_model(writer)
+
+
+@pytest.mark.parametrize("config", ["{", '{"model_type": "no_such_model"}'])
+def test_a_config_that_transformers_does_not_know(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SourceError, match="transformers cannot load it"):
+        ReferenceModel(tmp_path)
