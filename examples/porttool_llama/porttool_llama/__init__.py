@@ -1,6 +1,13 @@
 """Llama for porttool."""
 
-from porttool import Converter, hookimpl
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from porttool import hookimpl
+
+if TYPE_CHECKING:
+    from porttool import Converter
 
 api_version = 1
 
