@@ -67,8 +67,7 @@ def parallel_logits(parts, step):
         x = x + reduced([y.attention for y in layers], normed, step)
         normed = layers[0].norm2(x)
         x = x + reduced([y.mlp for y in layers], normed, None)
-    logits = torch.cat([p.logits(first.norm(x)) for p in parts], dim=-1)
-    return logits
+    return torch.cat([p.logits(first.norm(x)) for p in parts], dim=-1)
 
 
 def reduced(modules, x, step):

@@ -1,0 +1,154 @@
+"""The commands as functions: paths, work folder, and whatever is missing or of another version."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from porttool import api
+from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
+from porttool.hub import resolve_source
+from porttool.text import SentencePieceTokenizer
+from porttool.workspace import Workspace
+
+
+def test_the_steps_chain_without_paths(tmp_path, source, registry):
+    space = Workspace(tmp_path)
+    api.convert(source, workspace=space, registry=registry)
+    api.build(model="gpt2", workspace=space, registry=registry)
+    loaded = api.load(workspace=space, registry=registry)
+    assert loaded.engine.path == tmp_path / "gpt2" / "engine"
+    assert loaded.tokenizer is None
+
+
+def test_the_work_folder_is_chosen(monkeypatch, tmp_path):
+    monkeypatch.delenv("PORTTOOL_HOME", raising=False)
+    assert Workspace.choose(None).root == Path("porttool-out")
+    monkeypatch.setenv("PORTTOOL_HOME", str(tmp_path))
+    assert Workspace.choose(None).root == tmp_path
+    assert Workspace.choose(Path("here")).root == Path("here")
+
+
+def test_which_engine_is_meant(tmp_path):
+    with pytest.raises(UsageError, match=r"name a model with --model or give a path; .*: none"):
+        Workspace(tmp_path).find_model(None)
+    for model in ("one", "two"):
+        (tmp_path / model / "engine").mkdir(parents=True)
+        (tmp_path / model / "engine" / "engine.json").write_text("{}")
+    with pytest.raises(UsageError, match=r": one, two$"):
+        Workspace(tmp_path).find_model(None)
+
+
+def test_a_checkpoint_of_another_plugin_version(tmp_path, checkpoint, registry):
+    folder = shutil.copytree(checkpoint.path, tmp_path / "checkpoint")
+    file = folder / "checkpoint.json"
+    values = json.loads(file.read_text())
+    values["plugin"]["version"] = "0.0.9"
+    file.write_text(json.dumps(values))
+    with pytest.raises(PluginError) as caught:
+        api.build(folder, tmp_path / "engine", registry=registry)
+    said = str(caught.value)
+    assert "was converted by 'gpt2' of porttool 0.0.9, installed is porttool " in said
+    assert "make it again, or install that version" in said
+    values["plugin"].update(component="gone", distribution="porttool-gone")
+    file.write_text(json.dumps(values))
+    with pytest.raises(PluginError, match=r"not installed; install porttool-gone==0\.0\.9"):
+        api.build(folder, tmp_path / "engine", registry=registry)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_tokenizer_of_another_model(engine_folder, tokenizer_folder, registry):
+    with pytest.raises(UsageError, match="the tokenizer has 320 ids, the model only 67; it belon"):
+        api.load(engine_folder, tokenizer=tokenizer_folder, registry=registry)
+
+
+@pytest.mark.parametrize("missing", ["./gone", "/gone/away", "gone", "a/b/c", "~/gone"])
+def test_a_source_that_is_not_there(missing):
+    with pytest.raises(SourceError, match="there is no such file or folder"):
+        resolve_source(missing, None)
+
+
+def test_the_hub_out_of_reach():
+    """The tests run with HF_HUB_OFFLINE: what a machine without a network sees."""
+    with pytest.raises(SourceError) as caught:
+        resolve_source(None, "porttool-tests/no-such-model")
+    said = str(caught.value)
+    assert "porttool-tests/no-such-model: not a local path, and the hub does not give it" in said
+    assert "pass the folder's path" in said
+
+
+def test_a_family_without_a_source_of_its_own():
+    with pytest.raises(UsageError, match="this family has no source of its own; give the path"):
+        resolve_source(None, None)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "use"),
+    [
+        ("huggingface_hub", "hub", lambda: resolve_source("owner/name", None)),
+        ("sentencepiece", "gpt-next", lambda: SentencePieceTokenizer(Path("tokenizer.model"))),
+    ],
+)
+def test_a_missing_extra(monkeypatch, package, extra, use):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra) as caught:
+        use()
+    assert str(caught.value) == (
+        f"the package {package!r} is not installed; install it with pip install 'porttool[{extra}]'"
+    )
+
+
+def test_every_extra_that_is_named_exists():
+    import tomllib
+
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    named = {
+        line.split('MissingExtra("')[1].split('"')[0]
+        for file in (root / "core").rglob("*.py")
+        for line in file.read_text().splitlines()
+        if 'MissingExtra("' in line
+    }
+    assert {"hub", "reference"} <= named
+    assert named <= project["optional-dependencies"].keys()
+
+
+RACE = """
+import sys
+from pathlib import Path
+import tiny
+from porttool.errors import PorttoolError
+from porttool.progress import Progress
+
+class Meeting(Progress):
+    met = False
+    def advance(self, n_bytes):
+        if not self.met:
+            self.met = True
+            print("here", flush=True)
+            sys.stdin.readline()
+
+tiny.converted(Path(sys.argv[1]), Path(sys.argv[2]), progress=Meeting())
+"""
+
+
+def test_two_conversions_into_one_folder(tmp_path, source):
+    """One is in the middle of it; the other refuses; the first one finishes what it began."""
+    pipe = subprocess.PIPE
+    first = subprocess.Popen(
+        [sys.executable, "-c", RACE, str(source), str(tmp_path / "out")],
+        stdin=pipe, stdout=pipe, env={**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)},
+    )  # fmt: skip
+    assert first.stdout.readline() == b"here\n"
+    with pytest.raises(Exception, match="out is being written by another process"):
+        tiny.converted(source, tmp_path / "out")
+    first.communicate(b"go on\n", timeout=60)
+    assert first.returncode == 0
+    assert api.open_checkpoint(tmp_path / "out", tiny.load_registry()).manifest.family == "gpt2"
