@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,9 @@ from porttool.errors import SourceError, UsageError
 from porttool.plugins import choose_converter
 from porttool.text import load_tokenizer
 from tiny import PROMPTS, full_logits, reference_logits
+from tiny_coder import SIZES, UNDERSCORES, bigcode, write_coder
 
 ATOL = 1e-9
-SIZES = {"vocab_size": 67, "n_positions": 48, "n_embd": 24, "n_layer": 3, "n_head": 3}
 ORIGINAL = {
     "architectures": ["GPT2LMHeadCustomModel"],
     "model_type": "gpt2",
@@ -37,22 +38,6 @@ ORIGINAL = {
     **SIZES,
 }
 DASHES = {"<|endoftext|>": 60, "<fim-prefix>": 61, "<fim-middle>": 62, "<fim-suffix>": 63}
-UNDERSCORES = {"<|endoftext|>": 0, "<fim_prefix>": 1, "<fim_middle>": 2, "<fim_suffix>": 3}
-
-
-def bigcode(*, seed: int = 0, **changes) -> torch.nn.Module:
-    """A GPTBigCode in float64 with weights that float32 holds exactly."""
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
-
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = GPTBigCodeConfig(**{**SIZES, **special, **changes})
-    config._attn_implementation = "sdpa"  # the eager softmax rounds to float32
-    model = GPTBigCodeForCausalLM(config).double().eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
-        parameter.copy_(drawn.float())
-    return model
 
 
 def write_tokenizer(folder: Path, added: dict[str, int]) -> None:
@@ -213,20 +198,7 @@ def test_configs_that_cannot_be_ported(tmp_path, change, said):
 
 @pytest.fixture(scope="module")
 def coder(tmp_path_factory) -> Path:
-    """A GPTBigCode folder with a byte-level tokenizer that knows the infilling tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("coder")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in UNDERSCORES])
-    end = tokenizer.token_to_id("<|endoftext|>")
-    model = bigcode(vocab_size=264, n_positions=400, bos_token_id=end, eos_token_id=end)
-    source = tiny.write_source(folder / "source", model)
-    tokenizer.save(str(source / "tokenizer.json"))
-    return source
+    return write_coder(tmp_path_factory.mktemp("coder"))
 
 
 def test_run_fills_in_the_middle(tmp_path, coder, registry):
@@ -241,9 +213,12 @@ def test_run_fills_in_the_middle(tmp_path, coder, registry):
     assert wanted[0] == 257 and len(wanted) == 3 + len("def f():\n")
 
 
-def test_run_refuses_to_fill_in_without_the_tokens(tmp_path, source, tokenizer_folder, capsys):
+def test_run_refuses_to_fill_in_without_the_tokens(tmp_path, coder, capsys):
+    source = shutil.copytree(coder, tmp_path / "source")
+    text = (source / "tokenizer.json").read_text().replace("fim_middle", "other")
+    (source / "tokenizer.json").write_text(text)
     engine = tiny.built(tiny.converted(source, tmp_path / "checkpoint"), tmp_path / "engine")
-    asked = ["run", str(engine.path), "--prefix", "a", "--tokenizer", str(tokenizer_folder)]
+    asked = ["run", str(engine.path), "--prefix", "a", "--set", "device", "cpu"]
     assert porttool(asked) == 2
     assert "not converted with tokens for infilling" in capsys.readouterr().err
     assert porttool([*asked, "--input-text", "b"]) == 2

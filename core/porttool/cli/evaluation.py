@@ -8,6 +8,7 @@ from typing import Any
 
 from porttool.cli import console
 from porttool.cli.options import FOLDER, OptionTable, as_settings
+from porttool.errors import UsageError
 
 SHARED: OptionTable = (
     ("--hf-model", {"help": "Hugging Face folder to compare with [what was converted]."}),
@@ -18,6 +19,23 @@ SHARED: OptionTable = (
     ("--set", {"multiple": True, "nargs": 2, "metavar": "NAME VALUE",
                "help": "Set any other option of the evaluation; repeatable."}),
 )  # fmt: skip
+
+SIDES: OptionTable = (
+    ("--check-accuracy", {"is_flag": True, "help": "Exit with 1 unless every verdict is yes."}),
+    ("--test-hf", {"is_flag": True, "help": "Run Hugging Face alone and keep its results."}),
+    ("--test-engine", {"is_flag": True,
+                       "help": "Run the engine alone, beside kept results if there are any."}),
+)  # fmt: skip
+
+
+def choose_sides(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters with both sides to be run where none was named."""
+    asked = dict(params)
+    if asked["check_accuracy"] and asked["test_hf"] and not asked["test_engine"]:
+        raise UsageError("--test-hf alone compares nothing, so there is no accuracy to check")
+    if not (asked["test_hf"] or asked["test_engine"]):
+        asked["test_hf"] = asked["test_engine"] = True
+    return asked
 
 
 def options_of(table: OptionTable, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from typing import Any
 
 import click
 
-from porttool.cli.evaluation import SHARED, options_of, run_evaluation
+from porttool.cli.evaluation import SHARED, SIDES, choose_sides, options_of, run_evaluation
 from porttool.cli.options import DTYPES, FOLDER, json_option, model_options, table_options
-from porttool.errors import UsageError
 
 OPTIONS = (
     ("--dataset", {"help": "Hub id, .jsonl, .parquet or saved folder [abisee/cnn_dailymail]."}),
@@ -27,13 +26,6 @@ OPTIONS = (
     ("--rouge1-threshold", {"type": float, "help": "Least ROUGE-1 of the engine, absolute."}),
 )  # fmt: skip
 
-SIDES = (
-    ("--check-accuracy", {"is_flag": True, "help": "Exit with 1 unless every verdict is yes."}),
-    ("--test-hf", {"is_flag": True, "help": "Run Hugging Face alone and keep its results."}),
-    ("--test-engine", {"is_flag": True,
-                       "help": "Run the engine alone, beside kept results if there are any."}),
-)  # fmt: skip
-
 
 @click.command("summarize")
 @click.argument("engine", type=FOLDER, required=False)
@@ -48,9 +40,5 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     and log-probabilities directly. The two sides may run separately: first --test-hf, later
     --test-engine.
     """
-    asked = dict(context.params)
-    if asked["check_accuracy"] and asked["test_hf"] and not asked["test_engine"]:
-        raise UsageError("--test-hf alone compares nothing, so there is no accuracy to check")
-    if not (asked["test_hf"] or asked["test_engine"]):
-        asked["test_hf"] = asked["test_engine"] = True
+    asked = choose_sides(context.params)
     run_evaluation("summarize", engine, options_of(OPTIONS, asked), asked)

@@ -16,8 +16,9 @@ api_version = 1
 
 @hookimpl
 def porttool_evaluators() -> Iterable[type[Evaluator]]:
-    """Return the summarisation and parity evaluators."""
+    """Return the evaluators of summaries, of programs and of logits."""
+    from porttool.evaluators.infill import InfillEvaluator
     from porttool.evaluators.parity import ParityEvaluator
     from porttool.evaluators.summarize import SummarizeEvaluator
 
-    return [ParityEvaluator, SummarizeEvaluator]
+    return [InfillEvaluator, ParityEvaluator, SummarizeEvaluator]

@@ -42,10 +42,12 @@ def load_problems(path: Path, kind: Kind, most: int) -> list[Problem]:
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file of problems")
-    rows = read_json_lines(path)[:most]
-    if not rows:
+    rows = read_json_lines(path)
+    if not len(rows):
         raise UsageError(f"{path}: there are no problems in it")
-    return [make_problem(row, kind, f"{path}, problem {i}") for i, row in enumerate(rows, 1)]
+    return [
+        make_problem(rows[i], kind, f"{path}, problem {i + 1}") for i in range(min(most, len(rows)))
+    ]
 
 
 def make_problem(row: dict[str, Any], kind: Kind, where: str) -> Problem:
@@ -97,7 +99,7 @@ def encode_problems(
 
 
 def answer_of(text: str, kind: Kind) -> str:
-    """Return the answer in a continuation: a completed function ends where the next block begins."""
+    """Return the answer in a continuation: a function ends where the next block begins."""
     return _NEXT_BLOCK.split(text, maxsplit=1)[0] if kind == "completion" else text
 
 
