@@ -147,7 +147,7 @@ def rank_tensors(tree: dict[str, Any], file: Path) -> TensorSource:
     """Return the weights of one rank under dotted names."""
     flat = {k.replace("word_embeddings_for_head.", "word_embeddings."): v
             for k, v in flatten(tree["model"]) if not INERT.search(k)}  # fmt: skip
-    return TensorTree(only_tensors(flat, file), str(file), mapped=zipfile.is_zipfile(file))
+    return TensorTree(only_tensors(flat, file), str(file), mapped=True)
 
 
 def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import ctypes
 import io
 import mmap
 import pickle
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
+from porttool.sources.torch_legacy import is_legacy, load_legacy
 from porttool.weights import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ SAFE_TORCH = (2, 10)
 
 
 class TensorTree(TensorSource):
-    """Tensors that torch.load returned, by name; `mapped` when they are pages of the file."""
+    """Tensors that `load_tree` returned, by name; `mapped` when they are pages of the file."""
 
     def __init__(self, tensors: Mapping[str, Tensor], file: str, *, mapped: bool) -> None:
         self._tensors = dict(tensors)
@@ -58,7 +60,7 @@ def open_torch_file(path: Path) -> TensorTree:
     tree = load_tree(path)
     if not isinstance(tree, dict):
         raise SourceError(f"{path}: holds {type(tree).__name__}, not a dictionary of tensors")
-    return TensorTree(only_tensors(tree, path), path.name, mapped=zipfile.is_zipfile(path))
+    return TensorTree(only_tensors(tree, path), path.name, mapped=True)
 
 
 def only_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
@@ -76,6 +78,7 @@ def only_tensors(tree: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
 def load_tree(path: Path, safe: Sequence[Any] = ()) -> Any:
     """Unpickle a torch file with the weights-only reader; anything else in it is a SourceError.
 
+    The tensors are pages of the file; copy what is to be kept, as `TensorTree` does.
     `safe` are classes, or pairs of a stand-in and a name, that may be there beside tensors.
     """
     import torch
@@ -87,7 +90,11 @@ def load_tree(path: Path, safe: Sequence[Any] = ()) -> Any:
     if zipped:
         check_zip(path)
     with unpickling(str(path)), torch.serialization.safe_globals(list(safe)):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if zipped:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if is_legacy(path):
+            return load_legacy(path)
+        raise ValueError("it is in neither of torch.save's formats")
 
 
 def load_bytes(data: bytes, label: str) -> Any:
@@ -115,7 +122,7 @@ def unpickling(label: str) -> Iterator[None]:
             f"{reason(error)}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError,
-            IndexError, OverflowError, MemoryError, OSError) as error:  # fmt: skip
+            IndexError, OverflowError, MemoryError, OSError, struct.error) as error:  # fmt: skip
         raise SourceError(
             f"{label}: cannot be read, it is truncated or damaged: {reason(error)}"
         ) from error
