@@ -97,7 +97,8 @@ def check_weights(
     known = [(r, f, n) for r, f in files for n in f.infos() if n in derivation.shapes]
     progress.start("weights", len(known), unit="tensors")
     for rank, file, name in known:
-        problem, rounding = compare_tensor(name, file.load(name), derivation, rank)
+        closely = len(differing) < SHOWN
+        problem, rounding = compare_tensor(name, file.load(name), derivation, rank, closely=closely)
         if problem:
             differing[name] = problem
         elif rounding:
@@ -109,8 +110,13 @@ def check_weights(
     return WeightCheck(len(known), differing, missing, extra, ", ".join(sorted(through)))
 
 
-def compare_tensor(name: str, found: Tensor, derivation: Derivation, rank: Rank) -> tuple[str, str]:
-    """Return what is wrong with a tensor, and through which narrower type its values went."""
+def compare_tensor(
+    name: str, found: Tensor, derivation: Derivation, rank: Rank, *, closely: bool = True
+) -> tuple[str, str]:
+    """Return what is wrong with a tensor, and through which narrower type its values went.
+
+    Looking `closely` reads every other tensor of the same shape, to find one that took its place.
+    """
     import torch
 
     whole = derivation.tensor(name)
@@ -124,7 +130,14 @@ def compare_tensor(name: str, found: Tensor, derivation: Derivation, rank: Rank)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         if found.equal(wanted.to(dtype).to(found.dtype)):
             return "", short(dtype)
+    if not closely:
+        return f"off by {relative_difference(found, wanted):.2%} of its norm", ""
     return describe_difference(name, found, wanted, derivation), ""
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted||."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def short(dtype: object) -> str:
@@ -142,8 +155,7 @@ def describe_difference(name: str, found: Tensor, wanted: Tensor, derivation: De
         return "is transposed"
     if found.shape[0] > 1 and (found[1:].equal(target[:-1]) or found[:-1].equal(target[1:])):
         return "its rows are shifted by one"
-    difference = (found.double() - target.double()).norm() / target.double().norm()
-    rough = f"off by {float(difference):.2%} of its norm"
+    rough = f"off by {relative_difference(found, wanted):.2%} of its norm"
     if found.flatten().sort().values.equal(target.flatten().sort().values):
         return f"the same values in another order, {rough}"
     rows = (found != target).reshape(len(found), -1).any(1).nonzero().flatten()
