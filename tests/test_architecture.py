@@ -50,7 +50,7 @@ def heavy_after(code):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["plugins", "list"]])
 def test_light_commands_import_nothing_heavy(arguments):
-    code = f"from porttool.cli import run\nassert run({arguments!r}) == 0"
+    code = f"from porttool.cli import invoke\nassert invoke({arguments!r}) == 0"
     assert heavy_after(code) == []
 
 

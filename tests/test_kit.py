@@ -16,6 +16,7 @@ from porttool.gpt2_layout import gpt2_config, read_gpt2_config
 from porttool.plugins import Plugin, load_registry
 from porttool.testing import cases, find_cases, isolation, run_checks
 from porttool.weights import WeightMap, take
+from porttool_camel5b.converter import Camel5bConverter
 from porttool_gpt2.conformance import GPT2Conformance
 from porttool_gpt2.converter import GPT2Converter
 
@@ -192,6 +193,21 @@ def test_cases_are_found_by_plugin_and_by_family(registry):
         find_cases(registry, "torch")
 
 
+def test_a_family_that_takes_anothers_source_is_caught(monkeypatch):
+    monkeypatch.setattr(GPT2Converter, "refines", "camel5b")
+    monkeypatch.setattr(Camel5bConverter, "refines", None)
+    why = "a source of the installed family 'camel5b' is taken for it"
+    assert failure_of(GPT2Conformance, "detection") == why
+
+
+def test_a_plugin_of_one_module_has_no_case_and_a_damaged_case_is_named(monkeypatch, tmp_path):
+    assert not cases.is_there("pluggy._manager.conformance")
+    (tmp_path / "porttool_damaged.py").write_text("raise RuntimeError('not today')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError, match="porttool_damaged: RuntimeError: not today"):
+        cases.cases_in("porttool_damaged")
+
+
 def test_a_broken_plugin_is_not_checked():
     registry = load_registry()
     registry.plugins.append(Plugin("sick", "porttool-sick", "0", "ImportError: no"))
@@ -201,14 +217,14 @@ def test_a_broken_plugin_is_not_checked():
 
 def test_the_command_shows_a_table_and_exits_with_1_on_failure(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
-    assert cli.run(["plugins", "check", "gpt2"]) == 0
+    assert cli.invoke(["plugins", "check", "gpt2"]) == 0
     assert "14 checks, 0 failed" in capsys.readouterr().out
     monkeypatch.setattr(GPT2Converter, "read_config", with_exact_gelu)
-    assert cli.run(["plugins", "check", "gpt2"]) == 1
+    assert cli.invoke(["plugins", "check", "gpt2"]) == 1
     shown = capsys.readouterr()
     assert re.search(r"FAIL +│ GPT2Conformance │ logits +│.*apart at position", shown.out)
     assert "14 checks, 1 failed" in shown.out
     assert "gpt2 does not conform: 1 of 14 checks failed" in shown.err
-    assert cli.run(["plugins", "check", "gpt2", "--json"]) == 1
+    assert cli.invoke(["plugins", "check", "gpt2", "--json"]) == 1
     checks = json.loads(capsys.readouterr().out)["checks"]
     assert [c["check"] for c in checks if not c["passed"]] == ["logits"]

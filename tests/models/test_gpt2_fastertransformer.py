@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from porttool.cli import run as run_cli
+from porttool.cli import invoke as run_cli
 from porttool.config import ModelConfig
 from porttool.converter import Source
 from porttool.errors import PorttoolError, UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from porttool.cli import run as porttool
+from porttool.cli import invoke as porttool
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import UsageError
 from porttool.evaluator import Port, evaluate

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import tiny
 from porttool import api
-from porttool.cli import run as run_cli
+from porttool.cli import invoke as run_cli
 from porttool.config import Sampling
 from porttool.errors import CheckpointError, PorttoolError, UsageError
 from porttool.generate import generate

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny
-from porttool.cli import run as porttool
+from porttool.cli import invoke as porttool
 from porttool.errors import SourceError, UsageError
 from porttool.plugins import choose_converter
 from porttool.text import load_tokenizer

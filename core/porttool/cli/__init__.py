@@ -53,10 +53,10 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a failed check or operation, 2 a usage error."""
-    sys.exit(run(arguments))
+    sys.exit(invoke(arguments))
 
 
-def run(arguments: list[str] | None = None) -> int:
+def invoke(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     try:
         return int(cli.main(arguments, prog_name="porttool", standalone_mode=False) or 0)
