@@ -6,12 +6,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.config import InfillTokens
 from porttool.errors import UsageError
-from porttool.evaluators.dataset import Article, read_json_lines
 from porttool.text import Tokenizer, infill_prompt
+
+if TYPE_CHECKING:
+    from porttool.evaluators.dataset import Article
 
 Kind = Literal["completion", "infill"]
 
@@ -31,6 +33,8 @@ class Problem:
     @property
     def article(self) -> Article:
         """The same for what compares texts."""
+        from porttool.evaluators.dataset import Article
+
         return Article(self.id, f"{self.before}\N{SYMBOL FOR NULL}{self.after}", self.wanted)
 
 
@@ -40,6 +44,8 @@ def load_problems(path: Path, kind: Kind, most: int) -> list[Problem]:
     A completion wants the whole solution. An infilling wants what a row with a `suffix` wants;
     of a row without one, the middle line of the solution.
     """
+    from porttool.evaluators.dataset import read_json_lines
+
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file of problems")
     rows = read_json_lines(path)
