@@ -36,23 +36,44 @@ def find_cases(registry: Registry, name: str) -> list[type[FamilyConformance]]:
     UsageError for an unknown name or a plugin without cases, PluginError for a broken plugin.
     """
     plugin = find_plugin(registry, name)
-    modules = {entry.name: entry.module for entry in allowed(entry_points(group=GROUP))}
-    home = f"{modules[plugin]}.{MODULE}"
-    if find_spec(home) is None:
+    home = case_modules()[plugin]
+    if not is_there(home):
         raise UsageError(
             f"the plugin {plugin!r} has no module {home}; write a FamilyConformance there, as "
             "`porttool plugins new` does"
         )
-    cases = [
-        case
-        for _, case in inspect.getmembers(import_module(home), inspect.isclass)
-        if issubclass(case, FamilyConformance) and not inspect.isabstract(case)
-    ]
+    cases = cases_in(home)
     families = {c.family for c in registry.converters if name in (c.family, c.name)}
     found = [case for case in cases if name == plugin or case.family in families]
     if not found:
         raise UsageError(f"{home} holds no FamilyConformance for {name!r}")
     return found
+
+
+def case_modules() -> dict[str, str]:
+    """Return where the cases of every allowed plugin belong, by the name of its entry point."""
+    return {entry.name: f"{entry.module}.{MODULE}" for entry in allowed(entry_points(group=GROUP))}
+
+
+def is_there(module: str) -> bool:
+    """Return true if a module can be found; one below a plain module cannot."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def cases_in(module: str) -> list[type[FamilyConformance]]:
+    """Import a module and return its cases; PluginError if it cannot be imported."""
+    try:
+        found = inspect.getmembers(import_module(module), inspect.isclass)
+    except Exception as error:
+        raise PluginError(f"{module}: {type(error).__name__}: {error}") from error
+    return [
+        case
+        for _, case in found
+        if issubclass(case, FamilyConformance) and not inspect.isabstract(case)
+    ]
 
 
 def find_plugin(registry: Registry, name: str) -> str:

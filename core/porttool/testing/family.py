@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from porttool.errors import CheckFailed, SourceError, UsageError
+from porttool.plugins import choose_converter
 from porttool.testing.damage import Altered, require_refused, strangers
 from porttool.testing.isolation import no_network, require_plain
 from porttool.testing.parallel import parallel_logits
@@ -19,7 +20,7 @@ from porttool.testing.specimen import N_NEW, Specimen, require_close
 from porttool.weights import Take, map_tensor, resolve_rules
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
@@ -84,15 +85,18 @@ class FamilyConformance(ABC):
         return self._specimens[seed]
 
     def test_detection(self) -> None:
-        """Exactly one installed family recognises the source, and it does not take anything."""
-        found = self.specimen().converter
-        if found.family != self.family:
-            raise CheckFailed(f"recognised as {found.family!r}, not as {self.family!r}")
-        empty = self.specimen().folder / "empty"
+        """One installed family recognises the source, and the others keep their own."""
+        made = self.specimen()
+        if made.converter.family != self.family:
+            raise CheckFailed(f"recognised as {made.converter.family!r}, not as {self.family!r}")
+        empty = made.folder / "empty"
         empty.mkdir(exist_ok=True)
         (empty / "config.json").write_text('{"model_type": "none of these"}')
-        if found.matches(empty) or found.matches(empty / "absent"):
-            raise CheckFailed(f"{found.name!r} also recognises what is not its own")
+        if made.converter.matches(empty) or made.converter.matches(empty / "absent"):
+            raise CheckFailed(f"{made.converter.name!r} also recognises what is not its own")
+        for family, source in other_sources(self.family, made.folder / "others"):
+            if choose_converter(made.registry, source).family == self.family:
+                raise CheckFailed(f"a source of the installed family {family!r} is taken for it")
 
     def test_logits(self) -> None:
         """Logits equal the reference's, for two draws of the weights."""
@@ -228,6 +232,19 @@ class FamilyConformance(ABC):
         made = self.specimen()
         weight_map = source.weight_map or made.converter.weight_map(source.config)
         return resolve_rules(made.checkpoint.names(), weight_map, source.tensors.infos())
+
+
+def other_sources(family: str, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the other installed families and a tiny source of each, as their own cases write it."""
+    from porttool.testing.cases import case_modules, cases_in, is_there
+
+    for module in case_modules().values():
+        for case in cases_in(module) if is_there(module) else ():
+            if case.family != family:
+                path = folder / case.__name__ / "source"
+                path.parent.mkdir(parents=True)
+                case().write_source(path, 0)
+                yield case.family, path
 
 
 def copy_source(source: Path, target: Path) -> None:
