@@ -12,7 +12,7 @@ from porttool.checkpoint import Checkpoint, CheckpointManifest, PluginRecord, So
 from porttool.config import Limits, ModelConfig, SpecialTokens
 from porttool.engine import Engine, build, choose_limits
 from porttool.folder import hash_file
-from porttool.nn import Decoder, meta_decoder
+from porttool.nn import Decoder, Step, meta_decoder
 from porttool.plugins import load_registry
 
 FILE = "model.safetensors"
@@ -90,3 +90,16 @@ def engine(
     plugin = registry.record(registry.builders, kind)
     limits = limits or choose_limits(checkpoint.config, max_batch_size=4)
     return build(checkpoint, builder, output, plugin=plugin, limits=limits, **rest)
+
+
+def step_of(rows: list[list[int]], slots: list[int], starts: list[int]) -> Step:
+    """Return a step that feeds rows of any lengths."""
+    width = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    return Step(torch.tensor(slots), tokens, torch.tensor(starts), lengths)
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Return prompts of these lengths, all different."""
+    return [[(31 * i + 7 * j) % 211 for j in range(n)] for i, n in enumerate(lengths)]

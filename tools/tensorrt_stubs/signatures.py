@@ -32,8 +32,11 @@ def main(folders: list[str]) -> None:
         tree = ast.parse((folder / "tensorrt" / "tensorrt.pyi").read_text())
         classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
         found[folder.name] = {c: members(classes, c) for c in CLASSES if c in classes}
-    json.dump(found, sys.stdout, indent=1, sort_keys=True)
-    sys.stdout.write("\n")
+    versions = []
+    for version, by_class in found.items():
+        rows = (f"  {json.dumps(c)}: {json.dumps(m)}" for c, m in sorted(by_class.items()))
+        versions.append(f" {json.dumps(version)}: {{\n" + ",\n".join(rows) + "\n }")
+    sys.stdout.write("{\n" + ",\n".join(versions) + "\n}\n")
 
 
 def members(classes: dict[str, ast.ClassDef], name: str) -> dict[str, list[list[str]] | None]:

@@ -9,12 +9,13 @@ import torch
 
 import drawn
 import tiny
+from drawn import prompts, step_of
 from porttool.config import Limits, Sampling
 from porttool.engine import Engine
 from porttool.engines.onnx.rows import RowMap
 from porttool.errors import CheckpointError, EngineError, MissingExtra, UsageError
 from porttool.generate import generate
-from porttool.nn import KVCache, Step
+from porttool.nn import KVCache
 from porttool.nn.trace import traced
 from porttool.plugins import load_registry
 from porttool.runner import load_runner
@@ -57,17 +58,6 @@ class Pair:
         torch.testing.assert_close(got[real].double(), wanted[real], **close)
         ends = wanted[torch.arange(len(wanted)), step.lengths - 1]
         torch.testing.assert_close(last.double(), ends, **close)
-
-
-def step_of(rows, slots, starts, lengths=None):
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    real = lengths or [len(row) for row in rows]
-    return Step(torch.tensor(slots), tokens, torch.tensor(starts), torch.tensor(real))
-
-
-def prompts(*lengths):
-    return [[(31 * i + 7 * j) % 211 for j in range(n)] for i, n in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("cache", CACHES)

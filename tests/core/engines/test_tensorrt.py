@@ -1,0 +1,139 @@
+"""The TensorRT runner over plans that a double runs with ONNX Runtime: any step, same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import drawn
+import tensorrt_double as double
+from drawn import prompts, step_of
+from porttool.config import Sampling
+from porttool.errors import CheckpointError, EngineError, UsageError
+from porttool.generate import generate
+from porttool.nn import KVCache
+from porttool.plugins import load_registry
+from porttool.runner import load_runner
+from tensorrt_install import LIMITS, HostStream, build, install
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "concat"}, {"static_batch": False}])
+@pytest.mark.parametrize("shape", ["gpt2", "mqa", "gpt-next"])
+def test_logits_of_any_step(tmp_path, library, shape, options):
+    """The builder's profiles and the runner's bindings carry every kind of step."""
+    checkpoint, engine = build(tmp_path, shape, **options)
+    runner = load_runner(engine, load_registry())
+    reference = drawn.decoder(checkpoint.config, drawn.weights(checkpoint.config))
+    cache = KVCache(checkpoint.config, 3, 50, dtype=torch.float64)
+    for step in (
+        step_of(prompts(3, 8), [2, 0], [0, 0]),
+        step_of(prompts(30), [1], [0]),
+        step_of([[5], [6]], [2, 0], [3, 8]),
+        step_of([[5], [6], [7]], [1, 2, 0], [30, 4, 9]),
+        step_of([[5, 1, 2], [6]], [2, 0], [5, 10]),
+        step_of([[5], [6]], [1, 2], [31, 8]),
+        step_of(prompts(16, 3), [1, 2], [32, 9]),  # one row's padding would leave the cache
+    ):
+        wanted = reference(step, cache)
+        got = runner.step(step, all_positions=True)
+        real = torch.arange(step.tokens.shape[1]) < step.lengths[:, None]
+        torch.testing.assert_close(got[real].double(), wanted[real], rtol=0, atol=2e-4)
+        ends = wanted[torch.arange(len(wanted)), step.lengths - 1]
+        torch.testing.assert_close(runner.step(step).double(), ends, rtol=0, atol=2e-4)
+
+
+def test_same_tokens_as_torch(tmp_path, library):
+    checkpoint, engine = build(tmp_path)
+    registry = load_registry()
+    plain = drawn.engine(checkpoint, tmp_path / "torch", limits=LIMITS)
+    runners = [load_runner(engine, registry), load_runner(plain, registry, {"device": "cpu"})]
+    ids = prompts(3, 9, 1, 14)
+    for sampling in (Sampling(max_new_tokens=7), Sampling(max_new_tokens=5, num_beams=3)):
+        mine, theirs = (
+            [[c.tokens for c in row] for row in generate(r, ids, sampling, eos=(7,))]
+            for r in runners
+        )
+        assert mine == theirs
+
+
+def test_decoding_is_captured_once_and_runs_in_its_own_profile(tmp_path, library):
+    _, engine = build(tmp_path)
+    runner = load_runner(engine, load_registry())
+    generate(runner, prompts(3, 9, 4), Sampling(max_new_tokens=8), eos=())
+    runs = double.IExecutionContext.runs
+    assert [profile for profile, _ in runs] == [0] + [1] * 7
+    assert HostStream.captured == 1
+    assert runs[1][1]["past_key.0"] == (3, 4, 48, 12)
+
+
+def test_streamed_weights_are_not_captured(tmp_path, library):
+    _, engine = build(tmp_path, weight_streaming=True)
+    generate(load_runner(engine, load_registry()), prompts(3), Sampling(max_new_tokens=4), eos=())
+    assert HostStream.captured == 0
+    whole = load_runner(engine, load_registry(), {"weight_streaming_budget": 1000})
+    generate(whole, prompts(3), Sampling(max_new_tokens=4), eos=())
+    assert HostStream.captured == 1
+
+
+def test_prompt_table(tmp_path, library):
+    checkpoint, engine = build(tmp_path)
+    runner = load_runner(engine, load_registry())
+    reference = drawn.decoder(checkpoint.config, drawn.weights(checkpoint.config))
+    table = torch.randn(4, checkpoint.config.d_model, generator=torch.Generator().manual_seed(1))
+    runner.load_prompt_table(table)
+    reference.prompt_table = table.double()
+    step = step_of([[211, 214, 5]], [0], [0])
+    wanted = reference(step, KVCache(checkpoint.config, 3, 50, dtype=torch.float64))
+    got = runner.step(step, all_positions=True)
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-4)
+
+
+def test_older_versions_get_the_concatenating_form(tmp_path, library):
+    install(library, "10.13.3.9")
+    _, engine = build(tmp_path)
+    assert engine.manifest.built[0]["cache"] == "concat"
+    assert engine.manifest.built[0]["attention_layers"] == 0
+    out = generate(
+        load_runner(engine, load_registry()), prompts(3), Sampling(max_new_tokens=3), eos=()
+    )
+    assert len(out[0][0].tokens) == 3
+    with pytest.raises(EngineError, match=r"TensorScatter present_key.0: needs TensorRT 10.15"):
+        drawn.engine(
+            build(tmp_path / "other" if (tmp_path / "other").mkdir() is None else tmp_path)[0],
+            tmp_path / "scatter", kind="tensorrt", limits=LIMITS, options={"cache": "scatter"},
+        )  # fmt: skip
+
+
+def test_stripped_plans_get_their_weights_at_load(tmp_path, library):
+    _, engine = build(tmp_path, strip=True)
+    assert {"decoder.plan", "model.onnx", "model.safetensors"} <= {
+        f.name for f in engine.rank_path().iterdir()
+    }
+    runner = load_runner(engine, load_registry())
+    assert runner._graph.program.engine._refitted == str(engine.rank_path() / "model.onnx")
+
+
+def test_damaged_and_foreign_plans(tmp_path, library, monkeypatch):
+    _, engine = build(tmp_path)
+    plan = engine.rank_path() / "decoder.plan"
+    whole = plan.read_bytes()
+    plan.write_bytes(b"foreign" + whole)
+    with pytest.raises(CheckpointError, match="manifest says"):
+        type(engine).open(engine.path, load_registry())
+    with pytest.raises(EngineError, match=r"cannot load .*magic tag"):
+        load_runner(engine, load_registry())
+    plan.write_bytes(whole)
+    monkeypatch.setattr(double.ICudaEngine, "get_aliased_input_tensor", lambda self, name: None)
+    with pytest.raises(EngineError, match="would not be updated in place"):
+        load_runner(engine, load_registry())
+
+
+def test_sizes_beyond_the_plan(tmp_path, library):
+    _, engine = build(tmp_path)
+    runner = load_runner(engine, load_registry())
+    with pytest.raises(UsageError, match="slot 3 asked for, but the engine has 3"):
+        runner.step(step_of([[1]], [3], [0]))
+    with pytest.raises(UsageError, match="would reach 49"):
+        runner.step(step_of([[1]], [0], [48]))
+    with pytest.raises(EngineError, match=r"tokens \[3, 31\] is outside the plan's profile"):
+        runner.step(step_of(prompts(31), [0], [0]))
