@@ -104,5 +104,12 @@ def evaluate(
     """Run an evaluator and keep its report as `report.json` in `output`."""
     output.mkdir(parents=True, exist_ok=True)
     report = evaluator.run(port, output, progress=progress)
-    (output / REPORT).write_text(report.model_dump_json(indent=1) + "\n")
+    write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
     return report
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from porttool.errors import MissingExtra, UsageError
+from porttool.evaluator import write_whole
 from porttool.evaluators.results import ArticleRecord
 from porttool.weights import listing
 
@@ -135,7 +136,7 @@ def read_pins(path: Path) -> list[tuple[str, str]]:
 def write_pins(path: Path, articles: Sequence[Article]) -> None:
     """Write a list that pins exactly these articles."""
     records = [a.record for a in articles]
-    path.write_text("".join(f"{r.id} {r.sha256}\n" for r in records), encoding="utf-8")
+    write_whole(path, "".join(f"{r.id} {r.sha256}\n" for r in records))
 
 
 def open_local(path: Path, split: str) -> Rows:

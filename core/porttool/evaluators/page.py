@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool.errors import MissingExtra
-from porttool.evaluator import Report, Table, Verdict
+from porttool.evaluator import Report, Table, Verdict, write_whole
 
 if TYPE_CHECKING:
     from porttool.evaluators.comparison import Comparison
@@ -77,7 +77,7 @@ def write_page(
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
     )
-    (output / "report.html").write_text(page, encoding="utf-8")
+    write_whole(output / "report.html", page)
 
 
 def read_parity(path: Path) -> Report | None:

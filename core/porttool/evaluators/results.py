@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from porttool.component import explain
 from porttool.config import Closed, Dtype
 from porttool.errors import UsageError
+from porttool.evaluator import write_whole
 
 Side = Literal["engine", "reference"]
 
@@ -110,7 +111,7 @@ class SideResult(Closed):
 
     def save(self, folder: Path) -> None:
         """Write the result where a later run looks for it."""
-        result_file(folder, self.side).write_text(self.model_dump_json() + "\n")
+        write_whole(result_file(folder, self.side), self.model_dump_json() + "\n")
 
 
 def result_file(folder: Path, side: Side) -> Path:

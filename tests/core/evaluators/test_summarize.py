@@ -188,6 +188,20 @@ def test_nothing_compared_is_a_failure(run):
         run(reference=False).require_pass()
 
 
+class Stopper(Progress):
+    """Stands for Ctrl-C in the middle of the work."""
+
+    def advance(self, amount):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("side", [{"engine": False}, {"reference": False}])
+def test_an_interrupted_run_leaves_no_results(run, tmp_path, side):
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=Stopper(), **side)
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["articles.txt"]
+
+
 def test_no_side_at_all(run):
     with pytest.raises(UsageError, match="neither an engine nor a Hugging Face folder"):
         run(engine=False, reference=False)
