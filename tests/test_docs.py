@@ -35,6 +35,7 @@ def environment(folder: Path) -> dict[str, str]:
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_ROOT_USER_ACTION": "ignore",
         "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
         "COLUMNS": "300",
     }
 
@@ -138,6 +139,6 @@ def test_the_command_line_page_is_what_help_says():
 
 
 def test_links_between_documents_lead_somewhere():
-    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+    for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

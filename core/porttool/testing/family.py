@@ -42,6 +42,7 @@ class FamilyConformance(ABC):
     config_file: ClassVar[str] = "config.json"
     """The source's config, a JSON object; with another kind override `add_config_key`."""
 
+    _threads: ClassVar[int]
     _specimens: ClassVar[dict[int, Specimen]]
     _folder: ClassVar[tempfile.TemporaryDirectory[str]]
 
@@ -66,13 +67,23 @@ class FamilyConformance(ABC):
 
     @classmethod
     def setup_class(cls) -> None:
-        """Make a place for the sources; pytest calls this."""
+        """Make a place for the sources; pytest calls this.
+
+        One thread: tiny models are many times slower where several wait for a busy processor.
+        """
+        import torch
+
+        cls._threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         cls._folder = tempfile.TemporaryDirectory(prefix="porttool-conformance-")
         cls._specimens = {}
 
     @classmethod
     def teardown_class(cls) -> None:
         """Take everything away again; pytest calls this."""
+        import torch
+
+        torch.set_num_threads(cls._threads)
         cls._specimens.clear()
         cls._folder.cleanup()
 
