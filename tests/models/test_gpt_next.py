@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import nemo_writer as nemo
 import tiny
 from nemo_writer import GPT_2B, PLAIN, VOCAB
+from porttool.cli import invoke as porttool
 from porttool.errors import PorttoolError
 from porttool.progress import Progress
 from porttool.sources.nemo import read_nemo_config
@@ -248,6 +250,18 @@ def test_legacy_order_of_ranks(tmp_path):
     assert all(t.equal(expected[n]) for n, t in weights(tmp_path / "parts").items())
 
 
+@pytest.mark.parametrize("form", ["tar", "gz"])
+def test_a_fetched_repository_is_its_archive(tmp_path, form):
+    values = made()
+    tensors = nemo.draw(values)
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    nemo.write(folder / "GPT-2B-001_bf16_tp1.nemo", values, tensors, form=form)
+    found = weights(tiny.converted(folder, tmp_path / "checkpoint").path)
+    assert found["head.weight"].equal(tensors["output_layer.weight"])
+
+
 class Notes(Progress):
     def __init__(self):
         self.notes: list[str] = []
@@ -309,6 +323,62 @@ def test_numbers_without_a_point_are_numbers(tmp_path):
     source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(made()))
     assert b"layernorm_epsilon: 1e-5" in source.read_bytes()
     assert tiny.converted(source, tmp_path / "checkpoint").config.norm_eps == 1e-5
+
+
+class Stopped(Progress):
+    """Interrupts when so many bytes are done."""
+
+    def __init__(self, label: str, after: int):
+        self._label, self._left, self._counts = label, after, False
+
+    def start(self, label, total, *, unit="B"):
+        self._counts = label.startswith(self._label)
+
+    def advance(self, amount):
+        self._left -= amount if self._counts else 0
+        if self._left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("form", ["tar", "gz"])
+def test_an_interrupted_conversion_goes_on(tmp_path, form):
+    values = made(num_layers=8)
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), form=form)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.converted(source, tmp_path / "checkpoint", max_shard_bytes=40_000,
+                       progress=Stopped("convert", 150_000))  # fmt: skip
+    partial = tmp_path / ".checkpoint.partial"
+    kept = {f.name: f.stat().st_ino for f in partial.glob("*.safetensors")}
+    assert [f.name for f in tmp_path.glob(".*")] == [partial.name]
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint", max_shard_bytes=40_000)
+    now = {f.name: f.stat().st_ino for f in checkpoint.path.glob("*.safetensors")}
+    assert sum(now[name] == kept[name] for name in kept) >= 3
+    tiny.converted(source, tmp_path / "again", max_shard_bytes=40_000)
+    expected = weights(tmp_path / "again")
+    assert all(t.equal(expected[n]) for n, t in weights(checkpoint.path).items())
+
+
+def test_interrupting_the_unpacking_leaves_nothing(tmp_path):
+    values = made()
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), form="gz")
+    with pytest.raises(KeyboardInterrupt):
+        tiny.converted(source, tmp_path / "checkpoint", progress=Stopped("unpack", 10))
+    assert [f.name for f in tmp_path.iterdir()] == ["a.nemo"]
+
+
+def test_the_commands(tmp_path, capsys):
+    """From an archive to text, as a user does it; the reference is the same weights elsewhere."""
+    name = "0123_x.model"
+    values = made(tokenizer={"library": "sentencepiece", "model": f"nemo:{name}"})
+    files = {name: nemo.sentencepiece_model(50)}
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), files=files)
+    checkpoint, engine = str(tmp_path / "checkpoint"), str(tmp_path / "engine")
+    assert porttool(["convert", str(source), "--output", checkpoint]) == 0
+    assert porttool(["build", checkpoint, "--output", engine]) == 0
+    capsys.readouterr()
+    run = ["run", engine, "--set", "device", "cpu", "--input-text", "the cat", "--output-json", "-"]
+    assert porttool([*run, "--max-output-len", "4", "--ignore-eos"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["completions"][0]["tokens"]) == 4
 
 
 def refusal(source: Path, folder: Path, model: str | None = None) -> str:

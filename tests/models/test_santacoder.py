@@ -201,6 +201,14 @@ def coder(tmp_path_factory) -> Path:
     return write_coder(tmp_path_factory.mktemp("coder"))
 
 
+def test_the_commands_verify(tmp_path, coder, capsys):
+    checkpoint, engine = str(tmp_path / "checkpoint"), str(tmp_path / "engine")
+    assert porttool(["convert", str(coder), "--output", checkpoint]) == 0
+    assert porttool(["build", checkpoint, "--output", engine]) == 0
+    verify = ["verify", engine, "--hf-model", str(coder), "--output", str(tmp_path / "report")]
+    assert porttool([*verify, "--runner-set", "device", "cpu"]) == 0, capsys.readouterr().err
+
+
 def test_run_fills_in_the_middle(tmp_path, coder, registry):
     engine = tiny.built(tiny.converted(coder, tmp_path / "checkpoint"), tmp_path / "engine")
     asked = ["run", str(engine.path), "--prefix", "def f(", "--suffix", "):\n", "--set", "device",

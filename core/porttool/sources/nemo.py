@@ -89,6 +89,14 @@ class NemoFiles:
         return self.read(name, MAX_TOKENIZER)
 
 
+def locate_model(path: Path) -> Path:
+    """Return the archive of a folder that holds just one, as a fetched repository does."""
+    if path.is_dir() and not (path / CONFIG).is_file():
+        archives = sorted(path.glob("*.nemo"))
+        return archives[0] if len(archives) == 1 else path
+    return path
+
+
 def read_nemo_config(path: Path) -> dict[str, Any]:
     """Read model_config.yaml of an archive, compressed or not, or of a folder."""
     if path.is_dir():

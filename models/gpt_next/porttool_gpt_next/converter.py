@@ -17,7 +17,7 @@ from porttool.errors import SourceError
 from porttool.progress import Progress
 from porttool.sources.archive import is_gzip, unpacked
 from porttool.sources.megatron_names import join_ranks
-from porttool.sources.nemo import CONFIG, NemoFiles, read_nemo_config
+from porttool.sources.nemo import CONFIG, NemoFiles, locate_model, read_nemo_config
 from porttool.sources.nemo_keys import accounted_keys
 from porttool.sources.nemo_tokenizer import read_tokenizer, special_tokens
 from porttool.weights import as_is, concat, identity_rules, interleaved_qkv
@@ -60,6 +60,7 @@ class NemoConverter(Converter):
 
         A damaged archive is this family's by its name, so that reading it says what is wrong.
         """
+        source = locate_model(source)
         try:
             values = read_nemo_config(source)
         except SourceError:
@@ -70,9 +71,10 @@ class NemoConverter(Converter):
         self, source: Path, scratch: Path, progress: Progress
     ) -> AbstractContextManager[Path]:
         """Unpack a compressed archive, once; anything else is read in place."""
-        if source.is_file() and is_gzip(source):
-            return unpacked(source, scratch, progress)
-        return nullcontext(source)
+        archive = locate_model(source)
+        if archive.is_file() and is_gzip(archive):
+            return unpacked(archive, scratch, progress)
+        return nullcontext(archive)
 
     def config(self, source: Path) -> ModelConfig:
         """Read the YAML, and the vocabulary from the tokenizer or the embedding."""
@@ -80,6 +82,7 @@ class NemoConverter(Converter):
 
     def open(self, source: Path) -> Source:
         """Index every rank's tensors and hold the YAML to them."""
+        source = locate_model(source)
         files = NemoFiles(source)
         config = SourceConfig(read_nemo_config(source), source / CONFIG)
         ranks = files.rank_files(
