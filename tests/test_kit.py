@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from porttool import cli
+from porttool.catalog import Plugin
 from porttool.errors import CheckFailed, PluginError, UsageError
 from porttool.gpt2_layout import gpt2_config, read_gpt2_config
-from porttool.plugins import Plugin, load_registry
+from porttool.plugins import load_registry
 from porttool.testing import cases, find_cases, isolation, run_checks
 from porttool.weights import WeightMap, take
 from porttool_camel5b.converter import Camel5bConverter

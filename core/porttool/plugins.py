@@ -7,20 +7,19 @@ Everything goes through the entry-point group `porttool`, core's own engines and
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from porttool import hookspecs
+from porttool.catalog import DENY, Catalog, Plugin
 from porttool.errors import PluginError, UsageError
 
 if TYPE_CHECKING:
@@ -34,56 +33,8 @@ if TYPE_CHECKING:
     from porttool.prompt_table import TableConverter
     from porttool.runner import Runner
 
-T = TypeVar("T", bound="Component")
-
 GROUP = "porttool"
 ALLOW = "PORTTOOL_PLUGINS"
-DENY = "PORTTOOL_DISABLE_PLUGINS"
-
-
-@dataclass(frozen=True)
-class Plugin:
-    """An entry point: its name, and the distribution that brought it."""
-
-    name: str
-    distribution: str
-    version: str
-    error: str | None = None
-    """Why it could not be used; None for a healthy plugin."""
-
-
-@dataclass
-class Catalog(Generic[T]):
-    """The components of one kind, by name."""
-
-    kind: str
-    classes: dict[str, type[T]] = field(default_factory=dict)
-    origin: dict[str, Plugin] = field(default_factory=dict)
-
-    def get(self, name: str) -> type[T]:
-        """Return a component; an unknown name is a UsageError with a suggestion."""
-        if name in self.classes:
-            return self.classes[name]
-        close = difflib.get_close_matches(name, self.classes, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(sorted(self.classes)) or "none"
-        raise UsageError(f"there is no {self.kind} named {name!r}{hint} (installed: {known})")
-
-    def add(self, component: type[T], plugin: Plugin) -> None:
-        """Add a component; a name that is taken is a PluginError naming both distributions."""
-        if component.name in self.classes:
-            other = self.origin[component.name]
-            raise PluginError(
-                f"the {self.kind} {component.name!r} comes from two plugins: {other.name} of "
-                f"{other.distribution} {other.version}, and {plugin.name} of "
-                f"{plugin.distribution} {plugin.version}; uninstall one, or name it in {DENY}"
-            )
-        self.classes[component.name] = component
-        self.origin[component.name] = plugin
-
-    def __iter__(self) -> Iterator[type[T]]:
-        """Iterate over the components in order of name."""
-        return iter(self.classes[name] for name in sorted(self.classes))
 
 
 class Registry:

@@ -100,13 +100,13 @@ def test_a_name_that_is_taken_names_both(install):
 
 
 def test_a_clash_goes_away_when_one_is_denied(install, monkeypatch):
-    monkeypatch.setenv(plugins.DENY, " stranger , other")
+    monkeypatch.setenv("PORTTOOL_DISABLE_PLUGINS", " stranger , other")
     text = HEAD + "api_version = 1\n" + ONE.format(name="gpt2", body="pass")
     assert "gpt2" in install(stranger=text).converters.classes
 
 
 def test_only_what_is_allowed(install, monkeypatch):
-    monkeypatch.setenv(plugins.ALLOW, "gpt2,torch")
+    monkeypatch.setenv("PORTTOOL_PLUGINS", "gpt2,torch")
     registry = install(stranger="raise SystemError")
     assert [p.name for p in registry.plugins] == ["gpt2", "torch"]
     assert list(registry.converters.classes) == [

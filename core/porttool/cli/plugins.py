@@ -13,7 +13,8 @@ from porttool.cli.options import FOLDER, json_option
 from porttool.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from porttool.plugins import Catalog, Plugin, Registry
+    from porttool.catalog import Catalog, Plugin
+    from porttool.plugins import Registry
 
 
 @click.group("plugins", invoke_without_command=True)

@@ -1,0 +1,63 @@
+"""The components of one kind by name, and the plugin that each came from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from porttool.errors import PluginError, UsageError
+
+if TYPE_CHECKING:
+    from porttool.component import Component
+
+T = TypeVar("T", bound="Component")
+
+DENY = "PORTTOOL_DISABLE_PLUGINS"
+"""The environment variable that leaves plugins out."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point: its name, and the distribution that brought it."""
+
+    name: str
+    distribution: str
+    version: str
+    error: str | None = None
+    """Why it could not be used; None for a healthy plugin."""
+
+
+@dataclass
+class Catalog(Generic[T]):
+    """The components of one kind, by name."""
+
+    kind: str
+    classes: dict[str, type[T]] = field(default_factory=dict)
+    origin: dict[str, Plugin] = field(default_factory=dict)
+
+    def get(self, name: str) -> type[T]:
+        """Return a component; an unknown name is a UsageError with a suggestion."""
+        if name in self.classes:
+            return self.classes[name]
+        close = difflib.get_close_matches(name, self.classes, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(sorted(self.classes)) or "none"
+        raise UsageError(f"there is no {self.kind} named {name!r}{hint} (installed: {known})")
+
+    def add(self, component: type[T], plugin: Plugin) -> None:
+        """Add a component; a name that is taken is a PluginError naming both distributions."""
+        if component.name in self.classes:
+            other = self.origin[component.name]
+            raise PluginError(
+                f"the {self.kind} {component.name!r} comes from two plugins: {other.name} of "
+                f"{other.distribution} {other.version}, and {plugin.name} of "
+                f"{plugin.distribution} {plugin.version}; uninstall one, or name it in {DENY}"
+            )
+        self.classes[component.name] = component
+        self.origin[component.name] = plugin
+
+    def __iter__(self) -> Iterator[type[T]]:
+        """Iterate over the components in order of name."""
+        return iter(self.classes[name] for name in sorted(self.classes))
