@@ -135,7 +135,7 @@ def outcome_notes(comparison: Comparison, output: Path) -> list[str]:
         notes.append(power_note(found.n, found.sd, margin, level, "measured"))
     else:
         done, missing = ("engine", "reference") if comparison.engine else ("reference", "engine")
-        notes.append(f"the {done}'s results are kept in {output.name}; run the {missing} with the "
+        notes.append(f"the {done}'s results are kept in {output}; run the {missing} with the "
                      "same options and output to compare")  # fmt: skip
     return notes
 
