@@ -26,9 +26,10 @@ from porttool.checkpoint import (
 from porttool.component import Component, explain
 from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, SpecialTokens
 from porttool.errors import SourceError
-from porttool.folder import PendingFolder, pending_folder, require_space
+from porttool.folder import pending_folder, require_space
 from porttool.progress import SILENT, Progress
 from porttool.shards import MAX_SHARD_BYTES, TensorJob, plan_shards, write_shards
+from porttool.sources.tokenizer_files import check_tokenizer
 from porttool.weights import (
     Take,
     TensorInfo,
@@ -192,13 +193,15 @@ def convert(
             tensors={job.name: job.shape for job in jobs},
             files={},
         )
+        tokenizer = read_tokenizer(source)
         require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
         shards = plan_shards(jobs, "model", max_shard_bytes)
         key = hashlib.sha256(f"{manifest.model_dump_json()}{max_shard_bytes}".encode()).hexdigest()
         with pending_folder(output, key, replace=replace) as folder:
             progress.start(f"convert {converter.name}", sum(job.nbytes for job in jobs))
             write_shards(folder, shards, workers=workers, progress=progress)
-            copy_tokenizer(folder, source)
+            for name, data in tokenizer.items():
+                folder.add_bytes(f"{TOKENIZER}/{name}", data)
             if fingerprint(source_path) != record.fingerprint:
                 raise SourceError(f"{source_path}: changed while it was read; convert it again")
             finished = manifest.model_copy(update={"files": dict(sorted(folder.files.items()))})
@@ -277,12 +280,12 @@ def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> No
             )
 
 
-def copy_tokenizer(folder: PendingFolder, source: Source) -> None:
-    """Put the tokenizer's files beside the weights."""
-    for file in source.tokenizer:
-        folder.add_bytes(f"{TOKENIZER}/{file.name}", file.read_bytes())
-    for name, data in source.tokenizer_data.items():
-        folder.add_bytes(f"{TOKENIZER}/{name}", data)
+def read_tokenizer(source: Source) -> dict[str, bytes]:
+    """Return the tokenizer's files by name; one with more ids than the embedding is refused."""
+    files = {file.name: file.read_bytes() for file in source.tokenizer}
+    files.update(source.tokenizer_data)
+    check_tokenizer(files, source.config.vocab_size)
+    return files
 
 
 def fingerprint(source: Path) -> str:

@@ -151,6 +151,14 @@ def test_a_wrong_hparams_is_refused(tmp_path, damaged, change, message):
     refused(damaged, tmp_path, message)
 
 
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, damaged):
+    vocabulary = {f"t{i}": i for i in range(70)} | {"<|endoftext|>": 66}
+    (damaged / "encoder.json").write_text(json.dumps(vocabulary))
+    refused(damaged, tmp_path, r"vocab\.json: the tokenizer has the id 69.*only 67 rows")
+    (damaged / "encoder.json").write_text('{"a": [1]}')
+    refused(damaged, tmp_path, r"vocab\.json: the tokenizer's file is damaged")
+
+
 def test_every_damaged_byte_is_noticed(tmp_path, damaged):
     data = damaged / "model.ckpt.data-00000-of-00001"
     whole = data.read_bytes()
