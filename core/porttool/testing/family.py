@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from porttool.converter import Source
 
 UNKNOWN_KEY = "porttool_unknown_key"
 
@@ -84,6 +83,8 @@ class FamilyConformance(ABC):
         import torch
 
         torch.set_num_threads(cls._threads)
+        for made in cls._specimens.values():
+            made.close()
         cls._specimens.clear()
         cls._folder.cleanup()
 
@@ -184,7 +185,7 @@ class FamilyConformance(ABC):
         copy_source(made.source, damaged)
         self.add_config_key(damaged, UNKNOWN_KEY)
         try:
-            made.converter.open(damaged)
+            made.convert("unknown_key_checkpoint", damaged)
         except SourceError as error:
             if UNKNOWN_KEY in str(error):
                 return
@@ -194,27 +195,24 @@ class FamilyConformance(ABC):
     def test_missing_tensor(self) -> None:
         """A source without any one of its tensors is refused, and the tensor named."""
         made = self.specimen()
-        source = made.converter.open(made.source)
-        for name in self._used(source):
-            altered = Altered(source.tensors, without=name)
-            require_refused(made.converter, source, altered, name)
+        for name in self._used():
+            altered = Altered(made.opened.tensors, without=name)
+            require_refused(made.converter, made.opened, altered, name)
 
     def test_extra_tensor(self) -> None:
         """A tensor of a layer too many, or of another name, is refused by name."""
         made = self.specimen()
-        source = made.converter.open(made.source)
-        for name in strangers(self._used(source)):
-            altered = Altered(source.tensors, extra=name)
-            require_refused(made.converter, source, altered, name)
+        for name in strangers(self._used()):
+            altered = Altered(made.opened.tensors, extra=name)
+            require_refused(made.converter, made.opened, altered, name)
 
     def test_round_trip(self) -> None:
         """What is written is, bit for bit, what the source holds, however it is cut into files."""
-        made = self.specimen()
-        source = made.converter.open(made.source)
+        made, source = self.specimen(), self.specimen().opened
         cut = made.convert("cut", max_shard_bytes=1 << 12, workers=1)
         if len(cut.weight_files()) < 2:
             raise CheckFailed("the source is too small to be cut in two")
-        for name, rule in self._rules(source).items():
+        for name, rule in self._rules().items():
             shape = made.checkpoint.manifest.tensors[name]
             mapped = map_tensor(name, shape, rule, source.tensors, source.config)
             for checkpoint in (made.checkpoint, cut):
@@ -236,11 +234,11 @@ class FamilyConformance(ABC):
         require_plain(made.checkpoint.path)
         require_plain(made.runner.engine.path)
 
-    def _used(self, source: Source) -> list[str]:
-        return sorted({name for rule in self._rules(source).values() for name in rule.names})
+    def _used(self) -> list[str]:
+        return sorted({name for rule in self._rules().values() for name in rule.names})
 
-    def _rules(self, source: Source) -> Mapping[str, Take]:
-        made = self.specimen()
+    def _rules(self) -> Mapping[str, Take]:
+        made, source = self.specimen(), self.specimen().opened
         weight_map = source.weight_map or made.converter.weight_map(source.config)
         return resolve_rules(made.checkpoint.names(), weight_map, source.tensors.infos())
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.checkpoint import Checkpoint
 from porttool.config import ModelConfig, Sampling
-from porttool.converter import Converter, convert
+from porttool.converter import Converter, Source, convert
 from porttool.engine import Engine, build, choose_limits
 from porttool.errors import CheckFailed
 from porttool.plugins import choose_converter, load_registry
+from porttool.progress import SILENT
 from porttool.runner import Runner, load_runner
 
 if TYPE_CHECKING:
@@ -33,6 +35,17 @@ class Specimen:
         self.source = source
         self.folder = folder
         self.registry = load_registry()
+        self._prepared = ExitStack()
+
+    def close(self) -> None:
+        """Take away what reading the source in place needed."""
+        self._prepared.close()
+
+    @cached_property
+    def opened(self) -> Source:
+        """The source indexed; its tensors can be read until `close`."""
+        ready = self.converter.prepare(self.source, self.folder, SILENT)
+        return self.converter.open(self._prepared.enter_context(ready))
 
     @cached_property
     def converter(self) -> Converter:
