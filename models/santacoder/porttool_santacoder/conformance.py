@@ -11,19 +11,18 @@ from porttool.testing import FamilyConformance, redraw, transformers_logits
 if TYPE_CHECKING:
     from torch import Tensor
 
-REFERENCE = "reference"
-"""Folder, beside a source in SantaCoder's own layout, of the same weights as GPTBigCode."""
+SIZES = {
+    "vocab_size": 67, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    "activation_function": "gelu_pytorch_tanh",
+}  # fmt: skip
 
 
 def tiny_bigcode(seed: int) -> Any:
     """Return a redrawn GPTBigCode with one key and value head."""
     from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
-    config = GPTBigCodeConfig(
-        vocab_size=67, n_positions=32, n_embd=32, n_layer=2, n_head=4, n_inner=48,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    return redraw(GPTBigCodeForCausalLM(config), seed)
+    return redraw(GPTBigCodeForCausalLM(GPTBigCodeConfig(**SIZES)), seed)
 
 
 class BigCodeConformance(FamilyConformance):
@@ -46,20 +45,15 @@ class SantaCoderConformance(FamilyConformance):
         from safetensors.torch import save_file
 
         model = tiny_bigcode(seed)
-        model.save_pretrained(path.with_name(REFERENCE))
-        values = json.loads((path.with_name(REFERENCE) / "config.json").read_text())
-        keep = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner",
-                "activation_function", "eos_token_id")  # fmt: skip
-        config = {key: values[key] for key in keep}
+        model.save_pretrained(path.with_name("reference"))
         path.mkdir()
-        (path / "config.json").write_text(
-            json.dumps({**config, "model_type": "gpt2", "attention_head_type": "multiquery"})
-        )
+        kind = {"model_type": "gpt2", "attention_head_type": "multiquery"}
+        (path / "config.json").write_text(json.dumps({**SIZES, **kind}))
         save_file(published(model), path / "model.safetensors")
 
     def reference_logits(self, path: Path, ids: list[int]) -> Tensor:
         """Ask transformers about the same weights."""
-        return transformers_logits(path.with_name(REFERENCE), ids)
+        return transformers_logits(path.with_name("reference"), ids)
 
 
 def published(model: Any) -> dict[str, Tensor]:
