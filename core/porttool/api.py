@@ -12,7 +12,8 @@ from porttool.config import Dtype
 from porttool.converter import convert as convert_source
 from porttool.engine import Engine, choose_limits
 from porttool.engine import build as build_engine
-from porttool.errors import MissingExtra, UsageError
+from porttool.errors import UsageError
+from porttool.evaluator import Port
 from porttool.hub import resolve_source
 from porttool.plugins import Registry, choose_converter, load_registry, named_converters
 from porttool.progress import SILENT, Progress
@@ -198,38 +199,45 @@ def evaluate(
     `hf_model` defaults to what the checkpoint of the same model was converted from. With
     `test_engine` or `test_hf` false that side is not loaded, and must have been saved before.
     """
-    from porttool.evaluator import Port
     from porttool.evaluator import evaluate as run_evaluator
 
     registry = registry or load_registry()
     space = workspace or Workspace.choose(None)
     evaluator = registry.evaluators.get(name)(options)
     label = engine.name if engine and not model else space.find_model(model)
-    source = find_source(space, hf_model, None if engine and not model else label, registry)
-    loaded = (
-        load(engine, model=model, tokenizer=tokenizer, options=runner_options,
-             workspace=space, registry=registry)
-        if test_engine
-        else None
-    )  # fmt: skip
-    port = Port(
-        runner=loaded.runner if loaded else None,
-        tokenizer=loaded.tokenizer if loaded else source_tokenizer(tokenizer or source),
-        source=source if test_hf else None,
-        converter=choose_converter(registry, source) if source else None,
-    )
+    source = resolve_source(str(hf_model), None) if hf_model else None
+    if test_engine:
+        loaded = load(engine, model=model, tokenizer=tokenizer, options=runner_options,
+                      workspace=space, registry=registry)  # fmt: skip
+        port = port_of(loaded, source, registry, test_hf=test_hf)
+    else:
+        source = source or recorded_source(space, label, registry)
+        port = Port(tokenizer=source_tokenizer(tokenizer or source), source=source,
+                    converter=choose_converter(registry, source))  # fmt: skip
     where = output or (engine.parent / name if engine and not model else space.report(label, name))
     return run_evaluator(evaluator, port, where, progress=progress)
 
 
-def find_source(
-    space: Workspace, hf_model: str | Path | None, model: str | None, registry: Registry
-) -> Path | None:
-    """Return the source that was named, or the one that a model's checkpoint came from."""
-    if hf_model is not None:
-        return resolve_source(str(hf_model), None)
-    if model is None:
-        return None
+def port_of(
+    loaded: LoadedEngine, source: Path | None, registry: Registry, *, test_hf: bool
+) -> Port:
+    """Set an engine beside a Hugging Face folder, and beside what it was converted from."""
+    manifest = loaded.engine.manifest
+    origin = Path(manifest.source.path)
+    reference = source or (origin if origin.exists() else None)
+    converter = registry.converter(manifest.converter.component)
+    reads = reference is not None and converter.matches(reference)
+    return Port(
+        runner=loaded.runner,
+        tokenizer=loaded.tokenizer,
+        source=reference if test_hf else None,
+        converter=converter if reads or origin.exists() else None,
+        origin=origin if origin.exists() and not reads else None,
+    )
+
+
+def recorded_source(space: Workspace, model: str, registry: Registry) -> Path:
+    """Return what a model's checkpoint came from, else where the family is published."""
     checkpoint = space.checkpoint(model)
     if checkpoint.is_dir():
         recorded = Path(Checkpoint.open(checkpoint, verify=False).manifest.source.path)

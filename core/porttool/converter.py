@@ -172,7 +172,7 @@ def convert(
     Peak resident memory stays within twice the largest tensor and a constant. `dtype` defaults to
     the source's own. Raises SourceError for anything wrong with the source, by tensor and file.
     """
-    record = SourceRecord(path=str(source_path), fingerprint=fingerprint(source_path))
+    record = SourceRecord(path=str(source_path.absolute()), fingerprint=fingerprint(source_path))
     scratch = output.absolute().parent
     scratch.mkdir(parents=True, exist_ok=True)
     with converter.prepare(source_path, scratch, progress) as readable:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from porttool.builder import Builder, BuildRequest, Rank
-from porttool.checkpoint import TOKENIZER, Checkpoint, PluginRecord, read_manifest
+from porttool.checkpoint import TOKENIZER, Checkpoint, PluginRecord, SourceRecord, read_manifest
 from porttool.config import (
     Closed,
     Dtype,
@@ -47,6 +47,7 @@ class EngineManifest(Closed):
     builder: PluginRecord
     converter: PluginRecord
     checkpoint_digest: str
+    source: SourceRecord
     config: ModelConfig
     tokens: SpecialTokens
     prompt: PromptTemplate | None
@@ -159,6 +160,7 @@ def build(
             builder=plugin,
             converter=made.plugin,
             checkpoint_digest=checkpoint.digest,
+            source=made.source,
             config=made.config,
             tokens=made.tokens,
             prompt=made.prompt,

@@ -42,8 +42,12 @@ def say_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
 
+_noted: set[str] = set()
+
+
 def note(text: str) -> None:
-    """Print something beside the result."""
+    """Print something beside the result; a report does not say it again."""
+    _noted.add(text)
     _console(stderr=True).print(text, markup=False, style="dim")
 
 
@@ -87,7 +91,8 @@ def show_report(report: Report) -> None:
     title = f"{report.evaluator}: {report.engine} beside {report.reference}"
     table(title, ("verdict", "check", "found", "bound", ""), rows)
     for remark in report.notes:
-        say(remark)
+        if remark not in _noted:
+            say(remark)
     failed = sum(v.passed is not True for v in report.verdicts)
     say(f"{len(report.verdicts)} checks, {failed} failed" if rows else "nothing was checked")
 
