@@ -42,7 +42,7 @@ DASHES = {"<|endoftext|>": 60, "<fim-prefix>": 61, "<fim-middle>": 62, "<fim-suf
 
 def write_tokenizer(folder: Path, added: dict[str, int]) -> None:
     entries = [{"id": i, "content": t, "special": True} for t, i in added.items()]
-    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": entries}))
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": entries, "model": {}}))
 
 
 def original(folder: Path, model: torch.nn.Module, **changes) -> Path:
