@@ -82,7 +82,10 @@ def compile_library(compiler: str, target: Path) -> None:
 
 def run_compiler(command: list[str]) -> None:
     """Run the compiler; its first complaint is the reason when it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NativeUnavailable(f"{command[0]} does not run: {error}") from error
     if done.returncode:
         lines = [line.partition("error: ")[2] for line in done.stderr.splitlines()]
         raise NativeUnavailable(next(filter(None, lines), f"{command[0]} failed"))

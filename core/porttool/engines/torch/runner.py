@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 
 class TorchOptions(Options):
-    """`device`: auto takes the GPU if there is one. `canonical`: the slow reference decoder."""
+    """`device`: auto takes the GPU if there is one. `canonical`: the slow reference decoder.
+
+    `compiled` false keeps a CPU to plain torch, as where there is no compiler.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     canonical: bool = False
+    compiled: bool = True
 
 
 class TorchRunner(Runner):
@@ -97,7 +101,8 @@ class TorchRunner(Runner):
         )
 
     def _make_decoder(self) -> DeviceDecoder:
-        if self.device != "cpu" or cast("TorchOptions", self.options).canonical:
+        options = cast("TorchOptions", self.options)
+        if self.device != "cpu" or options.canonical:
             return self._canonical()
         import torch
 
@@ -109,6 +114,7 @@ class TorchRunner(Runner):
             load_weights(self.engine.rank_path()),
             dtype=getattr(torch, manifest.dtype),
             limits=manifest.limits,
+            native=options.compiled,
         )
 
 
