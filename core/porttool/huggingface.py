@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from porttool.config import ModelConfig, SpecialTokens
 from porttool.converter import Converter, Source, validated
@@ -15,10 +15,7 @@ from porttool.errors import SourceError
 from porttool.sources.ranks import Renamed, ShardedTensors
 from porttool.sources.safetensors_file import SafetensorsFile, unique_pairs
 from porttool.sources.torch_file import open_torch_file
-from porttool.weights import TensorInfo, TensorSource, listing
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from porttool.weights import TensorSource, listing
 
 T = TypeVar("T")
 
@@ -161,8 +158,8 @@ class HuggingFaceConverter(Converter):
         if foreign := foreign_code(values) - self.implements:
             raise SourceError(
                 f"{config.file}: 'auto_map' says that this model runs code of its own "
-                f"({listing(sorted(foreign))}), which porttool never does and {self.name!r} does "
-                "not stand for; without --model the family that it belongs to is found, if there is"
+                f"({listing(sorted(foreign))}), which porttool never does, and {self.name!r} "
+                "does not stand for it"
             )
         config.ignore("auto_map")
         model = validated(config.file, lambda: self.read_config(config))

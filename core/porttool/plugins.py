@@ -20,7 +20,7 @@ import pluggy
 
 from porttool import hookspecs
 from porttool.catalog import DENY, Catalog, Plugin
-from porttool.errors import PluginError, UsageError
+from porttool.errors import PluginError, SourceError, UsageError
 
 if TYPE_CHECKING:
     import click
@@ -247,6 +247,7 @@ def choose_converter(
     refined = {c.refines for c in matching}
     left = [c for c in matching if c.name not in refined]
     if len(left) == 1:
+        require_own_source(registry, source, left[0])
         return registry.converter(left[0].name, options)
     if left:
         listed = ", ".join(sorted(c.name for c in left))
@@ -259,6 +260,21 @@ def choose_converter(
     others = {c.family for c in matches(registry, source, list(registry.converters.classes))}
     hint = f"; it looks like {', '.join(sorted(others))}" if others else ""
     raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
+
+
+def require_own_source(registry: Registry, source: Path, chosen: Converter) -> None:
+    """Name the family that goes before the chosen one, where that one cannot read the source."""
+    found = matches(registry, source, list(registry.converters.classes))
+    others = {c.family for c in found if c.refines == chosen.name and c.family != chosen.family}
+    if not others:
+        return
+    try:
+        chosen.config(source)
+    except SourceError as error:
+        named = ", ".join(sorted(others))
+        raise UsageError(
+            f"{source}: not a source of {chosen.family!r}; it looks like {named} ({error})"
+        ) from error
 
 
 def matches(registry: Registry, source: Path, names: list[str]) -> list[Converter]:

@@ -177,7 +177,7 @@ def test_foreign_code_is_refused_by_name(tmp_path, registry):
     with pytest.raises(SourceError, match=r"runs code of its own \(evil.Config\)"):
         tiny.converted(source, tmp_path / "checkpoint")
     source = original(tmp_path / "again", bigcode(n_inner=40))
-    with pytest.raises(SourceError, match="without --model the family that it belongs to is found"):
+    with pytest.raises(UsageError, match="not a source of 'gpt2'; it looks like santacoder"):
         tiny.converted(source, tmp_path / "checkpoint", model="gpt2")
 
 
