@@ -164,14 +164,15 @@ def summary(
 
 
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from porttool.api import convert
 
 start = time.perf_counter()
 convert(Path(sys.argv[1]), Path(sys.argv[2]))
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+status = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's memory too
+peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
 print(json.dumps({"seconds": round(seconds, 1), "peak_rss_bytes": peak}))
 """
 
