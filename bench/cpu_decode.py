@@ -228,6 +228,8 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(asked.threads)
     chosen = {n: e for n, e in (ENGINES | QUANTISED).items() if asked.only in n}
     chosen |= {n: e for n, e in ENGINES.items() if n.startswith("transformers")}
+    if asked.batch > 1:  # llama.cpp's side here feeds one row
+        chosen = {n: e for n, e in chosen.items() if e[0] != "llama"}
     prompts = [[(7919 * i + 104729 * row) % 50257 for i in range(asked.prompt)]
                for row in range(asked.batch)]  # fmt: skip
     speeds, loads = [], []

@@ -130,6 +130,44 @@ def test_greedy_decoding_takes_the_highest_logit(dtype, n):
 
 
 @compiled
+@pytest.mark.parametrize("shape", ["gpt2", "gqa"])
+def test_threads_change_nothing(shape):
+    pair = Pair(shape)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            pair.decoder.step(Step.prefill([[1], [2], [3]]), all_positions=False)
+            step = one_each(pair, [1, 1, 1], [0, 1, 2])
+            found = pair.decoder.decode(step, 20)
+            results.append((found, pair.decoder.step(step, all_positions=False)))
+        finally:
+            torch.set_num_threads(1)
+    for found, logits in results[1:]:
+        assert torch.equal(found, results[0][0])
+        assert torch.equal(logits, results[0][1])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_code_for_older_processors_agrees(monkeypatch, tmp_path, dtype):
+    wide = Pair("mqa", dtype)
+    flags = ("-std=c++17", "-O1", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-fopenmp")
+    monkeypatch.setattr(cpu_library, "FLAGS", flags)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_library.load_library.cache_clear()
+    narrow = Pair("mqa", dtype)
+    cpu_library.load_library.cache_clear()
+    assert narrow.decoder.native.library is not wide.decoder.native.library
+    for pair in (wide, narrow):
+        pair.check(Step.prefill([[4, 9], [8]]))
+        pair.check(one_each(pair, [2, 1], [0, 1]))
+    steps = [one_each(pair, [3, 2], [0, 1]) for pair in (wide, narrow)]
+    found = [p.decoder.decode(s, 8) for p, s in zip((wide, narrow), steps, strict=True)]
+    assert torch.equal(*found)
+
+
+@compiled
 def test_equal_logits_go_to_the_lowest_id():
     config = ModelConfig(**BASE)
     weights = drawn(config, torch.float32)
