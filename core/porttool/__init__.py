@@ -46,7 +46,8 @@ _HOMES = {
 
 __all__ = [
     "API_VERSION", "Activation", "Builder", "Checkpoint", "Converter", "Engine", "Evaluator",
-    "HuggingFaceConverter", "ModelConfig", "PorttoolError", "PromptTemplate", "Refinement", "Runner", "Sampling",
+    "HuggingFaceConverter", "ModelConfig", "PorttoolError", "PromptTemplate",
+    "Refinement", "Runner", "Sampling",
     "Source", "SourceConfig", "WeightMap", "concat", "hookimpl", "take", "transpose",
 ]  # fmt: skip
 

@@ -25,8 +25,7 @@ from porttool.config import (
     SpecialTokens,
 )
 from porttool.errors import UsageError
-from porttool.folder import hash_file, pending_folder, verify_files
-from porttool.folder import FileRecord
+from porttool.folder import FileRecord, hash_file, pending_folder, verify_files
 from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:

@@ -97,7 +97,7 @@ def guarded(path: Path, load: Callable[[Path], tokenizers.Tokenizer]) -> tokeniz
     """Turn the tokenizers library's bare exceptions into a CheckpointError naming the file."""
     try:
         return load(path)
-    except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+    except Exception as error:
         raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}") from error
 
 
