@@ -12,6 +12,7 @@ import inspect
 import json
 import shutil
 import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -218,6 +219,7 @@ def module(version: str = "11.4.0.106") -> types.ModuleType:
     """Return the module, of a version."""
     made = types.ModuleType("tensorrt")
     made.__version__ = version
+    made.__spec__ = ModuleSpec("tensorrt", None)
     known = SIGNATURES[".".join(version.split(".")[:2])]
     mine = [v for v in globals().values() if inspect.isclass(v) and v.__module__ == __name__]
     for value in (*PUBLIC, *mine):

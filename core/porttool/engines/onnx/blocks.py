@@ -53,7 +53,8 @@ class Blocks:
     def linear(self, at: str, x: str, *, bias: bool) -> str:
         """Multiply by a module's weight and add its bias."""
         graph = self.graph
-        weight = self.weight(f"{at}.weight")
+        stored = self.weight(f"{at}.weight")  # [out, in]
+        weight = graph.node("Transpose", [stored], f"{at}.weight.turned", {"perm": [1, 0]})
         if not bias:
             return graph.module(at, x, graph.node("MatMul", [x, weight], f"{at}.out"))
         product = graph.node("MatMul", [x, weight], f"{at}.product")
@@ -64,15 +65,23 @@ class Blocks:
         """Normalise in float32, whatever the type of x."""
         graph, c = self.graph, self.config
         wide = self.widen(x, f"{at}.wide")
-        inputs = [wide, self.weight(f"{at}.weight")]
+        inputs = [wide, self._norm_weight(f"{at}.weight")]
         out = f"{at}.out" if self.dtype == "float32" else f"{at}.normed"
         if c.norm == "rmsnorm":
             self._rms_norm(at, inputs, out)
         else:
             if c.norm_bias:
-                inputs.append(self.weight(f"{at}.bias"))
+                bias = self.weight(f"{at}.bias")
+                inputs.append(self.widen(bias, f"{at}.bias.wide"))
             graph.node("LayerNormalization", inputs, out, {"axis": -1, "epsilon": c.norm_eps})
         return graph.module(at, x, self.narrow(out, f"{at}.out"))
+
+    def _norm_weight(self, name: str) -> str:
+        """Return a norm's weight in float32, the one that `layernorm1p` leaves out added."""
+        wide = self.widen(self.weight(name), f"{name}.wide")
+        if self.config.norm != "layernorm1p":
+            return wide
+        return self.graph.node("Add", [wide, self.graph.scalar(1.0, "float32")], f"{name}.whole")
 
     def _rms_norm(self, at: str, inputs: list[str], out: str) -> None:
         graph, (x, weight) = self.graph, inputs

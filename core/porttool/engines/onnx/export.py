@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from porttool.builder import BuildRequest, Rank
 from porttool.errors import MissingExtra, UsageError
-from porttool.folder import PendingFolder, require_space
-from porttool.shards import write_shards
 
 if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
     from porttool.progress import Progress
 
 MODEL = "model.onnx"
-JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -46,27 +43,19 @@ def export_model(
     from porttool.engines.onnx.blocks import OPSETS, GraphSpec
     from porttool.engines.onnx.decoder import decoder_model
     from porttool.engines.onnx.graph import check_model
-    from porttool.engines.onnx.weights import place_tensors, plan_files, weight_jobs
+    from porttool.engines.onnx.weights import write_weights
 
     if request.dtype == "float64":
         raise UsageError(
             "an ONNX engine is float32, float16 or bfloat16: neither ONNX Runtime nor TensorRT "
             "has the operators in float64; choose another --dtype, or --engine torch"
         )
-    jobs = weight_jobs(checkpoint, request.dtype)
-    total = sum(job.nbytes for job in jobs)
-    shards = plan_files(jobs)
     limits = request.limits
     spec = GraphSpec(request.config, request.dtype, limits.max_len, limits.max_prompt_rows, form)
-    model = decoder_model(spec, place_tensors(shards))
-    require_space(out, total)
-    progress.start("build", total)
-    write_shards(PendingFolder(out, out), shards, workers=2, progress=progress)
-    (out / JOURNAL).unlink(missing_ok=True)
+    model = decoder_model(spec, write_weights(checkpoint, request.dtype, out, progress=progress))
     path = out / MODEL
     path.write_bytes(model.SerializeToString(deterministic=True))
     checked = check_model(str(path))
-    progress.finish()
     return Exported(path, spec, OPSETS[form], len(checked.graph.node))
 
 
