@@ -28,7 +28,7 @@ from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, Sp
 from porttool.errors import SourceError
 from porttool.folder import pending_folder, require_space
 from porttool.progress import SILENT, Progress
-from porttool.shards import MAX_SHARD_BYTES, TensorJob, plan_shards, write_shards
+from porttool.shards import MAX_SHARD_BYTES, TensorJob, digest, plan_shards, write_shards
 from porttool.sources.tokenizer_files import check_tokenizer
 from porttool.weights import (
     Take,
@@ -273,7 +273,7 @@ def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> No
     """Refuse a stored copy that is not one."""
     infos = tensors.infos()
     for copy, original in duplicates.items():
-        if copy in infos and not tensors.load(copy).equal(tensors.load(original)):
+        if copy in infos and digest(tensors.load(copy)) != digest(tensors.load(original)):
             raise SourceError(
                 f"{copy} in {infos[copy].file} differs from {original}, although the config says "
                 "that they are tied; set tie_word_embeddings to false if they are not"

@@ -187,6 +187,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def digest(tensor: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor's elements, to compare two that are never held together."""
+    return hashlib.sha256(as_bytes(tensor.contiguous())).digest()
+
+
 def write_all(file: IO[bytes], data: memoryview) -> None:
     """Write to an unbuffered file until everything is written."""
     while data:
