@@ -70,7 +70,7 @@ def generate(
     and next token as it is chosen (with one completion a prompt). Limits are checked before
     anything runs.
     """
-    vocabulary = runner.config.vocab_size + runner.engine.manifest.limits.max_prompt_rows
+    vocabulary = runner.config.vocab_size + runner.prompt_rows
     check_prompts(prompts, sampling, runner.engine.manifest.limits, vocabulary)
     if sampling.stop and tokenizer is None:
         raise UsageError("stop strings need a tokenizer")

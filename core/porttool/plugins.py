@@ -258,6 +258,7 @@ def choose_converter(
             "`porttool plugins list` shows what each reads"
         )
     others = {c.family for c in matches(registry, source, list(registry.converters.classes))}
+    others |= {c.family for c in registry.tables if c().matches(source)}
     hint = f"; it looks like {', '.join(sorted(others))}" if others else ""
     raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
 

@@ -168,7 +168,10 @@ def choose_table_converter(
     if found:
         return found[0](options)
     if named and model:
-        raise UsageError(f"{source}: not a source of {model!r} that porttool can read")
+        models = [registry.converter(name) for name in registry.converters.classes]
+        likely = sorted({m.family for m in models if m.matches(source)})
+        hint = f"; it looks like {', '.join(likely)}" if likely else ""
+        raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
     return None
 
 

@@ -28,6 +28,9 @@ class Runner(Component):
     decodes_on_device: ClassVar[bool] = False
     """True when `decode` is implemented: several greedy tokens without leaving the device."""
 
+    prompt_rows: int = 0
+    """Rows of the prompt table that is loaded; `load_prompt_table` keeps it."""
+
     traces: ClassVar[bool] = False
     """True when `trace` is implemented."""
 

@@ -17,9 +17,12 @@ import tiny
 from porttool import api
 from porttool.cli import invoke as run_cli
 from porttool.config import Sampling
+from porttool.engine import Engine
 from porttool.errors import CheckpointError, PorttoolError, UsageError
 from porttool.generate import generate
+from porttool.plugins import choose_converter
 from porttool.prompt_table import PromptTable, use_table
+from porttool.runner import load_runner
 from tiny import PROMPTS, full_logits
 
 D = tiny.SHAPE["n_embd"]
@@ -156,6 +159,13 @@ def test_hostile_and_foreign_archives_are_refused(tmp_path):
     refused(tmp_path / "s.nemo", tmp_path, "not a source of 'prompt_tuning'")
 
 
+def test_the_wrong_family_names_the_right_one(tmp_path, source, registry):
+    archive = write_nemo(tmp_path / "p.nemo", nested(TABLES))
+    with pytest.raises(UsageError, match=r"not a source of 'gpt_next'.*looks like prompt_tuning"):
+        choose_converter(registry, archive, "gpt_next")
+    refused(source, tmp_path, r"not a source of 'prompt_tuning'.*looks like gpt2")
+
+
 def write_adapter(folder, table, *, file="adapter_model.safetensors", **changes):
     folder.mkdir()
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5,
@@ -267,6 +277,36 @@ def test_virtual_ids_by_hand(table):
             table.prompt([4], task, V)
 
 
+@pytest.fixture(scope="module")
+def onnx_roomy(tmp_path_factory, checkpoint):
+    pytest.importorskip("onnxruntime")
+    limits = tiny.choose_limits(checkpoint.config, max_batch_size=4, max_prompt_rows=15)
+    output = tmp_path_factory.mktemp("engine") / "onnx"
+    options = {"kind": "onnx", "dtype": "float32", "limits": limits}
+    return tiny.built(checkpoint, output, **options).path
+
+
+def test_an_onnx_engine_takes_the_same_table(reference, onnx_roomy, table, registry):
+    runner = load_runner(Engine.open(onnx_roomy, registry), registry)
+    prompts = use_table(table, runner, PROMPTS, ["email"])
+    for prompt, ids in zip(prompts, PROMPTS, strict=True):
+        expected = by_formula(reference, TABLES["email"], ids).float()
+        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=2e-4, rtol=0)
+    with pytest.raises(UsageError, match=f"holds the id {V + 15}"):
+        generate(runner, [[V + 15]], Sampling(max_new_tokens=1), eos=())
+
+
+def test_an_id_without_a_row_is_never_run(roomy, table, registry):
+    runner = tiny.loaded(roomy, registry)
+    sampling = Sampling(max_new_tokens=1)
+    with pytest.raises(UsageError, match=f"holds the id {V}"):
+        generate(runner, [[V]], sampling, eos=())
+    runner.load_prompt_table(table.tensor()[:4])
+    generate(runner, [[V + 3]], sampling, eos=())
+    with pytest.raises(UsageError, match=f"holds the id {V + 4}"):
+        generate(runner, [[V + 4]], sampling, eos=())
+
+
 def test_a_table_that_does_not_fit_is_refused(tmp_path, roomy, engine_folder, table, registry):
     other = made(write_adapter(tmp_path / "a", drawn(5, 32), token_dim=32), tmp_path)
     with pytest.raises(UsageError, match="are 32 wide, the model's tokens 24"):
@@ -299,6 +339,10 @@ def test_the_commands(tmp_path, roomy, capsys):
     assert run_cli(convert) == 2
     assert run_cli([*convert, "--output", folder]) == 0
     assert "task 1: squad.v2, 3 tokens" in capsys.readouterr().out
+    assert run_cli(["inspect", folder]) == run_cli(["inspect", str(source)]) == 0
+    shown = capsys.readouterr().out
+    assert "porttool prompt table" in shown
+    assert "prompt_tuning/nemo" in shown
     (tmp_path / "ids.csv").write_text("5,9,2\n7\n")
     (tmp_path / "virtual.csv").write_text(f"{V},{V + 1},{V + 2},{V + 3},{V + 4},5,9,2\n")
 

@@ -31,11 +31,15 @@ def examine(path: Path) -> dict[str, Any]:
     from porttool.checkpoint import MANIFEST, Checkpoint
     from porttool.engine import MANIFEST as ENGINE_MANIFEST
     from porttool.engine import Engine
+    from porttool.prompt_table import MANIFEST as TABLE_MANIFEST
+    from porttool.prompt_table import PromptTable
 
     if (path / MANIFEST).is_file():
         return facts("checkpoint", Checkpoint.open(path).manifest.model_dump(mode="json"))
     if (path / ENGINE_MANIFEST).is_file():
         return facts("engine", Engine.open(path).manifest.model_dump(mode="json"))
+    if (path / TABLE_MANIFEST).is_file():
+        return facts("prompt table", PromptTable.open(path).manifest.model_dump(mode="json"))
     return examine_source(path)
 
 
@@ -51,8 +55,13 @@ def facts(kind: str, manifest: dict[str, Any]) -> dict[str, Any]:
 def examine_source(path: Path) -> dict[str, Any]:
     """Say which family reads a source, and its config and tensors."""
     from porttool.plugins import choose_converter, load_registry
+    from porttool.prompt_table import choose_table_converter
 
-    converter = choose_converter(load_registry(), path)
+    registry = load_registry()
+    if table := choose_table_converter(registry, path, None):
+        tasks = {task: list(rows.shape) for task, rows in table.open(path).items()}
+        return {"is": f"source of {table.name}: {table.source_format}", "tasks": tasks}
+    converter = choose_converter(registry, path)
     source = converter.open(path)
     infos = source.tensors.infos()
     return {

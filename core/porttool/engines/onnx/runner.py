@@ -87,6 +87,7 @@ class OnnxRunner(Runner):
         """Use a prompt table that fits the room reserved at build."""
         require_room(table, self.engine.manifest.limits)
         self._graph.load_table(table)
+        self.prompt_rows = 0 if table is None else len(table)
 
     def trace(self, step: Step) -> dict[str, Tensor]:
         """Run the graph once with every module's input and output among its outputs."""

@@ -79,6 +79,7 @@ class TorchRunner(Runner):
                 f"build it with --max-prompt-embedding-table-size {table.shape[0]}"
             )
         self._decoder.load_prompt_table(table)
+        self.prompt_rows = 0 if table is None else len(table)
 
     def trace(self, step: Step) -> dict[str, Tensor]:
         """Run the engine's weights through the canonical decoder and record every operation."""
