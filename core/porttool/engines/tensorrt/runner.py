@@ -78,6 +78,7 @@ class TensorrtRunner(Runner):
         """Use a prompt table that fits the room reserved at build."""
         require_room(table, self.engine.manifest.limits)
         self._graph.load_table(table)
+        self.prompt_rows = 0 if table is None else len(table)
 
     def _run(self, step: Step, *, all_positions: bool) -> Tensor:
         if not self._options.static_batch:
