@@ -1,11 +1,15 @@
-"""GPT-2 in Hugging Face's layout: fused q | k | v columns, Conv1D weights stored [in, out]."""
+"""GPT-2 in Hugging Face's layout: fused q | k | v columns, Conv1D weights stored [in, out].
+
+Its keys and its table of tensor names are `gpt2_layout` in core, because three more sources keep
+them: SantaCoder, OpenAI's files and FasterTransformer's config.ini.
+"""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 from porttool import HuggingFaceConverter, ModelConfig, SourceConfig, WeightMap, transpose
-from porttool.gpt2_layout import gpt2_weight_map, read_gpt2_config
+from porttool.reading import gpt2_weight_map, read_gpt2_config
 
 
 class GPT2Converter(HuggingFaceConverter):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from porttool import Converter, ModelConfig, Source, WeightMap
-from porttool.fastertransformer import open_folder
-from porttool.weights import identity_rules
+from porttool.reading import identity_rules, open_folder
 
 
 class FasterTransformerConverter(Converter):

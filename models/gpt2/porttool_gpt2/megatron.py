@@ -8,10 +8,16 @@ from typing import Any
 from pydantic import PositiveInt
 
 from porttool import Converter, ModelConfig, Source, WeightMap
-from porttool.component import Options
-from porttool.huggingface import check_special_ids, read_json
-from porttool.megatron_layout import megatron_weight_map, read_megatron_config
-from porttool.sources.megatron import MegatronCheckpoint, is_megatron, open_megatron
+from porttool.reading import (
+    MegatronCheckpoint,
+    Options,
+    check_special_ids,
+    is_megatron,
+    megatron_weight_map,
+    open_megatron,
+    read_json,
+    read_megatron_config,
+)
 
 
 class MegatronOptions(Options):

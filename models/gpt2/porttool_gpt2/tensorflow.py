@@ -6,11 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from porttool import Converter, ModelConfig, Source, WeightMap
-from porttool.errors import SourceError
-from porttool.gpt2_layout import gpt2_config, gpt2_weight_map, openai_name, squeezed
-from porttool.huggingface import check_special_ids, read_json
-from porttool.sources.ranks import Renamed
-from porttool.sources.tf_bundle import TensorBundle, find_bundle
+from porttool.reading import (
+    Renamed,
+    SourceError,
+    TensorBundle,
+    check_special_ids,
+    find_bundle,
+    gpt2_config,
+    gpt2_weight_map,
+    openai_name,
+    read_json,
+    squeezed,
+)
 
 KEYS = {
     "n_vocab": "vocab_size", "n_ctx": "n_positions", "n_embd": "n_embd", "n_head": "n_head",

@@ -11,21 +11,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool import Activation, Converter, ModelConfig, Source, SourceConfig, WeightMap, take
-from porttool.config import Norm, Position
-from porttool.converter import validated
-from porttool.errors import SourceError
-from porttool.progress import Progress
-from porttool.sources.archive import is_gzip, unpacked
-from porttool.sources.megatron_names import join_ranks
-from porttool.sources.nemo import CONFIG, NemoFiles, locate_model, read_nemo_config
-from porttool.sources.nemo_keys import accounted_keys
-from porttool.sources.nemo_tokenizer import read_tokenizer, special_tokens
-from porttool.weights import as_is, concat, identity_rules, interleaved_qkv
+from porttool.reading import (
+    CONFIG,
+    NemoFiles,
+    Norm,
+    Position,
+    Progress,
+    SourceError,
+    accounted_keys,
+    as_is,
+    concat,
+    identity_rules,
+    interleaved_qkv,
+    is_gzip,
+    join_ranks,
+    locate_model,
+    read_nemo_config,
+    read_tokenizer,
+    special_tokens,
+    unpacked,
+    validated,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from porttool.weights import TensorSource, Via
+    from porttool.reading import TensorSource, Via
 
 ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
     "gelu": ("gelu", False),

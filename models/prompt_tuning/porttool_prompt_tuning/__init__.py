@@ -9,7 +9,7 @@ from porttool import hookimpl
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from porttool.prompt_table import TableConverter
+    from porttool.reading import TableConverter
 
 api_version = 1
 

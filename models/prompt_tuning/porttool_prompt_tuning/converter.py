@@ -9,15 +9,21 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from porttool import SourceConfig
-from porttool.component import Options
-from porttool.errors import SourceError
-from porttool.huggingface import open_weight_file, read_json
-from porttool.prompt_table import TableConverter
-from porttool.sources.archive import Archive
-from porttool.sources.megatron import flatten
-from porttool.sources.nemo import CONFIG, WEIGHTS, read_nemo_config
-from porttool.sources.torch_file import load_bytes, only_tensors
-from porttool.weights import listing
+from porttool.reading import (
+    CONFIG,
+    WEIGHTS,
+    Archive,
+    Options,
+    SourceError,
+    TableConverter,
+    flatten,
+    listing,
+    load_bytes,
+    only_tensors,
+    open_weight_file,
+    read_json,
+    read_nemo_config,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

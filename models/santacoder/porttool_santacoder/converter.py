@@ -20,11 +20,20 @@ from porttool import (
     take,
     transpose,
 )
-from porttool.config import InfillTokens, SpecialTokens
-from porttool.errors import SourceError
-from porttool.gpt2_layout import gpt2_weight_map, read_gpt2_config
-from porttool.huggingface import check_special_ids, read_config, read_json, special_ids
-from porttool.weights import as_is, concat, interleaved_qkv
+from porttool.reading import (
+    InfillTokens,
+    SourceError,
+    SpecialTokens,
+    as_is,
+    check_special_ids,
+    concat,
+    gpt2_weight_map,
+    interleaved_qkv,
+    read_config,
+    read_gpt2_config,
+    read_json,
+    special_ids,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
