@@ -225,7 +225,7 @@ def port_of(
     manifest = loaded.engine.manifest
     origin = Path(manifest.source.path)
     reference = source or (origin if origin.exists() else None)
-    converter = registry.converter(manifest.converter.component)
+    converter = registry.converter(manifest.converter.component, manifest.source.options)
     reads = reference is not None and converter.matches(reference)
     return Port(
         runner=loaded.runner,

@@ -8,9 +8,9 @@ tokenizer/        the tokenizer's files, as they came
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from porttool.component import explain
 from porttool.config import (
@@ -42,10 +42,14 @@ class PluginRecord(Closed):
 
 
 class SourceRecord(Closed):
-    """Where a checkpoint came from; `fingerprint` covers names, sizes and times of its files."""
+    """Where a checkpoint came from; `fingerprint` covers names, sizes and times of its files.
+
+    `options` are what the converter was told, without which the source may not be readable.
+    """
 
     path: str
     fingerprint: str
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class CheckpointManifest(Closed):

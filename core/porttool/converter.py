@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -26,7 +25,7 @@ from porttool.checkpoint import (
 from porttool.component import Component, explain
 from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, SpecialTokens
 from porttool.errors import SourceError
-from porttool.folder import pending_folder, require_space
+from porttool.folder import fingerprint, pending_folder, require_space
 from porttool.progress import SILENT, Progress
 from porttool.shards import MAX_SHARD_BYTES, TensorJob, digest, plan_shards, write_shards
 from porttool.sources.tokenizer_files import check_tokenizer
@@ -36,7 +35,6 @@ from porttool.weights import (
     TensorSource,
     WeightMap,
     cast,
-    making_cost,
     map_tensor,
     resolve_rules,
 )
@@ -172,7 +170,11 @@ def convert(
     Peak resident memory stays within twice the largest tensor and a constant. `dtype` defaults to
     the source's own. Raises SourceError for anything wrong with the source, by tensor and file.
     """
-    record = SourceRecord(path=str(source_path.absolute()), fingerprint=fingerprint(source_path))
+    record = SourceRecord(
+        path=str(source_path.absolute()),
+        fingerprint=fingerprint(source_path),
+        options=converter.options.model_dump(mode="json", exclude_none=True),
+    )
     scratch = output.absolute().parent
     scratch.mkdir(parents=True, exist_ok=True)
     with converter.prepare(source_path, scratch, progress) as readable:
@@ -228,7 +230,7 @@ def plan_jobs(
             name,
             shapes[name],
             target,
-            making_cost([infos[n] for n in rule.names], rule, target),
+            sum(infos[n].nbytes for n in rule.names),
             partial(make_tensor, name, shapes[name], rule, source, target, allow_nonfinite),
         )
         for name, rule in rules.items()
@@ -286,14 +288,3 @@ def read_tokenizer(source: Source) -> dict[str, bytes]:
     files.update(source.tokenizer_data)
     check_tokenizer(files, source.config.vocab_size)
     return files
-
-
-def fingerprint(source: Path) -> str:
-    """Return a hash over the source's file names, sizes and times: what resuming relies on."""
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    stats = [
-        (str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns)
-        for f in files
-        if f.is_file()
-    ]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

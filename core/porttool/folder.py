@@ -195,3 +195,14 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> None:
                     f"{folder / name}: its SHA-256 is not the manifest's; "
                     "the file was altered, make the folder again"
                 )
+
+
+def fingerprint(source: Path) -> str:
+    """Return a hash over the source's file names, sizes and times: what resuming relies on."""
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    stats = [
+        (str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns)
+        for f in files
+        if f.is_file()
+    ]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from porttool.checkpoint import PluginRecord, SourceRecord, read_manifest
 from porttool.component import Component
 from porttool.config import Closed, Dtype, ModelConfig, PromptTableConfig
-from porttool.converter import FLOATS, fingerprint
+from porttool.converter import FLOATS
 from porttool.errors import CheckpointError, SourceError, UsageError
-from porttool.folder import FileRecord, pending_folder, verify_files
+from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
 from porttool.progress import SILENT
 from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.sources.safetensors_file import SafetensorsFile
@@ -206,7 +206,7 @@ def convert_table(
         porttool_version=version("porttool"),
         family=converter.family,
         plugin=plugin,
-        source=SourceRecord(path=str(source), fingerprint=fingerprint(source)),
+        source=SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source)),
         config=config,
         files={},
     )

@@ -167,20 +167,27 @@ def test_safetensors_go_before_bin(tmp_path, copy):
 def test_a_source_that_changes_under_our_hands(tmp_path, copy, monkeypatch):
     from porttool import converter
 
-    def meddle(folder, source):
+    def meddle(source):
         os.utime(copy / "config.json", (1, 1))
+        return {}
 
-    monkeypatch.setattr(converter, "copy_tokenizer", meddle)
+    monkeypatch.setattr(converter, "read_tokenizer", meddle)
     assert "changed while it was read; convert it again" in refusal(copy, tmp_path)
 
 
-def test_the_tokenizer_travels_along(tmp_path, copy, tokenizer_folder):
+def test_the_tokenizer_travels_along(tmp_path, tokenizer_folder):
+    copy = tiny.write_source(tmp_path / "wide", tiny.gpt2(vocab_size=320))
     shutil.copy(tokenizer_folder / "tokenizer.json", copy)
     found = tiny.converted(copy, tmp_path / "out")
     assert (found.tokenizer / "tokenizer.json").read_bytes() == (
         tokenizer_folder / "tokenizer.json"
     ).read_bytes()
     assert "tokenizer/tokenizer.json" in found.manifest.files
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tmp_path, copy, tokenizer_folder):
+    shutil.copy(tokenizer_folder / "tokenizer.json", copy)
+    assert "tokenizer.json: the tokenizer has the id 319" in refusal(copy, tmp_path)
 
 
 def test_shard_size_and_workers_do_not_change_the_tensors(tmp_path, copy, checkpoint):

@@ -182,8 +182,8 @@ def test_an_interrupted_build_is_not_taken_for_an_engine(tmp_path, checkpoint, m
     assert not list(engine.path.rglob("half"))
 
 
-def test_the_tokenizer_travels_along(tmp_path, source, tokenizer_folder, registry):
-    folder = shutil.copytree(source, tmp_path / "source")
+def test_the_tokenizer_travels_along(tmp_path, tokenizer_folder, registry):
+    folder = tiny.write_source(tmp_path / "source", tiny.gpt2(vocab_size=320))
     shutil.copy(tokenizer_folder / "tokenizer.json", folder)
     checkpoint = tiny.converted(folder, tmp_path / "checkpoint")
     engine = tiny.built(checkpoint, tmp_path / "engine")

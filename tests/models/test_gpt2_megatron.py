@@ -177,6 +177,7 @@ def test_every_version_and_division(tmp_path, model, registry, form):
     options = {"vocab_size": 67} | ({} if form["version"] else {"n_head": 4})
     checkpoint = assert_ported(source, tmp_path, model, registry, **options)
     assert checkpoint.config.vocab_size == 67
+    assert checkpoint.manifest.source.options == options
 
 
 def test_megatron_core_names(tmp_path, model, registry):
