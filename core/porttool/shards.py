@@ -28,18 +28,23 @@ MAX_SHARD_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class TensorJob:
-    """One tensor to write: what it will be, what its making costs in memory, and how to make it."""
+    """One tensor to write: what it will be, what is read to make it, and how to make it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    cost: int
+    n_read: int
     make: Callable[[], Tensor]
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return math.prod(self.shape) * DTYPES[CODES[self.dtype]][1]
+
+    @property
+    def cost(self) -> int:
+        """Memory that its making may take: the larger of source and result, and a copy of it."""
+        return 2 * max(self.n_read, self.nbytes)
 
 
 def plan_shards(
@@ -110,7 +115,7 @@ def write_shards(
     give_memory_back()
     todo = {name: jobs for name, jobs in shards.items() if name not in folder.files}
     jobs = [job for shard in todo.values() for job in shard]
-    budget = max((max(job.cost, 2 * job.nbytes) for job in jobs), default=0)
+    budget = max((job.cost for job in jobs), default=0)
     progress.advance(sum(j.nbytes for n, s in shards.items() if n not in todo for j in s))
     ahead = make_ahead(jobs, workers=workers, budget=budget)
     with one_thread_each(), closing(ahead) as tensors, ThreadPoolExecutor(1) as disk:

@@ -172,18 +172,14 @@ def describe(rule: Take, source: TensorSource) -> str:
     return ", ".join(f"{n} {list(infos[n].shape)} in {infos[n].file}" for n in rule.names)
 
 
-def making_cost(sources: Sequence[TensorInfo], rule: Take, dtype: str) -> int:
-    """Return the memory that making a tensor takes: what is read, and as much for what is made."""
-    read = sum(info.nbytes for info in sources)
-    kept = rule.via is as_is and all(info.dtype == dtype for info in sources)
-    return read if kept else 2 * read
-
-
 def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False) -> Tensor:
     """Convert to a contiguous tensor of `dtype`; refuse NaN, infinity and overflow by name."""
     import torch
 
-    result = tensor.to(getattr(torch, dtype)).contiguous()
+    target: torch.dtype = getattr(torch, dtype)
+    widens = target.itemsize > tensor.dtype.itemsize
+    narrow = tensor.contiguous() if widens else tensor.to(target)  # what is moved is the smaller
+    result = narrow.to(target).contiguous()
     if allow_nonfinite or is_finite(result):
         return result
     if is_finite(tensor):

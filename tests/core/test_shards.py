@@ -90,7 +90,7 @@ def test_no_more_than_the_budget_is_under_way():
         return torch.ones(100)
 
     jobs = [job(str(i), torch.ones(100), make) for i in range(20)]
-    for _, tensor in make_ahead(jobs, workers=4, budget=3 * 400):
+    for _, tensor in make_ahead(jobs, workers=4, budget=3 * 800):
         del tensor
         with lock:
             held -= 1

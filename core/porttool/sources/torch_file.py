@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAFE_TORCH = (2, 10)
+BLOCK = 1 << 22
+"""Elements of a mapped tensor that are copied before their pages are given back."""
 
 
 class TensorTree(TensorSource):
@@ -48,10 +50,15 @@ class TensorTree(TensorSource):
         return self._infos
 
     def load(self, name: str) -> Tensor:
-        """Copy one tensor out of the map and give its pages back."""
-        copy = self._tensors[name].clone()
-        if self._mapped:
-            release_pages(self._tensors[name])
+        """Copy one tensor out of the map, giving its pages back as they are copied."""
+        tensor = self._tensors[name].detach()
+        if not (self._mapped and tensor.is_contiguous()):
+            return tensor.clone()
+        copy = tensor.new_empty(tensor.shape)
+        blocks = (t.view(-1).split(BLOCK) for t in (tensor, copy))
+        for old, new in zip(*blocks, strict=True):
+            new.copy_(old)
+            release_pages(old)
         return copy
 
 
@@ -177,13 +184,13 @@ def check_entries(entries: list[zipfile.ZipInfo], size: int, label: str) -> None
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Give the whole pages of a file-mapped tensor back; they are read again when touched.
+    """Give the whole pages of a contiguous, file-mapped tensor back; they are read when touched.
 
     Never call it on memory that is not a file's: its contents would be gone.
     """
-    storage = tensor.untyped_storage()
-    first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = end // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
