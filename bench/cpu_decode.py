@@ -116,28 +116,47 @@ class Worker:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, kind, dtype, folder, threads))
+        self.process = context.Process(
+            target=serve, args=(theirs, kind, dtype, folder, threads), daemon=True
+        )
         self.process.start()
         theirs.close()
-        self.state: str = self.pipe.recv()
-        print(f"{name}: {self.state}", flush=True)
         self.rounds: list[tuple[float, float]] = []
         self.tokens: list[int] = []
+        self.state = "loading"
+        self.state = self.receive() or self.state
+        print(f"{name}: {self.state}", flush=True)
+
+    def receive(self) -> Any:
+        """Wait for an answer; None, and a new state, if the process died (llama.cpp may)."""
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            self.state, self.rounds = f"died with {self.process.exitcode}", []
+            return None
 
     def measure(self, prompts: list[list[int]], n_new: int, *, keep: bool = True) -> None:
         """Generate once."""
         self.pipe.send((prompts, n_new))
-        prefill, decode, tokens = self.pipe.recv()
-        if keep:
+        found = self.receive()
+        if found is None:
+            print(f"{self.name}: {self.state}", flush=True)
+        elif keep:
+            prefill, decode, self.tokens = found
             print(f"  {self.name:38} {prefill:9.1f} {decode:9.2f}", flush=True)
             self.rounds.append((round(prefill, 2), round(decode, 3)))
-            self.tokens = tokens
 
     def stop(self) -> None:
         """End the process."""
         if self.state == "ready":
             self.pipe.send(None)
         self.process.join()
+
+
+def alive(workers: list[Worker]) -> list[Worker]:
+    """The engines that can be asked."""
+    return [w for w in workers if w.state == "ready"]
 
 
 def read_speed(threads: int) -> float:
@@ -237,13 +256,12 @@ def main() -> None:
         folder = Path(name)
         write_sources(folder, asked.batch, asked.prompt, asked.new)
         workers = [Worker(n, *chosen[n], folder, asked.threads) for n in chosen]
-        ready = [w for w in workers if w.state == "ready"]
-        for worker in ready:
+        for worker in alive(workers):
             worker.measure(prompts, 4, keep=False)
         for _ in range(asked.rounds):
             speeds.append(read_speed(asked.threads))
             loads.append(round(os.getloadavg()[0], 2))
-            for worker in ready:
+            for worker in alive(workers):
                 worker.measure(prompts, asked.new)
                 time.sleep(0.3)  # threads of some engines spin for a while after their work
         for worker in workers:
