@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,6 +104,16 @@ class CachedGraph:
         """Copy the rows of whole slots, as if at once."""
         rows = self._rows.row_of
         self._copy([(rows[a], rows[b]) for a, b in zip(source, target, strict=True)])
+
+    @contextmanager
+    def using(self, program: Program) -> Iterator[None]:
+        """Run another program of the same graph for a while, on the same cache."""
+        usual, kept = self.program, self._kept
+        self.program, self._kept = program, {}
+        try:
+            yield
+        finally:
+            self.program, self._kept = usual, kept
 
     def load_table(self, table: Tensor | None) -> None:
         """Put rows of a prompt table where the graph reads them."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import NonNegativeInt
@@ -11,7 +14,7 @@ from porttool.component import Options
 from porttool.engines.onnx.export import MODEL
 from porttool.engines.onnx.session import SessionSettings, choose_device, make_session
 from porttool.errors import UsageError
-from porttool.runner import Runner
+from porttool.runner import Runner, TimedNode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +91,18 @@ class OnnxRunner(Runner):
         require_room(table, self.engine.manifest.limits)
         self._graph.load_table(table)
         self.prompt_rows = 0 if table is None else len(table)
+
+    def profiled(self, work: Callable[[], None]) -> list[TimedNode]:
+        """Run `work` on a session that times every node."""
+        from porttool.engines.onnx.node_times import read_node_times
+        from porttool.engines.onnx.program import SessionProgram
+
+        with TemporaryDirectory() as folder:
+            settings = replace(self._settings, profile=Path(folder) / "times")
+            session = make_session(self._folder / MODEL, settings, self._folder)
+            with self._graph.using(SessionProgram(session, settings.device)):
+                work()
+            return read_node_times(Path(session.end_profiling()))
 
     def trace(self, step: Step) -> dict[str, Tensor]:
         """Run the graph once with every module's input and output among its outputs."""

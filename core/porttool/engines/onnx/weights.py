@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from porttool.builder import Rank
 from porttool.config import Dtype
-from porttool.engines.torch.builder import rank_job
 from porttool.folder import PendingFolder, require_space
-from porttool.shards import plan_shards, write_shards
+from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.sources.safetensors_file import check_entry, read_header
+from porttool.weights import cast
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from porttool.checkpoint import Checkpoint
     from porttool.progress import Progress
 
@@ -44,7 +45,7 @@ def write_weights(
     checkpoint: Checkpoint, dtype: Dtype, out: Path, *, progress: Progress
 ) -> dict[str, StoredTensor]:
     """Copy the checkpoint's files, or write another type; return where every tensor is."""
-    jobs = [rank_job(checkpoint, name, dtype, Rank()) for name in checkpoint.names()]
+    jobs = [weight_job(checkpoint, name, dtype) for name in checkpoint.names()]
     total = sum(job.nbytes for job in jobs)
     require_space(out, total)
     progress.start("build", total)
@@ -59,6 +60,17 @@ def write_weights(
     progress.finish()
     files = sorted(out.glob("*.safetensors"))
     return {tensor.name: tensor for file in files for tensor in tensors_in(file)}
+
+
+def weight_job(checkpoint: Checkpoint, name: str, dtype: Dtype) -> TensorJob:
+    """Say how one tensor is read and written in a type."""
+    file = checkpoint.file_of(name)
+    info = file.infos()[name]
+
+    def make() -> Tensor:
+        return cast(name, file.load(name), dtype)
+
+    return TensorJob(name, info.shape, dtype, info.nbytes, make)
 
 
 def tensors_in(file: Path) -> Iterator[StoredTensor]:

@@ -1,0 +1,229 @@
+"""Running an engine under profilers: torch's for every engine, the engine's own beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+from porttool.errors import UsageError
+from porttool.nn import Step
+from porttool.profiling.costs import Peak, StepSize, total_cost
+from porttool.profiling.peak import measure_peak
+from porttool.profiling.table import Line, make_table
+from porttool.runner import Runner, TimedNode
+
+WARM = 2
+"""Steps before what is counted: they pack weights, capture graphs, choose kernels."""
+PREFIX = "porttool."
+
+
+@dataclass(frozen=True)
+class ProfileShape:
+    """What is run: prompts of one length, then so many tokens one at a time."""
+
+    batch: int = 1
+    prompt: int = 128
+    new: int = 16
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was found. `lines` are by module where the engine can tell, else empty."""
+
+    description: str
+    shape: ProfileShape
+    peak: Peak
+    phases: dict[str, dict[str, float]]
+    lines: list[Line]
+    kernels: list[tuple[str, int, float]]
+    """Name, calls and seconds of its own of every operation that torch's profiler saw."""
+
+
+def profile(runner: Runner, shape: ProfileShape, output: Path) -> Profile:
+    """Profile a prefill and its decoding; write trace.json, layers.csv, kernels.csv, profile.json.
+
+    Raises UsageError for a shape that the engine does not hold.
+    """
+    require_fit(runner, shape)
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as recorder:
+        nodes = runner.profiled(lambda: run_steps(runner, shape))
+    trace = export_trace(recorder)
+    found = summarize(runner, shape, trace, nodes)
+    output.mkdir(parents=True, exist_ok=True)
+    trace["traceEvents"] += as_events(nodes, step_ranges(trace))
+    (output / "trace.json").write_text(json.dumps(trace))
+    write_tables(found, output)
+    return found
+
+
+def require_fit(runner: Runner, shape: ProfileShape) -> None:
+    """Refuse a shape beyond the engine's limits."""
+    limits = runner.engine.manifest.limits
+    most = (limits.max_batch_size, limits.max_input_len, limits.max_output_len)
+    if shape.batch > most[0] or shape.prompt > most[1] or shape.new > most[2]:
+        raise UsageError(
+            f"batch {shape.batch}, prompt {shape.prompt}, {shape.new} new tokens: the engine holds "
+            f"{most[0]}, {most[1]}, {most[2]}"
+        )
+
+
+def run_steps(runner: Runner, shape: ProfileShape) -> None:
+    """Feed the prompts and decode, each step a named range; the first two steps are warm-up.
+
+    An engine that decodes on its device does so in one step, as it does for `run`.
+    """
+    tokens = torch.arange(shape.batch * shape.prompt).view(shape.batch, -1) % 97
+    slots = torch.arange(shape.batch)
+    whole = Step(slots, tokens, torch.zeros_like(slots), torch.full_like(slots, shape.prompt))
+    with phase("warm-up"):
+        runner.step(whole)
+    with phase("warm-up"):
+        decode(runner, shape, 0)
+    with phase("prefill"):
+        runner.step(whole)
+    for i in range(0, shape.new, tokens_a_step(runner, shape)):
+        with phase("decode"):
+            decode(runner, shape, i)
+
+
+def tokens_a_step(runner: Runner, shape: ProfileShape) -> int:
+    """Return how many tokens a row one decoding step makes."""
+    return shape.new if runner.decodes_on_device else 1
+
+
+def decode(runner: Runner, shape: ProfileShape, i: int) -> None:
+    """Decode behind i tokens that were decoded before."""
+    ones = torch.ones(shape.batch, dtype=torch.int64)
+    slots = torch.arange(shape.batch)
+    step = Step(slots, 5 * ones[:, None], (shape.prompt + i) * ones, ones)
+    if runner.decodes_on_device:
+        runner.decode(step, shape.new)
+    else:
+        runner.step(step)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Name a step for torch's profiler and, on a GPU, for nsys; wait for it to end."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.nvtx.range_push(PREFIX + name)
+    with record_function(PREFIX + name):
+        yield
+        if cuda:
+            torch.cuda.synchronize()
+    if cuda:
+        torch.cuda.nvtx.range_pop()
+
+
+def export_trace(recorder: Any) -> dict[str, Any]:
+    """Return torch's Chrome trace."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorder.export_chrome_trace(str(path))
+        trace: dict[str, Any] = json.loads(path.read_text())
+    return trace
+
+
+def step_ranges(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the ranges of the steps, in order of time."""
+    ranges = [
+        event for event in trace["traceEvents"]
+        if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
+    ]  # fmt: skip
+    return sorted(ranges, key=lambda event: event["ts"])
+
+
+def summarize(
+    runner: Runner, shape: ProfileShape, trace: dict[str, Any], nodes: Sequence[TimedNode]
+) -> Profile:
+    """Turn what was recorded into times of phases, modules and kernels."""
+    made = runner.engine.manifest
+    ranges = step_ranges(trace)
+    names = [event["name"].removeprefix(PREFIX) for event in ranges]
+    itemsize = getattr(torch, made.dtype).itemsize
+    sizes = {
+        "prefill": StepSize(shape.batch, shape.prompt, shape.prompt, itemsize),
+        "decode": StepSize(shape.batch, 1, shape.prompt + shape.new // 2, itemsize),
+    }
+    on_gpu = "cuda" if any(e.get("cat") == "kernel" for e in trace["traceEvents"]) else "cpu"
+    peak = measure_peak(on_gpu, made.dtype)
+    phases = {}
+    for name, size in sizes.items():
+        tokens = tokens_a_step(runner, shape) if name == "decode" else 1
+        taken = sorted(e["dur"] / 1e6 / tokens for e in ranges if e["name"] == PREFIX + name)
+        cost = total_cost(made.config, size)
+        median = taken[len(taken) // 2]
+        phases[name] = {
+            "seconds": median, "flops": cost.flops, "bytes": cost.nbytes,
+            "roofline": cost.seconds(peak) / median,
+        }  # fmt: skip
+    counted = [(names[n.run], n) for n in nodes if names[n.run] in sizes]
+    lines = make_table(
+        counted, made.config, sizes=sizes, runs={n: names.count(n) for n in sizes}, peak=peak
+    )
+    since = ranges[WARM]["ts"]
+    return Profile(runner.description, shape, peak, phases, lines, kernels_in(trace, since))
+
+
+def kernels_in(trace: dict[str, Any], since: float) -> list[tuple[str, int, float]]:
+    """Add up GPU kernels, or the operations of torch where there is none, by name."""
+    events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e["ts"] >= since]
+    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    found: dict[str, list[float]] = {}
+    for event in on_gpu or outermost([e for e in events if e.get("cat") == "cpu_op"]):
+        found.setdefault(event["name"], []).append(event["dur"] / 1e6)
+    rows = [(name, len(times), sum(times)) for name, times in found.items()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def outermost(events: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the events that no other of the same thread contains, so that none counts twice."""
+    ends: dict[int, float] = {}
+    for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+        if event["ts"] >= ends.get(event["tid"], 0):
+            ends[event["tid"]] = event["ts"] + event["dur"]
+            yield event
+
+
+def as_events(nodes: Sequence[TimedNode], ranges: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Turn an engine's own times into trace events, each run moved to where its step began."""
+    starts: dict[int, float] = {}
+    for node in nodes:
+        starts[node.run] = min(node.begin, starts.get(node.run, node.begin))
+    return [
+        {"ph": "X", "cat": "engine", "name": node.name, "pid": "engine", "tid": node.operator,
+         "ts": ranges[node.run]["ts"] + node.begin - starts[node.run], "dur": node.duration,
+         "args": {"operator": node.operator}}
+        for node in nodes
+    ]  # fmt: skip
+
+
+def write_tables(found: Profile, output: Path) -> None:
+    """Write layers.csv, kernels.csv and profile.json."""
+    with (output / "layers.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("phase", "layer", "module", "seconds", "flops", "bytes", "roofline"))
+        for line in found.lines:
+            rows.writerow((line.phase, line.layer, line.module, f"{line.seconds:.9f}",
+                           line.cost.flops, line.cost.nbytes, f"{line.fraction:.4f}"))  # fmt: skip
+    with (output / "kernels.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("name", "calls", "seconds"))
+        rows.writerows(found.kernels)
+    facts = {
+        "description": found.description, "shape": vars(found.shape), "peak": vars(found.peak),
+        "phases": found.phases,
+    }  # fmt: skip
+    (output / "profile.json").write_text(json.dumps(facts, indent=1) + "\n")
