@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.checkpoint import Checkpoint
-from porttool.config import Dtype
+from porttool.config import Dtype, Limits
 from porttool.converter import convert as convert_source
 from porttool.engine import Engine, choose_limits
 from porttool.engine import build as build_engine
@@ -213,7 +213,8 @@ def evaluate(
     else:
         source = source or recorded_source(space, label, registry)
         port = Port(tokenizer=source_tokenizer(tokenizer or source), source=source,
-                    converter=choose_converter(registry, source))  # fmt: skip
+                    converter=choose_converter(registry, source),
+                    limits=limits_of(engine or space.engine(label)))  # fmt: skip
     where = output or (engine.parent / name if engine and not model else space.report(label, name))
     return run_evaluator(evaluator, port, where, progress=progress)
 
@@ -234,6 +235,11 @@ def port_of(
         converter=converter if reads or origin.exists() else None,
         origin=origin if origin.exists() and not reads else None,
     )
+
+
+def limits_of(engine: Path) -> Limits | None:
+    """Return the limits of an engine, if there is one."""
+    return Engine.open(engine, verify=False).manifest.limits if engine.is_dir() else None
 
 
 def recorded_source(space: Workspace, model: str, registry: Registry) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from porttool.component import Component
-from porttool.config import Closed
+from porttool.config import Closed, Limits
 from porttool.errors import CheckFailed
 from porttool.progress import SILENT, Progress
 
@@ -77,7 +77,8 @@ class Port:
 
     `source` is the Hugging Face folder. `converter` reads it, or reads `origin` where the engine
     was converted from something that transformers cannot run, such as a .nemo archive.
-    `tokenizer` defaults to the source's own.
+    `tokenizer` defaults to the source's own. `limits` are the engine's, also where it does not run
+    itself, so that a reference that runs alone cuts its prompts as the engine will.
     """
 
     runner: Runner | None = None
@@ -85,6 +86,7 @@ class Port:
     source: Path | None = None
     converter: Converter | None = None
     origin: Path | None = None
+    limits: Limits | None = None
 
 
 class Evaluator(Component):

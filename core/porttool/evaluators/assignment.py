@@ -134,8 +134,10 @@ def input_len(options: SummarizeOptions, port: Port) -> int:
     if options.max_input_len is not None:
         return options.max_input_len
     limits = [ANCESTOR_INPUT_LEN]
+    engine = port.runner.engine.manifest.limits if port.runner is not None else port.limits
+    if engine is not None:
+        limits.append(engine.max_input_len)
     if port.runner is not None:
-        limits.append(port.runner.engine.manifest.limits.max_input_len)
         limits.append(port.runner.config.n_positions - options.max_new_tokens)
     elif port.source is not None:
         config = json.loads((port.source / "config.json").read_bytes())
