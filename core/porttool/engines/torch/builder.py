@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.builder import Builder, BuildRequest, Rank
+from porttool.component import Options
 from porttool.config import Dtype
+from porttool.errors import UsageError
 from porttool.folder import PendingFolder, require_space
-from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.sharding import rank_config, shard
+from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.weights import cast
 
 if TYPE_CHECKING:
@@ -23,12 +25,35 @@ if TYPE_CHECKING:
     from porttool.progress import Progress
 
 
+class TorchBuildOptions(Options):
+    """`tune`: measure the kernels' tiles on this GPU (minutes) and keep the fastest."""
+
+    tune: bool = False
+
+
 class TorchBuilder(Builder):
     """Writes safetensors; a single rank of the checkpoint's own type shares its files instead."""
 
     name = "torch"
+    Options = TorchBuildOptions
 
     def build_rank(
+        self,
+        checkpoint: Checkpoint,
+        request: BuildRequest,
+        rank: Rank,
+        *,
+        out: Path,
+        progress: Progress,
+    ) -> Mapping[str, Any]:
+        """Link or write one rank's weights, and measure the kernels if asked to."""
+        found = dict(self.write_rank(checkpoint, request, rank, out=out, progress=progress))
+        options = self.options
+        if isinstance(options, TorchBuildOptions) and options.tune:
+            found["tuning"] = measured(request, rank)
+        return found
+
+    def write_rank(
         self,
         checkpoint: Checkpoint,
         request: BuildRequest,
@@ -51,6 +76,23 @@ class TorchBuilder(Builder):
         (out / "journal.jsonl").unlink()
         progress.finish()
         return {"rank": rank.index, "weights": f"{request.dtype} slices", "n_head": config.n_head}
+
+
+def measured(request: BuildRequest, rank: Rank) -> Mapping[str, Any]:
+    """Measure the CUDA kernels for one rank's shape on this machine's GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError("tune was asked for, but torch sees no GPU; build without it")
+    from porttool.engines.torch.cuda_tune import tune
+
+    limits = request.limits
+    return tune(
+        rank_config(request.config, rank.world_size),
+        dtype=getattr(torch, request.dtype),
+        batch_sizes=tuple(sorted({1, limits.max_batch_size})),
+        context=limits.max_input_len,
+    )
 
 
 def rank_job(checkpoint: Checkpoint, name: str, dtype: Dtype, rank: Rank) -> TensorJob:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from porttool.config import ModelConfig
-from porttool.engines.torch.cuda_chains import Model, StreamChain, WideChain, embed
-from porttool.engines.torch.cuda_chains import wide_attention
+from porttool.config import Limits, ModelConfig
+from porttool.engines.torch.cuda_chains import Model, StreamChain, WideChain, embed, wide_attention
 from porttool.engines.torch.cuda_prefill import Prompt, prefill_layers, project
 from porttool.engines.torch.cuda_state import (
     HISTORY,
@@ -30,8 +29,9 @@ from porttool.engines.torch.cuda_tuning import (
     tile_rows,
 )
 from porttool.engines.torch.cuda_weights import pack_weights
-from porttool.errors import UsageError
-from porttool.nn import Step
+from porttool.engines.torch.device_decoder import DeviceDecoder
+from porttool.errors import EngineError, UsageError
+from porttool.nn import Step, meta_decoder
 
 TOKENS_A_GRAPH = 8
 """Greedy tokens in the long graph; the rest of a request is replayed one by one."""
@@ -40,7 +40,45 @@ PREFILL_TOKENS = 16384
 """Prompt tokens that go through the layers together; bounds the activations' memory."""
 
 
-class CudaDecoder:
+def unsupported(config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Say why the kernels cannot run a model, or None."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"they compute in float16, bfloat16 and float32, not in {str(dtype)[6:]}"
+    if config.head_dim > 256:
+        return f"they hold a head of up to 256 elements, and these have {config.head_dim}"
+    return None
+
+
+def tuning_for(found: Mapping[str, Any] | None, device: str) -> Mapping[str, Any] | None:
+    """Return an engine's tuning if it was measured on this kind of GPU, else None: the rule."""
+    return found if found is not None and found["gpu"] == gpu_name(device) else None
+
+
+def overlaps(device: str) -> bool:
+    """True where kernels can be launched before their predecessor ends: from Hopper on."""
+    return device != "cpu" and (
+        not device.startswith("cuda") or torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def require_memory(config: ModelConfig, dtype: torch.dtype, limits: Limits, device: str) -> None:
+    """Refuse a model that the GPU cannot hold, and say which batch it could."""
+    if not device.startswith("cuda"):
+        return
+    size = dtype.itemsize
+    slot = 2 * config.n_layer * config.n_kv_head * limits.max_len * config.head_dim * size
+    weights = sum(t.numel() for t in meta_decoder(config).state_dict().values()) * size
+    free, _ = torch.cuda.mem_get_info(device)
+    if weights + slot * limits.max_batch_size > free:
+        fits = max(int((free * 0.94 - weights) // slot), 0)
+        raise EngineError(
+            f"the GPU has {free / 1e9:.1f} GB free; the weights need {weights / 1e9:.1f} GB and "
+            f"each row of {limits.max_len} tokens {slot / 1e9:.2f} GB: "
+            + (f"build with --max-batch-size {fits}" if fits else "use a larger GPU or --tp")
+        )
+
+
+class CudaDecoder(DeviceDecoder):
     """A decoder on one GPU (or, slowly and for tests, under Triton's interpreter on a CPU).
 
     weights: the canonical tensors, on any device and in any type; `dtype` float16, bfloat16 or
@@ -48,26 +86,35 @@ class CudaDecoder:
     choice.
     """
 
+    decodes_on_device = True
+
     def __init__(
         self,
         config: ModelConfig,
         weights: Mapping[str, Tensor],
         *,
         dtype: torch.dtype,
-        n_slots: int,
-        max_len: int,
+        limits: Limits,
         device: str = "cuda",
         tuning: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
-        self.n_slots, self.max_len = n_slots, max_len
+        super().__init__(config, weights, dtype=dtype, limits=limits)
+        reason = unsupported(config, dtype)
+        if reason:
+            raise EngineError(f"the CUDA kernels cannot run this model: {reason}")
+        self.device = device
+        n_slots, max_len = self.n_slots, self.max_len
         chosen = default_tuning(config, device) if tuning is None else Tuning.from_dict(tuning)
         self.tuning = chosen
+        self.description = f"{gpu_name(device)}, Triton kernels and CUDA graphs"
+        if tuning is None:
+            self.description += ", not tuned"
+        require_memory(config, dtype, limits, device)
         shape = (config.n_layer, n_slots, config.n_kv_head, max_len, config.head_dim)
         cache = DeviceCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
         self.model = Model(
             config, pack_weights(config, weights, dtype, device), cache,
-            *rotary_tables(config, max_len, device), chosen, dtype, device != "cpu",
+            *rotary_tables(config, max_len, device), chosen, dtype, overlaps(device),
         )  # fmt: skip
         # one step may carry several tokens of a slot, so that rows can outnumber slots
         self.rows = make_rows(max(n_slots, SMALL_ROWS), device)
@@ -75,11 +122,6 @@ class CudaDecoder:
         self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
         self._scratch: dict[int, Scratch] = {}
-
-    @property
-    def description(self) -> str:
-        """Where it runs and how it is tuned."""
-        return f"{gpu_name(self.device)}, Triton kernels and CUDA graphs"
 
     def use(self, tuning: Tuning) -> None:
         """Run with another tuning from now on; graphs are captured anew."""
@@ -97,8 +139,9 @@ class CudaDecoder:
         """Replay greedy steps of rows that are in place, for measurements."""
         self._replay("greedy", self._bucket(n), tokens)
 
+    @torch.inference_mode()
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
-        """Feed tokens; float32 logits as the `Runner` contract says. May be overwritten later."""
+        """Feed tokens; float32 logits as the `Runner` contract says."""
         packed = _Packed(step)
         if packed.n_tokens <= SMALL_ROWS or packed.width == 1:
             logits = self._small_step(packed)
@@ -106,6 +149,7 @@ class CudaDecoder:
             return self._prefill(packed, all_positions=all_positions)
         return _arrange(logits, packed, all_positions=all_positions)
 
+    @torch.inference_mode()
     def decode(self, step: Step, n_tokens: int) -> Tensor:
         """Feed one token a row, then greedy successors: int64 [n, n_tokens] on the device."""
         packed = _Packed(step)
@@ -145,7 +189,7 @@ class CudaDecoder:
         self._put(packed, n)
         embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
         self._replay("logits" if packed.width == 1 else "several", n, 1)
-        return self._logits_of(n)[: packed.n_tokens]
+        return self._logits_of(n)[: packed.n_tokens].clone()
 
     def _prefill(self, packed: _Packed, *, all_positions: bool) -> Tensor:
         c = self.config
@@ -153,7 +197,7 @@ class CudaDecoder:
         out = torch.zeros(packed.n_rows, *width, c.vocab_size, device=self.device)
         for group in packed.groups(PREFILL_TOKENS):
             rows = group.rows(self.device)
-            x = torch.empty(group.n_tokens, c.d_model, device=self.device)
+            x = torch.empty(group.n_tokens, c.d_model, dtype=self.dtype, device=self.device)
             embed(self.model, rows, x, group.n_tokens, self._table)
             slots, starts, first = group.bounds(self.device)
             prompt = Prompt(rows, slots, starts, first, group.width)

@@ -20,6 +20,7 @@ from porttool.engines.torch.cuda_tuning import (
     tile_rows,
 )
 from porttool.engines.torch.cuda_weights import DecoderWeights, Linear, NormWeights
+from porttool.engines.torch.kernels.activation import activate_kernel
 from porttool.engines.torch.kernels.attention import (
     decode_attention,
     group_attention,
@@ -31,8 +32,8 @@ from porttool.engines.torch.kernels.prefill import append_kernel
 from porttool.engines.torch.kernels.token import embed_kernel, pick_kernel
 from porttool.engines.torch.kernels.wide import wide_linear
 
-_FUSED_MERGE = 16384
-"""Above this many partial sums a row, joining them once is cheaper than in every program."""
+EVICT = "evict_first"
+"""Weights pass through the L2 cache first out, so that code, norms and activations stay in it."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,10 @@ def attend(
 ) -> None:  # fmt: skip
     """Attention of n single positions; leaves parts, or the average where nothing is split."""
     c, s = model.config, scratch
-    shared = dict(
+    options = dict(
         HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
         BLOCK_D=power_of_two(c.head_dim), BLOCK_T=tile.block_t, SPLITS=tile.splits,
-        APPEND=append, PDL=model.chained, num_warps=tile.warps, **model.launch,
+        APPEND=append, PDL=model.chained, EVICT=EVICT, num_warps=tile.warps, **model.launch,
     )  # fmt: skip
     arguments = (
         s.qkv, model.cache.keys[layer], model.cache.values[layer], rows.slots, rows.positions,
@@ -93,10 +94,10 @@ def attend(
     )  # fmt: skip
     grid = (tile.splits, c.n_kv_head, n)
     if c.n_head == c.n_kv_head:
-        decode_attention[grid](*arguments, **shared)
+        decode_attention[grid](*arguments, **options)
         return
     block_g = max(16, power_of_two(c.n_head // c.n_kv_head))
-    group_attention[grid](*arguments, BLOCK_G=block_g, PRECISION=model.precision, **shared)
+    group_attention[grid](*arguments, BLOCK_G=block_g, PRECISION=model.precision, **options)
 
 
 def merge(model: Model, scratch: Scratch, splits: int, n: int) -> None:
@@ -112,15 +113,20 @@ def merge(model: Model, scratch: Scratch, splits: int, n: int) -> None:
 
 
 def append(model: Model, rows: Rows, layer: int, qkv: Tensor, query: Tensor, n: int) -> None:
-    """Rotate n packed tokens; keys and values go to the cache, queries to `query`."""
+    """Put n packed tokens' keys and values in the cache, and rotated queries in `query`.
+
+    Without rotation `query` is left alone: the queries in qkv are right as they are.
+    """
     c = model.config
     block_d = power_of_two(c.head_dim)
-    block_h = max(1, 2048 // block_d)
-    append_kernel[(-(-(c.n_head + 2 * c.n_kv_head) // block_h), n)](
+    first = 0 if model.rotary else c.n_head
+    heads = c.n_head + 2 * c.n_kv_head - first
+    block_h = min(max(1, 2048 // block_d), power_of_two(heads))
+    append_kernel[(-(-heads // block_h), n)](
         qkv, query, model.cache.keys[layer], model.cache.values[layer], rows.slots,
         rows.positions, model.cosine, model.sine, model.cache.capacity,
         HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
-        BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
+        FIRST=first, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
 
 
@@ -156,7 +162,7 @@ def residual_norm(
 
 def stream(
     model: Model, scratch: Scratch, linear: Linear, tile: StreamTile, n: int, x: Tensor,
-    out: Tensor | None, *, act: str = "none", splits: int = 0, best: bool = False,
+    out: Tensor | None, *, act: str = "none", best: bool = False, splits: int = 0,
     early: bool = True,
 ) -> None:  # fmt: skip
     """Stream one matrix past n rows, one by one; without `out` and `best` adds to scratch.x."""
@@ -171,11 +177,14 @@ def stream(
         x, linear.weight, s.x if bias is None else bias,
         s.x if linear.column_sum is None else linear.column_sum,
         s.x if linear.norm is None else linear.norm.gamma,
-        s.x, s.x if out is None else out, s.best, s.where, s.part, s.weight, n, c.norm_eps,
-        N=columns, K=inner, NORM=norm, GATED=linear.gated, ACT=act, HAS_BIAS=bias is not None,
-        RESIDUAL=out is None and not best, STORE=out is not None, BEST=best, HEADS=c.n_head,
-        DIM=c.head_dim, SPLITS=splits, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        s.x, s.x if out is None else out, s.best, s.where, s.part, s.weight, n,
+        c.norm_eps, N=columns, K=inner, NORM=norm, GATED=linear.gated, ACT=act,
+        HAS_BIAS=bias is not None,
+        RESIDUAL=out is None and not best, STORE=out is not None, BEST=best,
+        HEADS=c.n_head, DIM=c.head_dim,
+        SPLITS=splits, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         HELD=min(tile.held, -(-inner // tile.block_k)), PDL=model.chained, EARLY=early,
+        EVICT=EVICT,
         num_warps=tile.warps, **model.launch,
     )  # fmt: skip
 
@@ -186,6 +195,9 @@ def wide(
 ) -> None:  # fmt: skip
     """Multiply n rows; without `out` and `best` leaves tile.split sums in scratch.delta."""
     s = scratch
+    if tile.block_n == 0:
+        library(s, linear, n, x, out, act)
+        return
     columns, inner = linear.weight.shape
     columns //= 2 if linear.gated else 1
     block_m = tile_rows(n)
@@ -197,7 +209,31 @@ def wide(
         HAS_BIAS=biased, STORE=delta or out is not None, BEST=best,
         SPLIT=tile.split if delta else 1, BLOCK_M=block_m, BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k, STAGES=tile.stages, PRECISION=model.precision,
-        PDL=model.chained, num_warps=tile.warps, **model.launch,
+        PDL=model.chained, EVICT=EVICT, num_warps=tile.warps,
+        **model.launch,
+    )  # fmt: skip
+
+
+def library(
+    scratch: Scratch, linear: Linear, n: int, x: Tensor, out: Tensor | None, act: str
+) -> None:
+    """As `wide`, by the library's matrix product; without `out` leaves one sum in scratch.sum."""
+    target = (scratch.sum if out is None else out)[:n]
+    if linear.gated:
+        target = scratch.gates[:n]
+    if linear.bias is None or out is None:
+        torch.mm(x[:n], linear.weight.t(), out=target)
+    else:
+        torch.addmm(linear.bias, x[:n], linear.weight.t(), out=target)
+    if act != "none" and out is not None:
+        activation(target, out[:n], act, gated=linear.gated)
+
+
+def activation(hidden: Tensor, out: Tensor, kind: str, *, gated: bool) -> None:
+    """Activate [rows, up_dim] into [rows, up_dim], or half as wide when gated; may be in place."""
+    activate_kernel[(-(-out.numel() // 2048),)](
+        hidden, out, out.numel(), HALF=out.shape[1], GATED=gated, KIND=kind, BLOCK=2048,
+        num_warps=8,
     )  # fmt: skip
 
 
@@ -211,26 +247,22 @@ class StreamChain:
         """Run n rows of the residual stream through every layer."""
         c, s, m = self.model.config, self.scratch, self.model
         tiles, attention = m.tuning.stream, m.tuning.attention
-        fused = self.merges_in_out
         for index, layer in enumerate(m.weights.layers):
             stream(m, s, layer.qkv, tiles["qkv"], n, s.x, s.qkv, early=index > 0)
             attend(m, self.rows, index, s, attention, n)
-            if attention.splits > 1 and not fused:
+            if attention.splits > 1 and not self.joins_in_out:
                 merge(m, s, attention.splits, n)
-            splits = attention.splits if fused else 0
+            splits = attention.splits if self.joins_in_out else 0
             stream(m, s, layer.out, tiles["out"], n, s.attended, None, splits=splits)
             stream(m, s, layer.up, tiles["up"], n, s.x, s.hidden, act=c.activation)
             stream(m, s, layer.down, tiles["down"], n, s.hidden, None)
 
     @property
-    def merges_in_out(self) -> bool:
-        """True when the output projection joins the parts of attention itself."""
-        c, t = self.model.config, self.model.tuning
-        return (
-            1 < t.attention.splits <= _FUSED_MERGE // (c.n_head * c.head_dim)
-            and t.stream["out"].block_k % c.head_dim == 0
-            and power_of_two(c.head_dim) == c.head_dim
-        )
+    def joins_in_out(self) -> bool:
+        """True when the output projection can and shall join the parts of attention."""
+        t, dim = self.model.tuning, self.model.config.head_dim
+        whole = power_of_two(dim) == dim and t.stream["out"].block_k % dim == 0
+        return t.join_in_out and whole and t.attention.splits > 1
 
     def head(self, n: int, logits: Tensor | None) -> None:
         """Project n rows on the vocabulary: maxima of parts of it, and all logits if wanted."""
@@ -265,7 +297,7 @@ class WideChain:
             if attention.splits > 1:
                 merge(m, s, attention.splits, n)
             wide(m, s, layer.out, tiles["out"], n, s.attended, None)
-            self._norm(n, layer.out, layer.up, split=tiles["out"].split)
+            self._norm(n, layer.out, layer.up, name="out")
             wide(m, s, layer.up, tiles["up"], n, s.normed, s.hidden, act=c.activation)
             wide(m, s, layer.down, tiles["down"], n, s.hidden, None)
             before = layer.down
@@ -283,16 +315,18 @@ class WideChain:
         pick(self.model, self.rows, self.scratch, n, -(-self.model.config.vocab_size // block))
 
     def _norm(
-        self, n: int, before: Linear | None, after: Linear, *, split: int = 0, early: bool = True
-    ) -> None:
-        """Add what the matrix `before` left, and normalise for the matrix `after`."""
+        self, n: int, before: Linear | None, after: Linear, *, name: str = "down",
+        early: bool = True,
+    ) -> None:  # fmt: skip
+        """Add what the matrix `before` (of kind `name`) left, and normalise for `after`."""
         m, s = self.model, self.scratch
         if after.norm is None:
             raise AssertionError("a projection of the residual stream has a norm")
-        split = split or m.tuning.wide[str(tile_rows(n))]["down"].split
+        tile = m.tuning.wide[str(tile_rows(n))][name]
+        delta = s.delta if tile.block_n else s.sum
         residual_norm(
-            m, s.x[:n], None if before is None else s.delta,
-            None if before is None else before.bias, after.norm, s.normed, parts=split,
+            m, s.x[:n], None if before is None else delta,
+            None if before is None else before.bias, after.norm, s.normed, parts=tile.split,
             early=early,
         )  # fmt: skip
 
@@ -302,7 +336,8 @@ def wide_attention(model: Model, n: int) -> AttentionTile:
     t = model.tuning
     if n <= SMALL_ROWS:
         return t.attention
-    splits = t.wide_attention.splits
+    tile = t.wide_attention[str(tile_rows(n))]
+    splits = tile.splits
     while splits < 16 and n * model.config.n_kv_head * splits < 264:
         splits *= 2
-    return AttentionTile(splits, t.wide_attention.block_t, t.wide_attention.warps)
+    return AttentionTile(splits, tile.block_t, tile.warps)

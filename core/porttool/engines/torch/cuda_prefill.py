@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from porttool.engines.torch.cuda_chains import Model, append, residual_norm
+from porttool.engines.torch.cuda_chains import Model, activation, append, residual_norm
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import power_of_two
 from porttool.engines.torch.cuda_weights import Linear
-from porttool.engines.torch.kernels.activation import activate_kernel
 from porttool.engines.torch.kernels.prefill import prefill_attention
+
+_EPILOGUE_TOKENS = 2048
+"""Up to here a launch saved is worth more than the faster product without an epilogue."""
 
 
 class Prompt:
@@ -42,26 +44,26 @@ def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:
     for index, w in enumerate(model.weights.layers):
         norm(w.qkv)
         qkv = F.linear(normed, w.qkv.weight, w.qkv.bias)
-        query = qkv.new_empty(qkv.shape[0], c.n_head * c.head_dim)
+        query = qkv.new_empty(qkv.shape[0], c.n_head * c.head_dim) if model.rotary else qkv
         append(model, prompt.rows, index, qkv, query, qkv.shape[0])
         del qkv
         delta = F.linear(_attend(model, index, query, prompt), w.out.weight, w.out.bias)
         norm(w.up)
-        hidden = F.linear(normed, w.up.weight, w.up.bias)
-        hidden = activation(hidden, c.activation, gated=c.gated)
+        hidden = _up(normed, w.up, c.activation)
         delta = F.linear(hidden, w.down.weight, w.down.bias)
         del hidden
     norm(model.weights.head)
     return normed
 
 
-def activation(hidden: Tensor, kind: str, *, gated: bool) -> Tensor:
-    """Activate [tokens, up_dim]; in place, or into [tokens, up_dim / 2] when gated."""
-    width = hidden.shape[1] // (2 if gated else 1)
-    out = hidden.new_empty(hidden.shape[0], width) if gated else hidden
-    activate_kernel[(-(-out.numel() // 2048),)](
-        hidden, out, out.numel(), HALF=width, GATED=gated, KIND=kind, BLOCK=2048, num_warps=8
-    )
+def _up(normed: Tensor, up: Linear, kind: str) -> Tensor:
+    """The MLP's first projection and its activation, in the product's epilogue where it has one."""
+    few = normed.is_cuda and normed.dtype != torch.float32 and normed.shape[0] <= _EPILOGUE_TOKENS
+    if few and kind == "gelu_tanh" and not up.gated and up.bias is not None:
+        return torch._addmm_activation(up.bias, normed, up.weight.t(), use_gelu=True)
+    hidden = F.linear(normed, up.weight, up.bias)
+    out = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2) if up.gated else hidden
+    activation(hidden, out, kind, gated=up.gated)
     return out
 
 
@@ -75,12 +77,13 @@ def project(normed: Tensor, weight: Tensor) -> Tensor:
 def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt) -> Tensor:
     """Causal attention of packed queries over the cache, which holds their keys already."""
     c = model.config
-    out = torch.empty_like(query)
+    out = query.new_empty(query.shape[0], c.n_head * c.head_dim)
     block_d = power_of_two(c.head_dim)
     block_q, block_t, warps, stages = _blocks(block_d, model.dtype)
     prefill_attention[(-(-prompt.longest // block_q), c.n_head, prompt.slots.shape[0])](
         query, model.cache.keys[layer], model.cache.values[layer], prompt.slots, prompt.starts,
-        prompt.first, out, c.layer_scale(layer), model.cache.capacity, HEADS=c.n_head,
+        prompt.first, out, c.layer_scale(layer), model.cache.capacity, query.shape[1],
+        HEADS=c.n_head,
         KV=c.n_kv_head, DIM=c.head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_T=block_t,
         PRECISION=model.precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -34,6 +34,8 @@ class Scratch:
     attended: Tensor  # [rows, n_head * head_dim]
     hidden: Tensor  # [rows, d_ff]
     delta: Tensor  # [split * rows * d_model] float32: sums that the next norm adds
+    sum: Tensor  # [rows, d_model]: the same from the library's products
+    gates: Tensor  # [rows, up_dim] of a gated MLP, before its activation
     part: Tensor  # [rows, n_head, splits, head_dim] float32
     weight: Tensor  # [rows, n_head, splits] float32
     best: Tensor  # [rows * programs of the head] float32
@@ -67,6 +69,8 @@ def make_scratch(
         attended=new(c.n_head * c.head_dim, kind=dtype),
         hidden=new(c.d_ff, kind=dtype),
         delta=new(split * c.d_model),
+        sum=new(c.d_model, kind=dtype),
+        gates=new(c.up_dim if c.gated else 1, kind=dtype),
         part=new(c.n_head, splits, c.head_dim),
         weight=new(c.n_head, splits),
         best=new(n_best),

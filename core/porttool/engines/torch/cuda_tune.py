@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from porttool.config import ModelConfig
+from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_chains import stream, wide
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
 from porttool.engines.torch.cuda_tuning import (
+    SMALL_ROWS,
     AttentionTile,
     StreamTile,
     Tuning,
@@ -22,6 +23,7 @@ from porttool.engines.torch.cuda_tuning import (
     default_stream,
     default_wide,
     shapes,
+    tile_rows,
 )
 from porttool.engines.torch.cuda_weights import Linear
 from porttool.nn import Step, meta_decoder
@@ -49,20 +51,21 @@ _WIDE = (
 
 
 def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
-    """Tiles worth trying for a single row of a matrix [n, k]."""
-    yield default_stream(n, k, gated=gated)
+    """Tiles worth trying for a single row of a matrix [n, k], the rule's choices among them."""
+    for residual in (False, True):
+        yield default_stream(n, k, gated=gated, residual=residual)
     for block_n, block_k, warps, held in _STREAM:
         block_n //= 2 if gated else 1
         tiles = -(-k // block_k)
-        if block_n and n // block_n >= 96 and block_k < 2 * k and held <= tiles <= 64:
+        if block_n and n // block_n >= 48 and block_k < 2 * k and held <= tiles <= 64:
             yield StreamTile(block_n, block_k, warps, held)
 
 
-def wide_candidates(
-    n: int, k: int, rows: int, name: str, *, gated: bool
-) -> Iterator[WideTile]:
+def wide_candidates(n: int, k: int, rows: int, name: str, *, gated: bool) -> Iterator[WideTile]:
     """Tiles worth trying for several rows, with programs for every multiprocessor."""
     yield default_wide(n, k, rows, name, gated=gated)
+    if rows > SMALL_ROWS and name != "head":
+        yield WideTile(0, 0)
     for block_n, block_k, warps, stages in _WIDE:
         block_n //= 2 if gated else 1
         shared = 2 * stages * block_k * (rows + block_n * (2 if gated else 1))
@@ -70,9 +73,14 @@ def wide_candidates(
             continue
         for split in (1, 2, 4, 8) if name in ("out", "down") else (1,):
             programs = -(-n // block_n) * split
-            if min(90, n // 48) <= programs <= 4000 and k // (block_k * split) >= 3:
-                if split == 1 or programs <= 420:
-                    yield WideTile(block_n, block_k, warps, stages, split)
+            fills = min(90, n // 48) <= programs <= (4000 if split == 1 else 420)
+            if fills and k // (block_k * split) >= 3:
+                yield WideTile(block_n, block_k, warps, stages, split)
+
+
+def limits_of(n_slots: int, max_len: int) -> Limits:
+    """Return limits of so many rows of so many tokens."""
+    return Limits(max_batch_size=n_slots, max_input_len=max_len - 1, max_output_len=1)
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -166,16 +174,113 @@ def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 
     step = Step(torch.arange(n), ones[:, None], ones * context, ones)
     decoder.decode(step, tokens)
     times = []
-    for _ in range(9):
+    for _ in range(6):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         decoder.rewind(n, context)
+        decoder.replay_greedy(n, tokens)  # the launch of the next graphs hides behind this one
         start.record()
-        decoder.replay_greedy(n, tokens)
+        for _ in range(3):
+            decoder.replay_greedy(n, tokens)
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / tokens)
-    return statistics.median(times[2:])
+        times.append(start.elapsed_time(end) / (3 * tokens))
+    return statistics.median(times[1:])
+
+
+def attention_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
+    """Cuts of the context worth trying for n rows."""
+    shared = config.n_kv_head < config.n_head
+    for splits in (2, 4, 8, 16) if n == 1 else (1, 2):
+        for block_t in (16, 32, 64, 128, 256, 512):
+            if n == 1 and not 256 <= block_t * splits <= 1024:
+                continue
+            if shared and block_t * config.head_dim > 8192:
+                continue
+            for warps in (1, 2, 4, 8, 16):
+                if 16 <= block_t * config.head_dim // (32 * warps) <= 64:
+                    yield AttentionTile(splits, block_t, warps)
+
+
+class _Search:
+    """The best tuning so far of one decoder, and what its whole step takes."""
+
+    def __init__(self, decoder: CudaDecoder, n: int, context: int) -> None:
+        self.decoder, self.n, self.context = decoder, n, context
+        self.best = decoder.tuning
+        self.time = step_milliseconds(decoder, n, context)
+
+    def offer(self, tuning: Tuning) -> float:
+        """Measure a whole step; keep the tuning if the step got faster."""
+        self.decoder.use(tuning)
+        time = step_milliseconds(self.decoder, self.n, self.context)
+        if time < self.time:
+            self.best, self.time = tuning, time
+        else:
+            self.decoder.use(self.best)
+        return time
+
+    def offer_tile(self, name: str, tile: StreamTile | WideTile) -> None:
+        """Measure one matrix in another tile."""
+        if isinstance(tile, StreamTile):
+            self.offer(replace(self.best, stream={**self.best.stream, name: tile}))
+            return
+        rows = str(tile_rows(self.n))
+        tiles = {**self.best.wide[rows], name: tile}
+        self.offer(replace(self.best, wide={**self.best.wide, rows: tiles}))
+
+    def offer_attention(self) -> None:
+        """Measure every cut of the context."""
+        for tile in attention_candidates(self.decoder.config, self.n):
+            if self.n == 1:
+                self.offer(replace(self.best, attention=tile))
+            else:
+                several = {**self.best.wide_attention, str(tile_rows(self.n)): tile}
+                self.offer(replace(self.best, wide_attention=several))
+
+
+def leaders(
+    config: ModelConfig, *, dtype: torch.dtype, rows: int, device: str, count: int = 5
+) -> dict[str, list[StreamTile | WideTile]]:
+    """Measure every candidate alone, in a chain of its like; the fastest few of each matrix."""
+    small = tuning_config(config)
+    decoder = CudaDecoder(small, random_weights(small, dtype, device), dtype=dtype,
+                          limits=limits_of(1, 64), device=device)  # fmt: skip
+    out: dict[str, list[StreamTile | WideTile]] = {}
+    for name, (n, k) in shapes(config).items():
+        bench = _Bench(decoder, name, rows)
+        gated = config.gated and name == "up"
+        tiles: list[StreamTile | WideTile] = (
+            list(stream_candidates(n, k, gated=gated))
+            if rows == 1
+            else list(wide_candidates(n, k, rows, name, gated=gated))
+        )
+        timed = {tile: bench.microseconds(tile) for tile in dict.fromkeys(tiles)}
+        out[name] = sorted(timed, key=timed.__getitem__)[:count]
+    return out
+
+
+def refine(
+    decoder: CudaDecoder, found: Mapping[str, list[StreamTile | WideTile]], n: int, context: int
+) -> float:
+    """Try the leaders in the whole step of n rows, where neighbours matter; milliseconds."""
+    first = decoder.tuning
+    for name, tiles in found.items():
+        if n == 1:
+            first = replace(first, stream={**first.stream, name: tiles[0]})
+        else:
+            rows = str(tile_rows(n))
+            first = replace(first, wide={**first.wide, rows: {**first.wide[rows], name: tiles[0]}})
+    decoder.use(first)
+    search = _Search(decoder, n, context)
+    search.offer_attention()
+    for name, tiles in found.items():
+        for tile in tiles[1:]:
+            search.offer_tile(name, tile)
+    if n == 1:
+        search.offer(replace(search.best, join_in_out=True))
+    decoder.use(search.best)
+    return search.time
 
 
 def tune(
@@ -183,55 +288,38 @@ def tune(
     *,
     dtype: torch.dtype,
     batch_sizes: tuple[int, ...] = (1,),
+    context: int = 512,
     device: str = "cuda",
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure every candidate on this GPU with random weights; return the winners as plain data.
+    """Measure the candidates on this GPU with random weights; the winners as plain data.
 
-    Tiles for several rows are measured for the tile heights that `batch_sizes` need.
+    Each matrix is first measured alone, then its fastest few in whole steps of each batch size
+    at `context` tokens. 16 rows take the tiles of 32, and 64 those of 128, unless they are asked
+    for.
     """
-    from porttool.engines.torch.cuda_tuning import default_tuning, tile_rows
-
-    small = tuning_config(config)
-    decoder = CudaDecoder(small, random_weights(small, dtype, device), dtype=dtype, n_slots=1,
-                          max_len=64, device=device)  # fmt: skip
-    chosen = default_tuning(config, device)
-    notes: dict[str, float] = {}
-    single: dict[str, StreamTile] = {}
-    several = {rows: dict(tiles) for rows, tiles in chosen.wide.items()}
-    for name, (n, k) in shapes(config).items():
-        gated = config.gated and name == "up"
-        bench = _Bench(decoder, name, 1)
-        timed = {t: bench.microseconds(t) for t in stream_candidates(n, k, gated=gated)}
-        single[name] = min(timed, key=timed.__getitem__)
-        notes[f"{name} x1"] = round(timed[single[name]], 2)
-        report(f"{name} [{n}, {k}] 1 row: {single[name]} {notes[f'{name} x1']} us")
-        for rows in sorted({tile_rows(b) for b in batch_sizes if b > 1}):
-            bench = _Bench(decoder, name, rows)
-            tried = {
-                t: bench.microseconds(t)
-                for t in wide_candidates(n, k, rows, name, gated=gated)
+    found = {
+        n: leaders(config, dtype=dtype, rows=1 if n == 1 else tile_rows(n), device=device)
+        for n in batch_sizes
+    }
+    decoder = CudaDecoder(
+        config, random_weights(config, dtype, device), dtype=dtype,
+        limits=limits_of(max(batch_sizes), context + 128), device=device,
+    )  # fmt: skip
+    notes = {}
+    for n in batch_sizes:
+        notes[f"ms at {n} x {context}"] = round(refine(decoder, found[n], n, context), 4)
+        report(f"{n} rows: {notes[f'ms at {n} x {context}']} ms a step")
+    tuning = decoder.tuning
+    wide = dict(tuning.wide)
+    asked = {str(tile_rows(n)) for n in batch_sizes if n > 1}
+    for missing, like in (("16", "32"), ("64", "128")):
+        if missing not in asked and like in asked:
+            wide[missing] = {
+                name: tile if tile.block_n or missing != "16" else wide["16"][name]
+                for name, tile in wide[like].items()
             }
-            several[str(rows)][name] = min(tried, key=tried.__getitem__)
-            notes[f"{name} x{rows}"] = round(min(tried.values()), 2)
-            report(f"{name} [{n}, {k}] {rows} rows: {several[str(rows)][name]} "
-                   f"{notes[f'{name} x{rows}']} us")  # fmt: skip
-    return Tuning(chosen.gpu, single, several, chosen.attention, chosen.wide_attention,
-                  notes).as_dict()  # fmt: skip
-
-
-def tune_attention(decoder: CudaDecoder, n: int, context: int) -> dict[AttentionTile, float]:
-    """Time whole steps with every cut of the context: milliseconds by cut."""
-    out = {}
-    before = decoder.tuning
-    for splits in (2, 4, 8, 16) if n == 1 else (1, 2):
-        for block_t in (16, 32, 64):
-            for warps in (1, 2, 4):
-                if not 8 <= block_t * decoder.config.head_dim // (32 * warps) <= 64:
-                    continue
-                tile = AttentionTile(splits, block_t, warps)
-                key = "attention" if n == 1 else "wide_attention"
-                decoder.use(replace(before, **{key: tile}))
-                out[tile] = step_milliseconds(decoder, n, context)
-    decoder.use(before)
-    return out
+    attention = dict(tuning.wide_attention)
+    if "64" not in asked:
+        attention["64"] = attention["32"]
+    return replace(tuning, wide=wide, wide_attention=attention, notes=notes).as_dict()

@@ -29,7 +29,10 @@ class StreamTile:
 
 @dataclass(frozen=True)
 class WideTile:
-    """How a product of several rows is cut; `split` cuts the inner dimension over programs."""
+    """How a product of several rows is cut; `split` cuts the inner dimension over programs.
+
+    With block_n 0 the library's product is used.
+    """
 
     block_n: int
     block_k: int
@@ -51,15 +54,18 @@ class AttentionTile:
 class Tuning:
     """Everything measured for one model on one GPU; `as_dict` goes into the engine's folder.
 
-    `stream` by linear ("qkv", "out", "up", "down", "head"); `wide` by rows of a tile, then by
-    linear; `notes` are the microseconds that the winners took.
+    `stream` by linear ("qkv", "out", "up", "down", "head"); `wide` and `wide_attention` by rows
+    of a tile, `wide` then by linear; with `join_in_out` the output projection of a single row
+    joins the parts of split attention, else a kernel of its own does; `notes` say what was
+    measured with it.
     """
 
     gpu: str
     stream: Mapping[str, StreamTile]
     wide: Mapping[str, Mapping[str, WideTile]]
     attention: AttentionTile
-    wide_attention: AttentionTile
+    wide_attention: Mapping[str, AttentionTile]
+    join_in_out: bool = False
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +83,10 @@ class Tuning:
                 for rows, tiles in data["wide"].items()
             },
             attention=AttentionTile(**data["attention"]),
-            wide_attention=AttentionTile(**data["wide_attention"]),
+            wide_attention={
+                rows: AttentionTile(**tile) for rows, tile in data["wide_attention"].items()
+            },
+            join_in_out=data.get("join_in_out", False),
             notes=data["notes"],
         )
 
@@ -109,12 +118,13 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def default_stream(n: int, k: int, *, gated: bool) -> StreamTile:
-    """Cut [n, k] so that a warp or four take whole rows and 16 weights a thread are in flight."""
-    if n >= 4 * k or n >= 4096:
-        return StreamTile(4 if gated else 8, 256, 4, held=2 if k > 256 else 1)
-    block_k = 1024 if k >= 1024 else max(power_of_two(k), 16)
-    return StreamTile(4, block_k, 4, held=2 if k > block_k else 1)
+def default_stream(n: int, k: int, *, gated: bool, residual: bool) -> StreamTile:
+    """Cut [n, k]: long pieces of few rows where k is long, else short pieces of more rows."""
+    if residual and k > 512:
+        block_k = 1024 if k >= 1024 else 512
+        return StreamTile(2 if k >= 1024 else 4, block_k, 4, held=min(3, -(-k // block_k)))
+    block_k = min(256, max(power_of_two(k), 16))
+    return StreamTile(4 if gated else 8, block_k, 4, held=min(4, -(-k // block_k)))
 
 
 def default_wide(n: int, k: int, rows: int, name: str, *, gated: bool) -> WideTile:
@@ -136,7 +146,8 @@ def default_tuning(config: ModelConfig, device: str) -> Tuning:
     c = config
     gated = {name: c.gated and name == "up" for name in shapes(c)}
     stream = {
-        name: default_stream(n, k, gated=gated[name]) for name, (n, k) in shapes(c).items()
+        name: default_stream(n, k, gated=gated[name], residual=name in ("out", "down"))
+        for name, (n, k) in shapes(c).items()
     }
     wide = {
         str(rows): {
@@ -145,7 +156,9 @@ def default_tuning(config: ModelConfig, device: str) -> Tuning:
         }
         for rows in (16, 32, 64, 128)
     }
-    splits = min(max(power_of_two(-(-96 // c.n_kv_head)), 1), 16)
-    block_t = 64 if c.head_dim <= 64 else 32
-    return Tuning(gpu_name(device), stream, wide, AttentionTile(splits, block_t),
-                  AttentionTile(1, block_t))  # fmt: skip
+    splits = min(max(power_of_two(-(-64 // c.n_kv_head)), 4), 16)
+    block_t = 128 if c.head_dim <= 64 else 64 if c.head_dim <= 128 else 32
+    if c.n_kv_head < c.n_head:
+        block_t = min(block_t, 64)
+    several = dict.fromkeys(wide, AttentionTile(1, 16, 1))
+    return Tuning(gpu_name(device), stream, wide, AttentionTile(splits, block_t, 8), several)

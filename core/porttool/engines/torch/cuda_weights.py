@@ -91,9 +91,7 @@ class _Packer:
     ) -> None:
         self.config = config
         self.weights = weights
-        self.place: Callable[[Tensor], Tensor] = lambda t: t.to(device, non_blocking=True).to(
-            dtype
-        )
+        self.place: Callable[[Tensor], Tensor] = lambda t: t.to(device, non_blocking=True).to(dtype)
         self.device = device
 
     def tensor(self, name: str) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.component import Options
-from porttool.errors import EngineError, UsageError
+from porttool.errors import EngineError, MissingExtra, UsageError
 from porttool.runner import Runner
 from porttool.sources.safetensors_file import SafetensorsFile
 
@@ -103,19 +103,45 @@ class TorchRunner(Runner):
 
     def _make_decoder(self) -> DeviceDecoder:
         options = cast("TorchOptions", self.options)
-        if self.device != "cpu" or options.canonical:
+        if options.canonical:
             return self._canonical()
         import torch
 
+        manifest = self.engine.manifest
+        if self.device != "cpu":
+            return self._cuda()
         from porttool.engines.torch.cpu import CpuDecoder
 
-        manifest = self.engine.manifest
         return CpuDecoder(
             manifest.config,
             load_weights(self.engine.rank_path()),
             dtype=getattr(torch, manifest.dtype),
             limits=manifest.limits,
             native=options.compiled,
+        )
+
+    def _cuda(self) -> DeviceDecoder:
+        """Return the kernels' decoder, or the canonical one and in its description why."""
+        import torch
+
+        try:
+            from porttool.engines.torch.cuda import CudaDecoder, tuning_for, unsupported
+        except ModuleNotFoundError as error:
+            raise MissingExtra("gpu", "triton") from error
+        manifest = self.engine.manifest
+        dtype = getattr(torch, manifest.dtype)
+        reason = unsupported(manifest.config, dtype)
+        if reason:
+            decoder = self._canonical()
+            decoder.description += f" (not the Triton kernels: {reason})"
+            return decoder
+        return CudaDecoder(
+            manifest.config,
+            load_weights(self.engine.rank_path()),
+            dtype=dtype,
+            limits=manifest.limits,
+            device=self.device,
+            tuning=tuning_for(manifest.built[0].get("tuning"), self.device),
         )
 
 

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from porttool.engines.torch.kernels.chain import announce, await_predecessor
-from porttool.engines.torch.kernels.linear import merged
 
 
 @triton.jit
@@ -40,7 +39,7 @@ def decode_attention(
     qkv, keys, values, slots, positions, cosine, sine, part, weight, out, scale, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, APPEND: tl.constexpr,
-    PDL: tl.constexpr,
+    EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of its own keys: softmax(scale q k^T) v over positions 0 .. positions[row].
 
@@ -54,7 +53,7 @@ def decode_attention(
     announce(PDL)
     position = tl.load(positions + row)
     slot = tl.load(slots + row)
-    chunk = tl.cdiv(tl.cdiv(position + 1, SPLITS), BLOCK_T) * BLOCK_T
+    chunk = tl.cdiv(tl.cdiv(position + 1, SPLITS), 16) * 16
     low = split * chunk
     high = tl.minimum(low + chunk, position + 1)
     stored = high
@@ -66,8 +65,10 @@ def decode_attention(
     start = (tl.maximum(slot, 0).to(tl.int64) * KV + kv) * capacity * DIM
     inner = t[:, None] * DIM + d[None, :]
     inside = ((low + t) < stored)[:, None] & whole[None, :]
-    key_tile = tl.load(keys + start + low * DIM + inner, mask=inside, other=0.0)
-    value_tile = tl.load(values + start + low * DIM + inner, mask=inside, other=0.0)
+    key_tile = tl.load(keys + start + low * DIM + inner, mask=inside, other=0.0,
+                       eviction_policy=EVICT)  # fmt: skip
+    value_tile = tl.load(values + start + low * DIM + inner, mask=inside, other=0.0,
+                         eviction_policy=EVICT)  # fmt: skip
     await_predecessor(PDL)
     base = qkv + row.to(tl.int64) * ((HEADS + 2 * KV) * DIM)
     kind = keys.dtype.element_ty
@@ -87,8 +88,10 @@ def decode_attention(
         key, value = key_tile, value_tile
         ahead = first + BLOCK_T
         inside = ((ahead + t) < stored)[:, None] & whole[None, :]
-        key_tile = tl.load(keys + start + ahead * DIM + inner, mask=inside, other=0.0)
-        value_tile = tl.load(values + start + ahead * DIM + inner, mask=inside, other=0.0)
+        key_tile = tl.load(keys + start + ahead * DIM + inner, mask=inside, other=0.0,
+                           eviction_policy=EVICT)  # fmt: skip
+        value_tile = tl.load(values + start + ahead * DIM + inner, mask=inside, other=0.0,
+                             eviction_policy=EVICT)  # fmt: skip
         at = first + t
         if APPEND:
             own = (at == position)[:, None]
@@ -122,7 +125,7 @@ def group_attention(
     qkv, keys, values, slots, positions, cosine, sine, part, weight, out, scale, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
-    APPEND: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    APPEND: tl.constexpr, PRECISION: tl.constexpr, EVICT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `decode_attention`, with the query heads that share a key as rows of a matrix product.
 
@@ -133,7 +136,7 @@ def group_attention(
     GROUP: tl.constexpr = HEADS // KV
     position = tl.load(positions + row)
     slot = tl.load(slots + row)
-    chunk = tl.cdiv(tl.cdiv(position + 1, SPLITS), BLOCK_T) * BLOCK_T
+    chunk = tl.cdiv(tl.cdiv(position + 1, SPLITS), 16) * 16
     low = split * chunk
     high = tl.minimum(low + chunk, position + 1)
     stored = high
@@ -146,8 +149,10 @@ def group_attention(
     start = (tl.maximum(slot, 0).to(tl.int64) * KV + kv) * capacity * DIM
     inner = t[:, None] * DIM + d[None, :]
     inside = ((low + t) < stored)[:, None] & whole[None, :]
-    key_tile = tl.load(keys + start + low * DIM + inner, mask=inside, other=0.0)
-    value_tile = tl.load(values + start + low * DIM + inner, mask=inside, other=0.0)
+    key_tile = tl.load(keys + start + low * DIM + inner, mask=inside, other=0.0,
+                       eviction_policy=EVICT)  # fmt: skip
+    value_tile = tl.load(values + start + low * DIM + inner, mask=inside, other=0.0,
+                         eviction_policy=EVICT)  # fmt: skip
     await_predecessor(PDL)
     base = qkv + row.to(tl.int64) * ((HEADS + 2 * KV) * DIM)
     kind = keys.dtype.element_ty
@@ -169,8 +174,10 @@ def group_attention(
         key, value = key_tile, value_tile
         ahead = first + BLOCK_T
         inside = ((ahead + t) < stored)[:, None] & whole[None, :]
-        key_tile = tl.load(keys + start + ahead * DIM + inner, mask=inside, other=0.0)
-        value_tile = tl.load(values + start + ahead * DIM + inner, mask=inside, other=0.0)
+        key_tile = tl.load(keys + start + ahead * DIM + inner, mask=inside, other=0.0,
+                           eviction_policy=EVICT)  # fmt: skip
+        value_tile = tl.load(values + start + ahead * DIM + inner, mask=inside, other=0.0,
+                             eviction_policy=EVICT)  # fmt: skip
         at = first + t
         if APPEND:
             own = (at == position)[:, None]
@@ -193,6 +200,30 @@ def group_attention(
         at = head * SPLITS + split
         tl.store(part + at[:, None] * DIM + d[None, :], average, mask=both)
         tl.store(weight + at, highest + tl.log(weight_sum), mask=g < GROUP)
+
+
+@triton.jit
+def merged(part, weight, row, head, d, HEADS: tl.constexpr, DIM: tl.constexpr,
+           SPLITS: tl.constexpr):  # fmt: skip
+    """Join the parts that split attention left: softmax averages [len(head), len(d)] of one row.
+
+    part [rows, HEADS, SPLITS, DIM] are the parts' own averages, weight [rows, HEADS, SPLITS] the
+    logarithms of their shares. Elementwise in a fixed order: any kernel gets the same bits.
+    """
+    known = head < HEADS
+    first = (row * HEADS + head) * SPLITS
+    highest = tl.full(head.shape, float("-inf"), tl.float32)
+    for s in tl.static_range(SPLITS):
+        highest = tl.maximum(highest, tl.load(weight + first + s, mask=known, other=0.0))
+    total = tl.zeros(head.shape, tl.float32)
+    value = tl.zeros((head.shape[0], d.shape[0]), tl.float32)
+    inside = known[:, None] & (d < DIM)[None, :]
+    for s in tl.static_range(SPLITS):
+        share = tl.exp(tl.load(weight + first + s, mask=known, other=0.0) - highest)
+        total += share
+        at = part + ((first + s) * DIM)[:, None] + d[None, :]
+        value += share[:, None] * tl.load(at, mask=inside, other=0.0)
+    return value / total[:, None]
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def announce(PDL: tl.constexpr):
     """Let the next kernel of the chain start as soon as this one's programs are all running."""

@@ -12,31 +12,8 @@ import triton
 import triton.language as tl
 
 from porttool.engines.torch.kernels.activation import activate
+from porttool.engines.torch.kernels.attention import merged
 from porttool.engines.torch.kernels.chain import announce, await_predecessor
-
-
-@triton.jit
-def merged(part, weight, row, head, d, HEADS: tl.constexpr, DIM: tl.constexpr,
-           SPLITS: tl.constexpr):  # fmt: skip
-    """Join the parts that split attention left: softmax averages [len(head), len(d)] of one row.
-
-    part [rows, HEADS, SPLITS, DIM] are the parts' own averages, weight [rows, HEADS, SPLITS] the
-    logarithms of their shares. Elementwise in a fixed order: any kernel gets the same bits.
-    """
-    known = head < HEADS
-    first = (row * HEADS + head) * SPLITS
-    highest = tl.full(head.shape, float("-inf"), tl.float32)
-    for s in tl.static_range(SPLITS):
-        highest = tl.maximum(highest, tl.load(weight + first + s, mask=known, other=0.0))
-    total = tl.zeros(head.shape, tl.float32)
-    value = tl.zeros((head.shape[0], d.shape[0]), tl.float32)
-    inside = known[:, None] & (d < DIM)[None, :]
-    for s in tl.static_range(SPLITS):
-        share = tl.exp(tl.load(weight + first + s, mask=known, other=0.0) - highest)
-        total += share
-        at = part + ((first + s) * DIM)[:, None] + d[None, :]
-        value += share[:, None] * tl.load(at, mask=inside, other=0.0)
-    return value / total[:, None]
 
 
 @triton.jit
@@ -45,10 +22,10 @@ def _add3(a, b, c, x, y, z):
 
 
 @triton.jit
-def _weights(rows, inner, first, live, k, K: tl.constexpr):
-    """Tile [BLOCK_N, BLOCK_K] of weight rows, past the L1 cache, where x stays."""
+def _weights(rows, inner, first, live, k, K: tl.constexpr, EVICT: tl.constexpr):
+    """Tile [BLOCK_N, BLOCK_K] of weight rows, which are read once a step."""
     inside = live[:, None] & (first + k < K)[None, :]
-    return tl.load(rows + first + inner, mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.load(rows + first + inner, mask=inside, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -62,20 +39,20 @@ def _vector(base, n, live, PRESENT: tl.constexpr):
 
 @triton.jit
 def stream_linear(
-    x, w, bias, column_sum, gamma, x_out, out, best, where, part, top, M, eps,
+    x, w, bias, column_sum, gamma, x_out, out, best, where, part, share, M, eps,
     N: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr,
-    HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr,
-    EARLY: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    EVICT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(norm(x[m]) . w[n] + bias[n]); RESIDUAL adds it to x_out instead.
 
     x [M, K]; w [N, K], or [2N, K] with rows gate | linear when GATED; NORM is "none",
-    "layernorm" or "rmsnorm"; SPLITS > 0 reads x from split attention's parts. One program
-    computes BLOCK_N columns for every row. Before the wait it loads all that does not depend on
-    its predecessor: the first HELD weight tiles, the norm's scale, bias and constants, which no
-    cache holds either.
+    "layernorm" or "rmsnorm"; SPLITS > 0 joins x from split attention's parts. One program
+    computes BLOCK_N columns for every row. Before the wait it loads what does not depend on its
+    predecessor: the first HELD weight tiles, the norm's scale, bias and constants. Weights leave
+    the L2 cache first, so that the small tensors and the code stay there between steps.
     """
     if EARLY:
         announce(PDL)
@@ -90,9 +67,9 @@ def stream_linear(
     held = ()
     held_twin = ()
     for i in tl.static_range(HELD):
-        held = held + (_weights(rows, inner, i * BLOCK_K, live, k, K),)
+        held = held + (_weights(rows, inner, i * BLOCK_K, live, k, K, EVICT),)
         if GATED:
-            held_twin = held_twin + (_weights(rows + HALF, inner, i * BLOCK_K, live, k, K),)
+            held_twin = held_twin + (_weights(rows + HALF, inner, i * BLOCK_K, live, k, K, EVICT),)
     scales = ()
     if NORMED:
         for i in tl.static_range(TILES):
@@ -116,10 +93,10 @@ def stream_linear(
             if i < HELD:
                 weight = held[i]
             else:
-                weight = _weights(rows, inner, i * BLOCK_K, live, k, K)
+                weight = _weights(rows, inner, i * BLOCK_K, live, k, K, EVICT)
             if SPLITS > 0:
                 head = i * (BLOCK_K // DIM) + tl.arange(0, BLOCK_K // DIM)
-                value = merged(part, top, m, head, tl.arange(0, DIM), HEADS, DIM, SPLITS)
+                value = merged(part, share, m, head, tl.arange(0, DIM), HEADS, DIM, SPLITS)
                 value = tl.where((head < HEADS)[:, None], value, 0.0).to(w.dtype.element_ty)
                 value = tl.reshape(value, (BLOCK_K,)).to(tl.float32)
             else:
@@ -133,7 +110,7 @@ def stream_linear(
                 if i < HELD:
                     twin = held_twin[i]
                 else:
-                    twin = _weights(rows + HALF, inner, i * BLOCK_K, live, k, K)
+                    twin = _weights(rows + HALF, inner, i * BLOCK_K, live, k, K, EVICT)
                 acc_twin += twin.to(tl.float32) * value[None, :]
         if NORMED:
             spread = tl.broadcast_to(sum_x[None, :], (BLOCK_N, BLOCK_K))

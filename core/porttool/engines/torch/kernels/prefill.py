@@ -16,14 +16,15 @@ from porttool.engines.torch.kernels.attention import rotated
 def append_kernel(
     qkv, query, keys, values, slots, positions, cosine, sine, capacity,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Store the rotated keys and the values of packed tokens in the cache, queries in `query`.
 
-    qkv [tokens, (HEADS + 2 KV) DIM]; query [tokens, HEADS * DIM]; grid (head blocks, tokens).
+    qkv [tokens, (HEADS + 2 KV) DIM]; query [tokens, HEADS * DIM]; grid (head blocks from FIRST
+    on, tokens).
     """
     token = tl.program_id(1)
-    head = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    head = FIRST + tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     d = tl.broadcast_to(tl.arange(0, BLOCK_D)[None, :], (BLOCK_H, BLOCK_D))
     live = (head < HEADS + 2 * KV) & (d < DIM)
     position = tl.load(positions + token)
@@ -44,12 +45,14 @@ def append_kernel(
 @triton.jit
 def prefill_attention(
     query, keys, values, row_slots, row_starts, row_first, out, scale, capacity,
+    query_stride,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of packed queries over the cache (Dao 2023), keys shared as configured.
 
-    query, out [tokens, HEADS * DIM]; row r owns tokens row_first[r] .. row_first[r + 1] - 1, its
+    query [tokens, query_stride], its first HEADS * DIM columns; out [tokens, HEADS * DIM];
+    row r owns tokens row_first[r] .. row_first[r + 1] - 1, its
     first at position row_starts[r] of slot row_slots[r]; grid (query blocks, HEADS, rows).
     """
     row, head = tl.program_id(2), tl.program_id(1)
@@ -65,7 +68,8 @@ def prefill_attention(
         whole = d < DIM
         at = (first + i).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
         inside = (i < width)[:, None] & whole[None, :]
-        q = tl.load(query + at, mask=inside, other=0.0)
+        origin = (first + i).to(tl.int64)[:, None] * query_stride + head * DIM + d[None, :]
+        q = tl.load(query + origin, mask=inside, other=0.0)
         start = (slot.to(tl.int64) * KV + head // (HEADS // KV)) * capacity * DIM
         reach = begin + tl.minimum(block + BLOCK_Q, width)
         highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)

@@ -48,7 +48,8 @@ def embed_kernel(
 def pick_kernel(
     best, where, n_best, tokens, positions, cursor, history, history_width,
     embedding, position, x, VOCAB, N_POSITIONS,
-    D: tl.constexpr, BLOCK: tl.constexpr, LEARNED: tl.constexpr, SCAN: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, LEARNED: tl.constexpr, SCAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Take each row's greedy token, remember it and write the next step's residual stream.
 

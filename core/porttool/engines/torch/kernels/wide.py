@@ -10,12 +10,13 @@ from porttool.engines.torch.kernels.chain import announce, await_predecessor
 
 
 @triton.jit
-def _tile(base, row, k, rows, K: tl.constexpr, WHOLE: tl.constexpr):
+def _tile(base, row, k, rows, K: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.constexpr):
     """Rows [B] by k [BLOCK_K] of a row-major matrix [rows, K]."""
     at = base + row.to(tl.int64)[:, None] * K + k[None, :]
     if WHOLE:
-        return tl.load(at, mask=(row < rows)[:, None], other=0.0)
-    return tl.load(at, mask=(row < rows)[:, None] & (k < K)[None, :], other=0.0)
+        return tl.load(at, mask=(row < rows)[:, None], other=0.0, eviction_policy=EVICT)
+    inside = (row < rows)[:, None] & (k < K)[None, :]
+    return tl.load(at, mask=inside, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def wide_linear(
     N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(x[m] . w[n] + bias[n]) for x [M, K]; w [N, K], or [2N, K] gate | linear.
 
@@ -45,11 +46,11 @@ def wide_linear(
     twin = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.range(low, high, num_stages=STAGES):
         k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        value = _tile(x, m, k, M, K, WHOLE)
-        weight = _tile(w, n, k, N, K, WHOLE)
+        value = _tile(x, m, k, M, K, WHOLE, "")
+        weight = _tile(w, n, k, N, K, WHOLE, EVICT)
         acc = tl.dot(value, tl.trans(weight), acc, input_precision=PRECISION)
         if GATED:
-            linear = _tile(w + N * K, n, k, N, K, WHOLE)
+            linear = _tile(w + N * K, n, k, N, K, WHOLE, EVICT)
             twin = tl.dot(value, tl.trans(linear), twin, input_precision=PRECISION)
     inside = (m < M)[:, None] & (n < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]

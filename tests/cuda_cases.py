@@ -1,0 +1,70 @@
+"""Small decoders with every feature of ModelConfig, and steps to try them with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from porttool.config import Limits, ModelConfig
+from porttool.nn import Decoder, KVCache, Step
+
+BASE: dict[str, Any] = {
+    "vocab_size": 101, "n_positions": 64, "n_layer": 2, "n_head": 3, "n_kv_head": 3,
+    "head_dim": 16, "d_model": 48, "d_ff": 80, "activation": "gelu_tanh", "attention_scale": 0.25,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "multi-query": {"n_head": 6, "n_kv_head": 1, "inverse_layer_scale": True},
+    "gated rotary": {
+        "n_head": 4, "n_kv_head": 4, "head_dim": 12, "activation": "gelu", "position": "rotary",
+        "rotary_fraction": 0.5, "norm": "layernorm1p", "gated": True, "qkv_bias": False,
+        "mlp_bias": False, "out_bias": False, "tied_head": False,
+    },
+    "grouped rms": {
+        "n_head": 6, "n_kv_head": 2, "head_dim": 20, "activation": "silu", "position": "rotary",
+        "norm": "rmsnorm", "norm_bias": False, "gated": True, "tied_head": False,
+    },
+}  # fmt: skip
+
+
+def config(case: str, **changes: Any) -> ModelConfig:
+    """Return a case's shape with some of it changed."""
+    return ModelConfig(**{**BASE, **CASES[case], **changes})
+
+
+def limits(n_slots: int, max_len: int) -> Limits:
+    """Return limits of so many rows of so many tokens."""
+    return Limits(max_batch_size=n_slots, max_input_len=max_len - 1, max_output_len=1)
+
+
+def drawn(shape: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> Decoder:
+    """Return a float64 decoder whose parameters are drawn and exact in `dtype`."""
+    torch.manual_seed(0)
+    decoder = Decoder(shape).double().requires_grad_(False)
+    for name, parameter in decoder.named_parameters():
+        spread = 0.2 if parameter.ndim == 1 else min(0.2, 1.5 * parameter.shape[-1] ** -0.5)
+        value = torch.randn_like(parameter) * spread
+        if "norm" in name and name.endswith("weight") and shape.norm != "layernorm1p":
+            value += 1
+        parameter.copy_(value.to(dtype))
+    return decoder.to(device)
+
+
+def one_token(slots: list[int], tokens: Tensor, starts: list[int]) -> Step:
+    """Return the step that feeds one token to each slot."""
+    ones = torch.ones(len(slots), dtype=torch.int64)
+    return Step(torch.tensor(slots), tokens.reshape(-1, 1), torch.tensor(starts), ones)
+
+
+def reference(decoder: Decoder, cache: KVCache, step: Step) -> Tensor:
+    """Return float64 logits [n, vocab_size] of each row's last real token, on the CPU."""
+    device = decoder.embedding.weight.device
+    logits = decoder(step.to(device), cache).cpu()
+    return logits[torch.arange(len(logits)), step.lengths - 1]
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Return the norm of the difference over the norm of what is right."""
+    return float((found.double().cpu() - wanted).norm() / wanted.norm())
