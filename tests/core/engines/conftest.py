@@ -1,10 +1,26 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, chosen when it is imported."""
+"""Fixtures of the engines' tests.
+
+Without a GPU the Triton kernels run under Triton's interpreter, chosen when it is imported.
+"""
 
 from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """The TensorRT double in place of the library."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    import tensorrt_install
+
+    tensorrt_install.install(monkeypatch)
+    yield monkeypatch
+    tensorrt_install.forget()
