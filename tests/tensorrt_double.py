@@ -35,6 +35,7 @@ from tensorrt_double_names import (
 from tensorrt_double_runtime import (
     ICudaEngine,
     IExecutionContext,
+    IProfiler,
     OnnxParserRefitter,
     Refitter,
     Runtime,
@@ -42,7 +43,7 @@ from tensorrt_double_runtime import (
 
 PUBLIC = (
     BuilderFlag, Dims, ExecutionContextAllocationStrategy, HardwareCompatibilityLevel, ICudaEngine,
-    IExecutionContext, ILogger, LayerType, MemoryPoolType, NetworkDefinitionCreationFlag,
+    IExecutionContext, ILogger, IProfiler, LayerType, MemoryPoolType, NetworkDefinitionCreationFlag,
     OnnxParserRefitter, ProfilingVerbosity, Refitter, Runtime, TensorIOMode,
 )  # fmt: skip
 

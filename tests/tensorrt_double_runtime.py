@@ -85,6 +85,11 @@ class ICudaEngine(Real):
         return IExecutionContext(self)
 
 
+class IProfiler(Real):
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
 class IExecutionContext(Real):
     runs: ClassVar[list[tuple[int, dict[str, tuple[int, ...]]]]] = []
 
@@ -117,6 +122,12 @@ class IExecutionContext(Real):
 
     def infer_shapes(self) -> list[str]:
         return [n for n in self._engine._plan["shapes"] if n not in self._shapes]
+
+    def report_to_profiler(self) -> bool:
+        assert self.enqueue_emits_profile is False
+        for node in ("layers.0.mlp.up.product", "logits"):
+            self.profiler.report_layer_time(node, 0.5)
+        return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         assert self._memory >= 256 and len(self._addresses) == self._engine.num_io_tensors

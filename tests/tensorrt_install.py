@@ -17,7 +17,7 @@ from porttool.engines.tensorrt.gpu import Gpu
 
 LIMITS = Limits(max_batch_size=3, max_input_len=30, max_output_len=18, max_prompt_rows=4)
 H200 = Gpu(name="NVIDIA H200", capability=(9, 0))
-MODULES = ("log", "plan", "program", "stream")
+MODULES = ("layer_times", "log", "plan", "program", "stream")
 
 
 class HostStream:

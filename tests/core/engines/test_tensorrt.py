@@ -137,3 +137,20 @@ def test_sizes_beyond_the_plan(tmp_path, library):
         runner.step(step_of([[1]], [0], [48]))
     with pytest.raises(EngineError, match=r"tokens \[3, 31\] is outside the plan's profile"):
         runner.step(step_of(prompts(31), [0], [0]))
+
+
+def test_layer_times_come_with_the_run_they_belong_to(tmp_path, library):
+    _, engine = build(tmp_path)
+    runner = load_runner(engine, load_registry())
+
+    def work():
+        runner.step(step_of(prompts(3), [0], [0]))
+        runner.step(step_of([[5]], [0], [3]))
+        runner.step(step_of([[5]], [0], [4]))
+
+    nodes = runner.profiled(work)
+    assert [n.run for n in nodes] == [0, 0, 1, 1, 2, 2]
+    assert (nodes[1].name, nodes[1].begin, nodes[1].duration) == ("logits", 500.0, 500.0)
+    assert HostStream.captured == 0
+    runner.step(step_of([[5]], [0], [5]))
+    assert HostStream.captured == 1

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from porttool.engines.onnx.cached_graph import Program
+from porttool.engines.tensorrt.layer_times import LayerTimes
 from porttool.engines.tensorrt.log import MessageLog
 from porttool.engines.tensorrt.stream import DeviceStream
 from porttool.errors import EngineError
@@ -34,6 +35,7 @@ class PlanProgram(Program):
         size = max(engine.get_device_memory_size_for_profile_v2(i) for i in range(n_profiles))
         self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
         self.contexts = [self._make_context(i) for i in range(n_profiles)]
+        self.times: LayerTimes | None = None
 
     def bind(self, tensors: Mapping[str, Tensor], *, repeats: bool) -> Callable[[], None]:
         """Return a call that runs the plan on these tensors; a repeated one becomes a CUDA graph.
@@ -47,6 +49,21 @@ class PlanProgram(Program):
     def context_for(self, tensors: Mapping[str, Tensor]) -> trt.IExecutionContext:
         """Return the context whose profile holds a step of this width."""
         return self.contexts[DECODE if tensors["tokens"].shape[1] == 1 and plain(tensors) else 0]
+
+    def watch(self, times: LayerTimes) -> None:
+        """Have every layer of every run timed; nothing is captured from then on."""
+        self.times, self.captures = times, False
+        for context in self.contexts:
+            context.profiler = times
+            context.enqueue_emits_profile = False
+
+    def report(self, context: trt.IExecutionContext) -> None:
+        """Collect the layer times of a run, if anybody wants them."""
+        if self.times is not None:
+            self.stream.synchronize()
+            self.times.runs.append([])
+            if not context.report_to_profiler():
+                raise EngineError(f"TensorRT reports no layer times: {self.log.summary}")
 
     def _make_context(self, profile: int) -> trt.IExecutionContext:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -84,6 +101,7 @@ class BoundCall:
             return
         self._point()
         stream.run(self._enqueue)
+        self.program.report(self.context)
         if self.captures:  # capturing runs nothing, and the shapes of the first run still hold
             self.replay = stream.capture(self._enqueue)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import NonNegativeInt
@@ -15,7 +15,7 @@ from porttool.engines.tensorrt.gpu import Gpu, PlanOrigin, require_same
 from porttool.engines.tensorrt.library import require_tensorrt
 from porttool.engines.tensorrt.options import TensorrtOptions
 from porttool.engines.tensorrt.profiles import ALL_POSITIONS_WIDTH
-from porttool.runner import Runner
+from porttool.runner import Runner, TimedNode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,16 @@ class TensorrtRunner(Runner):
         require_room(table, self.engine.manifest.limits)
         self._graph.load_table(table)
         self.prompt_rows = 0 if table is None else len(table)
+
+    def profiled(self, work: Callable[[], None]) -> list[TimedNode]:
+        """Run `work` on a second load of the plan, whose layers are timed one by one."""
+        from porttool.engines.tensorrt.layer_times import LayerTimes
+
+        program, times = self._load(), LayerTimes()
+        program.watch(times)
+        with self._graph.using(program):
+            work()
+        return times.nodes()
 
     def _run(self, step: Step, *, all_positions: bool) -> Tensor:
         if not self._options.static_batch:
