@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 from porttool.config import ModelConfig
 from porttool.errors import SourceError
+from porttool.memory import packed
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     Via = Callable[[ModelConfig, Sequence[Tensor]], Tensor]
@@ -176,10 +178,7 @@ def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False
     """Convert to a contiguous tensor of `dtype`; refuse NaN, infinity and overflow by name."""
     import torch
 
-    target: torch.dtype = getattr(torch, dtype)
-    widens = target.itemsize > tensor.dtype.itemsize
-    narrow = tensor.contiguous() if widens else tensor.to(target)  # what is moved is the smaller
-    result = narrow.to(target).contiguous()
+    result = laid_out(tensor, getattr(torch, dtype))
     if allow_nonfinite or is_finite(result):
         return result
     if is_finite(tensor):
@@ -191,6 +190,16 @@ def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False
         f"{name}: holds NaN or infinity; the source is damaged "
         "(--allow-nonfinite converts it all the same)"
     )
+
+
+def laid_out(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor contiguous and in a type; of a matrix to be turned, the narrow form is."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    narrows = dtype.itemsize < tensor.dtype.itemsize
+    if narrows and tensor.dim() == 2 and tensor.t().is_contiguous():
+        tensor = packed(tensor.t(), dtype).t()
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else packed(tensor, dtype)
 
 
 def is_finite(tensor: Tensor) -> bool:

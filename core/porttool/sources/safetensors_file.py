@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
+from porttool.memory import empty
 from porttool.weights import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class SafetensorsFile(TensorSource):
         rows = info.shape[0] if info.shape else 1
         row_bytes = info.nbytes // max(rows, 1)
         last = rows if last is None else last
-        buffer = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
+        buffer = empty([(last - first) * row_bytes], torch.uint8)
         read_exactly(self.path, buffer, self._offsets[name] + first * row_bytes)
         shape = (last - first, *info.shape[1:]) if info.shape else ()
         return buffer.view(getattr(torch, info.dtype)).view(shape)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
+from porttool.memory import empty
 from porttool.sources.torch_legacy import is_legacy, load_legacy
 from porttool.weights import TensorInfo, TensorSource
 
@@ -54,7 +55,7 @@ class TensorTree(TensorSource):
         tensor = self._tensors[name].detach()
         if not (self._mapped and tensor.is_contiguous()):
             return tensor.clone()
-        copy = tensor.new_empty(tensor.shape)
+        copy = empty(tensor.shape, tensor.dtype)
         blocks = (t.view(-1).split(BLOCK) for t in (tensor, copy))
         for old, new in zip(*blocks, strict=True):
             new.copy_(old)

@@ -1,0 +1,38 @@
+"""Memory for large tensors: in huge pages where the system has them, gone as soon as it is free.
+
+Fresh memory is handed out page by page; with pages of 4 KB that takes longer than reading and
+writing what they hold (Linux, Documentation/admin-guide/mm/transhuge.rst).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+LARGE = 1 << 22
+"""Bytes from which a tensor is worth pages of its own."""
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised contiguous tensor on the CPU."""
+    import torch
+
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(tuple(shape), dtype=dtype)
+    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them: small pages serve as well, only slower
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+
+
+def packed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous copy of a tensor in a type."""
+    return empty(tensor.shape, dtype).copy_(tensor)
