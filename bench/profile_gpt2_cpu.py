@@ -1,6 +1,6 @@
 """Where GPT-2 124M spends its time in ONNX Runtime on a CPU: a profile kept for the documents.
 
-    python bench/profile_gpt2_cpu.py --output bench/results/profile_gpt2_cpu
+python bench/profile_gpt2_cpu.py --output bench/results/profile_gpt2_cpu
 """
 
 from __future__ import annotations
