@@ -43,12 +43,14 @@ if TYPE_CHECKING:
     from porttool.sources.torch_file import load_bytes, only_tensors
     from porttool.weights import (
         TensorSource,
-        Via as Via,
         as_is,
         concat,
         identity_rules,
         interleaved_qkv,
         listing,
+    )
+    from porttool.weights import (
+        Via as Via,
     )
 
 _HOMES = {

@@ -195,8 +195,10 @@ def test_plain_nemo_against_gpt2(tmp_path, registry, fused):
     names = {"self_attention.dense": "attn.c_proj", "mlp.dense_h_to_4h": "mlp.c_fc",
              "mlp.dense_4h_to_h": "mlp.c_proj", "input_layernorm": "ln_1",
              "post_attention_layernorm": "ln_2"}  # fmt: skip
-    theirs = {"transformer.wte.weight": tensors["embedding.word_embeddings.weight"],
-              "transformer.wpe.weight": tensors["embedding.position_embeddings.weight"]}
+    theirs = {
+        "transformer.wte.weight": tensors["embedding.word_embeddings.weight"],
+        "transformer.wpe.weight": tensors["embedding.position_embeddings.weight"],
+    }
     for part in ("weight", "bias"):
         theirs[f"transformer.ln_f.{part}"] = tensors[f"final_layernorm.{part}"]
         for i in range(4):
