@@ -13,6 +13,7 @@ of the two candidates are compared (`gap`, beside the spread of the row's logits
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import time
@@ -28,7 +29,7 @@ from torch import Tensor
 from gpu_models import REQUIRED, SHAPES, config, peer, weights_of
 from porttool.config import Limits
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_tune import milliseconds, random_weights
+from porttool.engines.torch.cuda_measure import milliseconds, random_weights
 from porttool.engines.torch.kernels.norm import residual_norm_kernel
 from porttool.nn import Step
 
@@ -215,6 +216,9 @@ def measure(name: str, tunings: dict[str, Any], *, compiled: bool) -> dict[str, 
 
 def memory(name: str, tunings: dict[str, Any]) -> dict[str, float]:
     """Peak memory of a decoder for 32 rows that owns its weights, beside weights and cache."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
     weights = random_weights(config(name), torch.float16, "cuda")
     limits = Limits(max_batch_size=32, max_input_len=924, max_output_len=100)
     decoder = CudaDecoder(config(name), weights, dtype=torch.float16, limits=limits,
@@ -223,7 +227,7 @@ def memory(name: str, tunings: dict[str, Any]) -> dict[str, float]:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     generate(decoder, prompts(decoder.config.vocab_size, 32, 924), 17)
-    peak = torch.cuda.max_memory_reserved()
+    peak = torch.cuda.max_memory_reserved() - before
     return {"weights and KV GB": round(kept / 1e9, 3), "peak GB": round(peak / 1e9, 3),
             "more, %": round(100 * (peak / kept - 1), 1)}  # fmt: skip
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import cuda_cases as cases
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_chains import (
+from porttool.engines.torch.cuda_launch import (
     activation,
     attend,
     merge,

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
-from porttool.engines.torch.cuda_chains import Model, StreamChain, WideChain, embed, wide_attention
+from porttool.engines.torch.cuda_chains import StreamChain, WideChain, wide_attention
+from porttool.engines.torch.cuda_launch import Model, embed
+from porttool.engines.torch.cuda_limits import overlaps, require_memory, unsupported
+from porttool.engines.torch.cuda_packed import Packed, arrange
 from porttool.engines.torch.cuda_prefill import Prompt, prefill_layers, project
 from porttool.engines.torch.cuda_state import (
     HISTORY,
     DeviceCache,
-    Rows,
     Scratch,
     make_rows,
     make_scratch,
@@ -31,51 +33,16 @@ from porttool.engines.torch.cuda_tuning import (
 from porttool.engines.torch.cuda_weights import pack_weights
 from porttool.engines.torch.device_decoder import DeviceDecoder
 from porttool.errors import EngineError, UsageError
-from porttool.nn import Step, meta_decoder
+from porttool.nn import Step
 
-TOKENS_A_GRAPH = 8
+TOKENS_A_GRAPH = 16
 """Greedy tokens in the long graph; the rest of a request is replayed one by one."""
 
-PREFILL_TOKENS = 16384
-"""Prompt tokens that go through the layers together; bounds the activations' memory."""
+PREFILL_TOKENS = (4096, 16384)
+"""Prompt tokens that go through the layers together: at least, and at most."""
 
-
-def unsupported(config: ModelConfig, dtype: torch.dtype) -> str | None:
-    """Say why the kernels cannot run a model, or None."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"they compute in float16, bfloat16 and float32, not in {str(dtype)[6:]}"
-    if config.head_dim > 256:
-        return f"they hold a head of up to 256 elements, and these have {config.head_dim}"
-    return None
-
-
-def tuning_for(found: Mapping[str, Any] | None, device: str) -> Mapping[str, Any] | None:
-    """Return an engine's tuning if it was measured on this kind of GPU, else None: the rule."""
-    return found if found is not None and found["gpu"] == gpu_name(device) else None
-
-
-def overlaps(device: str) -> bool:
-    """True where kernels can be launched before their predecessor ends: from Hopper on."""
-    return device != "cpu" and (
-        not device.startswith("cuda") or torch.cuda.get_device_capability(device) >= (9, 0)
-    )
-
-
-def require_memory(config: ModelConfig, dtype: torch.dtype, limits: Limits, device: str) -> None:
-    """Refuse a model that the GPU cannot hold, and say which batch it could."""
-    if not device.startswith("cuda"):
-        return
-    size = dtype.itemsize
-    slot = 2 * config.n_layer * config.n_kv_head * limits.max_len * config.head_dim * size
-    weights = sum(t.numel() for t in meta_decoder(config).state_dict().values()) * size
-    free, _ = torch.cuda.mem_get_info(device)
-    if weights + slot * limits.max_batch_size > free:
-        fits = max(int((free * 0.94 - weights) // slot), 0)
-        raise EngineError(
-            f"the GPU has {free / 1e9:.1f} GB free; the weights need {weights / 1e9:.1f} GB and "
-            f"each row of {limits.max_len} tokens {slot / 1e9:.2f} GB: "
-            + (f"build with --max-batch-size {fits}" if fits else "use a larger GPU or --tp")
-        )
+PREFILL_SHARE = 0.04
+"""Of the memory for weights and cache, what a prefill's activations may take in between."""
 
 
 class CudaDecoder(DeviceDecoder):
@@ -122,6 +89,10 @@ class CudaDecoder(DeviceDecoder):
         self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
         self._scratch: dict[int, Scratch] = {}
+        kept = 2 * cache.keys.nbytes + sum(w.nbytes for w in self.model.weights.linears())
+        each = dtype.itemsize * (5 * config.d_model + 2 * config.qkv_dim + 2 * config.up_dim)
+        low, high = PREFILL_TOKENS
+        self._prefill_tokens = min(max(int(PREFILL_SHARE * kept / each), low), high)
 
     def use(self, tuning: Tuning) -> None:
         """Run with another tuning from now on; graphs are captured anew."""
@@ -130,11 +101,13 @@ class CudaDecoder(DeviceDecoder):
         self._graphs.clear()
         self._scratch.clear()
 
+    @torch.inference_mode()
     def rewind(self, n: int, context: int) -> None:
         """Put the first n rows back to a context, for measurements."""
         self.rows.cursor.zero_()
         self.rows.positions[:n] = context
 
+    @torch.inference_mode()
     def replay_greedy(self, n: int, tokens: int) -> None:
         """Replay greedy steps of rows that are in place, for measurements."""
         self._replay("greedy", self._bucket(n), tokens)
@@ -142,17 +115,17 @@ class CudaDecoder(DeviceDecoder):
     @torch.inference_mode()
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
         """Feed tokens; float32 logits as the `Runner` contract says."""
-        packed = _Packed(step)
+        packed = Packed(step)
         if packed.n_tokens <= SMALL_ROWS or packed.width == 1:
             logits = self._small_step(packed)
         else:
             return self._prefill(packed, all_positions=all_positions)
-        return _arrange(logits, packed, all_positions=all_positions)
+        return arrange(logits, packed, all_positions=all_positions)
 
     @torch.inference_mode()
     def decode(self, step: Step, n_tokens: int) -> Tensor:
         """Feed one token a row, then greedy successors: int64 [n, n_tokens] on the device."""
-        packed = _Packed(step)
+        packed = Packed(step)
         if packed.width != 1:
             raise UsageError("decoding on the device starts from one token a row")
         reach = int(step.starts.max()) + n_tokens
@@ -173,6 +146,7 @@ class CudaDecoder(DeviceDecoder):
             n_tokens -= count
         return torch.cat(pieces, dim=1)
 
+    @torch.inference_mode()
     def copy_slots(self, source: list[int], target: list[int]) -> None:
         """Copy whole cache rows, as if at once."""
         where = torch.tensor([source, target], device=self.device)
@@ -184,18 +158,18 @@ class CudaDecoder(DeviceDecoder):
 
     # ---- steps --------------------------------------------------------------------------------
 
-    def _small_step(self, packed: _Packed) -> Tensor:
+    def _small_step(self, packed: Packed) -> Tensor:
         n = self._bucket(packed.n_tokens)
         self._put(packed, n)
         embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
         self._replay("logits" if packed.width == 1 else "several", n, 1)
         return self._logits_of(n)[: packed.n_tokens].clone()
 
-    def _prefill(self, packed: _Packed, *, all_positions: bool) -> Tensor:
+    def _prefill(self, packed: Packed, *, all_positions: bool) -> Tensor:
         c = self.config
         width = (packed.width,) if all_positions else ()
         out = torch.zeros(packed.n_rows, *width, c.vocab_size, device=self.device)
-        for group in packed.groups(PREFILL_TOKENS):
+        for group in packed.groups(self._prefill_tokens):
             rows = group.rows(self.device)
             x = torch.empty(group.n_tokens, c.d_model, dtype=self.dtype, device=self.device)
             embed(self.model, rows, x, group.n_tokens, self._table)
@@ -222,7 +196,7 @@ class CudaDecoder(DeviceDecoder):
         step = 8 if n <= 64 else 16
         return min(-(-n // step) * step, max(self.n_slots, n))
 
-    def _put(self, packed: _Packed, n: int) -> None:
+    def _put(self, packed: Packed, n: int) -> None:
         """Write tokens, positions and slots of the rows, padding up to n."""
         block = packed.block(n).to(self.device)
         self.rows.tokens[:n], self.rows.positions[:n], self.rows.slots[:n] = block
@@ -296,69 +270,3 @@ class CudaDecoder(DeviceDecoder):
                 chain.pick(n)
 
         return work
-
-
-class _Packed:
-    """A step's real tokens, one after the other without padding; all of it on the CPU."""
-
-    def __init__(self, step: Step, first_row: int = 0) -> None:
-        self.step, self.first_row = step, first_row
-        self.lengths = [int(v) for v in step.lengths]
-        self.n_rows, self.n_tokens = len(self.lengths), sum(self.lengths)
-        self.width = max(self.lengths)
-
-    def flat(self) -> Tensor:
-        """Tokens, positions and slots of the real tokens: int32 [3, n_tokens]."""
-        s = self.step
-        column = torch.arange(s.tokens.shape[1])
-        real = column < s.lengths[:, None]
-        slots = s.slots[:, None].expand_as(s.tokens)
-        position = s.starts[:, None] + column
-        return torch.stack([t[real] for t in (s.tokens, position, slots)]).int()
-
-    def block(self, n: int) -> Tensor:
-        """As `flat`, filled up to n columns with padding."""
-        out = torch.zeros(3, n, dtype=torch.int32)
-        out[2] = -1
-        out[:, : self.n_tokens] = self.flat()
-        return out
-
-    def rows(self, device: str) -> Rows:
-        """The packed tokens as rows on the device."""
-        tokens, positions, slots = self.flat().to(device)
-        return Rows(tokens, positions, slots, tokens, tokens)
-
-    def spans(self) -> list[tuple[int, int]]:
-        """First and past-last packed token of each row."""
-        ends = torch.tensor(self.lengths).cumsum(0).tolist()
-        return [(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
-
-    def bounds(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots [n], starts [n] and first packed tokens [n + 1] of the rows, int32."""
-        first = torch.tensor([0, *(b for _, b in self.spans())], dtype=torch.int32)
-        return (self.step.slots.int().to(device), self.step.starts.int().to(device),
-                first.to(device))  # fmt: skip
-
-    def groups(self, limit: int) -> list[_Packed]:
-        """Cut into runs of whole rows of at most `limit` tokens, one row at least."""
-        out, begin, size = [], 0, 0
-        for i, length in enumerate([*self.lengths, limit + 1]):
-            if size and size + length > limit:
-                s, part = self.step, slice(begin, i)
-                cut = Step(s.slots[part], s.tokens[part], s.starts[part], s.lengths[part])
-                out.append(_Packed(cut, begin))
-                begin, size = i, 0
-            size += length
-        return out
-
-
-def _arrange(logits: Tensor, packed: _Packed, *, all_positions: bool) -> Tensor:
-    """Give packed logits [tokens, vocab] the contract's shape."""
-    if packed.width == 1:
-        return logits[:, None] if all_positions else logits
-    if not all_positions:
-        return logits[[b - 1 for _, b in packed.spans()]]
-    out = logits.new_zeros(packed.n_rows, packed.width, logits.shape[1])
-    for i, (a, b) in enumerate(packed.spans()):
-        out[i, : b - a] = logits[a:b]
-    return out

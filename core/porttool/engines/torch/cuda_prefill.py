@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from porttool.engines.torch.cuda_chains import Model, activation, append, residual_norm
+from porttool.engines.torch.cuda_launch import Model, activation, append, residual_norm
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import power_of_two
 from porttool.engines.torch.cuda_weights import Linear

@@ -8,11 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from porttool.config import Limits, ModelConfig
+from porttool.config import ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_chains import stream, wide
+from porttool.engines.torch.cuda_launch import stream, wide
+from porttool.engines.torch.cuda_measure import (
+    captured,
+    limits_of,
+    milliseconds,
+    random_weights,
+)
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
 from porttool.engines.torch.cuda_tuning import (
     SMALL_ROWS,
@@ -26,7 +31,7 @@ from porttool.engines.torch.cuda_tuning import (
     tile_rows,
 )
 from porttool.engines.torch.cuda_weights import Linear
-from porttool.nn import Step, meta_decoder
+from porttool.nn import Step
 
 _COLD_BYTES = 400 << 20
 """Weights that one measurement passes through: several times the L2 cache."""
@@ -76,45 +81,6 @@ def wide_candidates(n: int, k: int, rows: int, name: str, *, gated: bool) -> Ite
             fills = min(90, n // 48) <= programs <= (4000 if split == 1 else 420)
             if fills and k // (block_k * split) >= 3:
                 yield WideTile(block_n, block_k, warps, stages, split)
-
-
-def limits_of(n_slots: int, max_len: int) -> Limits:
-    """Return limits of so many rows of so many tokens."""
-    return Limits(max_batch_size=n_slots, max_input_len=max_len - 1, max_output_len=1)
-
-
-def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Draw every canonical tensor from a normal distribution scaled for finite activations."""
-    out = {}
-    for name, meta in meta_decoder(config).state_dict().items():
-        scale = 0.02 if meta.ndim == 1 else min(0.02, meta.shape[-1] ** -0.5)
-        value = torch.empty(meta.shape, dtype=dtype, device=device).normal_(0, scale)
-        plain = "norm" in name and name.endswith("weight") and config.norm != "layernorm1p"
-        out[name] = value + 1 if plain else value
-    return out
-
-
-def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """Compile, warm up and record `work`; return its replay."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
-def milliseconds(run: Callable[[], None], repeats: int = 7) -> float:
-    """Return the median device time of `run`."""
-    times = []
-    for _ in range(repeats + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[2:])
 
 
 class _Bench:
@@ -185,21 +151,29 @@ def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / (3 * tokens))
-    return statistics.median(times[1:])
+    return float(statistics.median(times[1:]))
 
 
 def attention_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
     """Cuts of the context worth trying for n rows."""
     shared = config.n_kv_head < config.n_head
-    for splits in (2, 4, 8, 16) if n == 1 else (1, 2):
+    for splits in (2, 4, 5, 8, 9, 10, 12, 16) if n == 1 else (1, 2):
         for block_t in (16, 32, 64, 128, 256, 512):
-            if n == 1 and not 256 <= block_t * splits <= 1024:
+            if n == 1 and not 512 <= block_t * splits <= 1024:
                 continue
             if shared and block_t * config.head_dim > 8192:
                 continue
             for warps in (1, 2, 4, 8, 16):
                 if 16 <= block_t * config.head_dim // (32 * warps) <= 64:
                     yield AttentionTile(splits, block_t, warps)
+
+
+def with_tile(tuning: Tuning, name: str, tile: StreamTile | WideTile, n: int) -> Tuning:
+    """Return a tuning with one matrix's tile changed, for steps of n rows."""
+    if isinstance(tile, StreamTile):
+        return replace(tuning, stream={**tuning.stream, name: tile})
+    rows = str(tile_rows(n))
+    return replace(tuning, wide={**tuning.wide, rows: {**tuning.wide[rows], name: tile}})
 
 
 class _Search:
@@ -222,12 +196,7 @@ class _Search:
 
     def offer_tile(self, name: str, tile: StreamTile | WideTile) -> None:
         """Measure one matrix in another tile."""
-        if isinstance(tile, StreamTile):
-            self.offer(replace(self.best, stream={**self.best.stream, name: tile}))
-            return
-        rows = str(tile_rows(self.n))
-        tiles = {**self.best.wide[rows], name: tile}
-        self.offer(replace(self.best, wide={**self.best.wide, rows: tiles}))
+        self.offer(with_tile(self.best, name, tile, self.n))
 
     def offer_attention(self) -> None:
         """Measure every cut of the context."""
@@ -266,11 +235,7 @@ def refine(
     """Try the leaders in the whole step of n rows, where neighbours matter; milliseconds."""
     first = decoder.tuning
     for name, tiles in found.items():
-        if n == 1:
-            first = replace(first, stream={**first.stream, name: tiles[0]})
-        else:
-            rows = str(tile_rows(n))
-            first = replace(first, wide={**first.wide, rows: {**first.wide[rows], name: tiles[0]}})
+        first = with_tile(first, name, tiles[0], n)
     decoder.use(first)
     search = _Search(decoder, n, context)
     search.offer_attention()

@@ -125,7 +125,8 @@ class TorchRunner(Runner):
         import torch
 
         try:
-            from porttool.engines.torch.cuda import CudaDecoder, tuning_for, unsupported
+            from porttool.engines.torch.cuda import CudaDecoder
+            from porttool.engines.torch.cuda_limits import tuning_for, unsupported
         except ModuleNotFoundError as error:
             raise MissingExtra("gpu", "triton") from error
         manifest = self.engine.manifest

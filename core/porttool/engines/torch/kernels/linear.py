@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005, SIM108 (Triton compiles neither unpacking nor a ternary over tensors)
 """The matrix kernel of single rows: weights streamed once, multiplied on the CUDA cores.
 
 The norm before a linear needs no pass of its own: with g the norm's weight and

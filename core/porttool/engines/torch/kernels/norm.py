@@ -1,3 +1,4 @@
+# ruff: noqa: SIM108 (Triton compiles no ternary over tensors)
 """Residual addition and layer norm (or RMS norm) in one pass over the row."""
 
 from __future__ import annotations

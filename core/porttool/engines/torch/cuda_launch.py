@@ -1,0 +1,236 @@
+"""Launching the kernels of a decode step, each so that it overlaps its neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from porttool.config import ModelConfig
+from porttool.engines.torch.cuda_state import DeviceCache, Rows, Scratch
+from porttool.engines.torch.cuda_tuning import (
+    AttentionTile,
+    StreamTile,
+    Tuning,
+    WideTile,
+    power_of_two,
+    tile_rows,
+)
+from porttool.engines.torch.cuda_weights import DecoderWeights, Linear, NormWeights
+from porttool.engines.torch.kernels.activation import activate_kernel
+from porttool.engines.torch.kernels.attention import (
+    decode_attention,
+    group_attention,
+    merge_kernel,
+)
+from porttool.engines.torch.kernels.linear import stream_linear
+from porttool.engines.torch.kernels.norm import residual_norm_kernel
+from porttool.engines.torch.kernels.prefill import append_kernel
+from porttool.engines.torch.kernels.token import embed_kernel, pick_kernel
+from porttool.engines.torch.kernels.wide import wide_linear
+
+EVICT = "evict_first"
+"""Weights pass through the L2 cache first out, so that code, norms and activations stay in it."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What every kernel launch needs to know, fixed once a decoder is loaded."""
+
+    config: ModelConfig
+    weights: DecoderWeights
+    cache: DeviceCache
+    cosine: Tensor
+    sine: Tensor
+    tuning: Tuning
+    dtype: torch.dtype
+    chained: bool  # programmatic dependent launch; off under the interpreter
+
+    @property
+    def rotary(self) -> int:
+        """Rotated elements of a head, 0 with learned positions."""
+        return self.config.rotary_dim if self.config.position == "rotary" else 0
+
+    @property
+    def precision(self) -> str:
+        """How tl.dot multiplies: float32 stays float32."""
+        return "ieee" if self.dtype == torch.float32 else "tf32"
+
+    @property
+    def launch(self) -> dict[str, Any]:
+        """Options of every launch in the chain."""
+        return {"launch_pdl": True} if self.chained else {}
+
+
+def embed(model: Model, rows: Rows, x: Tensor, n: int, table: Tensor | None) -> None:
+    """Write the residual stream of n tokens."""
+    c, w = model.config, model.weights
+    embed_kernel[(n,)](
+        rows.tokens, rows.positions, w.embedding if table is None else table, w.embedding,
+        w.embedding if w.position is None else w.position, x, c.vocab_size, c.n_positions,
+        D=c.d_model, BLOCK=power_of_two(c.d_model), LEARNED=w.position is not None,
+        PROMPT=table is not None, PDL=False, num_warps=4,
+    )  # fmt: skip
+
+
+def attend(
+    model: Model, rows: Rows, layer: int, scratch: Scratch, tile: AttentionTile, n: int, *,
+    append: bool = True,
+) -> None:  # fmt: skip
+    """Attention of n single positions; leaves parts, or the average where nothing is split."""
+    c, s = model.config, scratch
+    options = dict(
+        HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
+        BLOCK_D=power_of_two(c.head_dim), BLOCK_T=tile.block_t, SPLITS=tile.splits,
+        APPEND=append, PDL=model.chained, EVICT=EVICT, num_warps=tile.warps, **model.launch,
+    )  # fmt: skip
+    arguments = (
+        s.qkv, model.cache.keys[layer], model.cache.values[layer], rows.slots, rows.positions,
+        model.cosine, model.sine, s.part, s.weight, s.attended, c.layer_scale(layer),
+        model.cache.capacity,
+    )  # fmt: skip
+    grid = (tile.splits, c.n_kv_head, n)
+    if c.n_head == c.n_kv_head:
+        decode_attention[grid](*arguments, **options)
+        return
+    block_g = max(16, power_of_two(c.n_head // c.n_kv_head))
+    group_attention[grid](*arguments, BLOCK_G=block_g, PRECISION=model.precision, **options)
+
+
+def merge(model: Model, scratch: Scratch, splits: int, n: int) -> None:
+    """Join split attention's parts of n rows."""
+    c = model.config
+    block_d = power_of_two(c.head_dim)
+    block_h = max(1, 512 // block_d)
+    merge_kernel[(-(-c.n_head // block_h), n)](
+        scratch.part, scratch.weight, scratch.attended, HEADS=c.n_head, DIM=c.head_dim,
+        SPLITS=splits, BLOCK_H=block_h, BLOCK_D=block_d, PDL=model.chained, num_warps=4,
+        **model.launch,
+    )  # fmt: skip
+
+
+def append(model: Model, rows: Rows, layer: int, qkv: Tensor, query: Tensor, n: int) -> None:
+    """Put n packed tokens' keys and values in the cache, and rotated queries in `query`.
+
+    Without rotation `query` is left alone: the queries in qkv are right as they are.
+    """
+    c = model.config
+    block_d = power_of_two(c.head_dim)
+    first = 0 if model.rotary else c.n_head
+    heads = c.n_head + 2 * c.n_kv_head - first
+    block_h = min(max(1, 2048 // block_d), power_of_two(heads))
+    append_kernel[(-(-heads // block_h), n)](
+        qkv, query, model.cache.keys[layer], model.cache.values[layer], rows.slots,
+        rows.positions, model.cosine, model.sine, model.cache.capacity,
+        HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
+        FIRST=first, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+
+
+def pick(model: Model, rows: Rows, scratch: Scratch, n: int, n_best: int) -> None:
+    """Choose greedy tokens from the head's maxima and embed them for the next step."""
+    c, w, s = model.config, model.weights, scratch
+    pick_kernel[(n,)](
+        s.best, s.where, n_best, rows.tokens, rows.positions, rows.cursor, rows.history,
+        rows.history.shape[1], w.embedding, w.embedding if w.position is None else w.position,
+        s.x, c.vocab_size, c.n_positions, D=c.d_model, BLOCK=power_of_two(c.d_model),
+        LEARNED=w.position is not None, SCAN=min(4096, power_of_two(n_best)),
+        PDL=model.chained, num_warps=8, **model.launch,
+    )  # fmt: skip
+
+
+def residual_norm(
+    model: Model, x: Tensor, delta: Tensor | None, bias: Tensor | None, norm: NormWeights,
+    out: Tensor, *, parts: int = 1, early: bool = True, chained: bool | None = None,
+) -> None:  # fmt: skip
+    """x += the sum of delta's parts + bias; out = norm(x). Rows of d_model, in place on x."""
+    rows, width = x.shape
+    chained = model.chained if chained is None else chained
+    residual_norm_kernel[(rows,)](
+        x, x if delta is None else delta, norm.gamma if bias is None else bias, norm.gamma,
+        norm.gamma if norm.beta is None else norm.beta, out, model.config.norm_eps, rows,
+        D=width, BLOCK=power_of_two(width), PARTS=0 if delta is None else parts,
+        HAS_BIAS=bias is not None, RMS=model.config.norm == "rmsnorm",
+        HAS_BETA=norm.beta is not None, PDL=chained, EARLY=early,
+        num_warps=min(max(power_of_two(width) // 512, 1), 8),
+        **(model.launch if chained else {}),
+    )  # fmt: skip
+
+
+def stream(
+    model: Model, scratch: Scratch, linear: Linear, tile: StreamTile, n: int, x: Tensor,
+    out: Tensor | None, *, act: str = "none", best: bool = False, splits: int = 0,
+    early: bool = True,
+) -> None:  # fmt: skip
+    """Stream one matrix past n rows, one by one; without `out` and `best` adds to scratch.x."""
+    s, c = scratch, model.config
+    columns, inner = linear.weight.shape
+    columns //= 2 if linear.gated else 1
+    bias = linear.bias if linear.norm is None else linear.folded_bias
+    norm = "none"
+    if linear.norm is not None:
+        norm = "rmsnorm" if c.norm == "rmsnorm" else "layernorm"
+    stream_linear[(-(-columns // tile.block_n),)](
+        x, linear.weight, s.x if bias is None else bias,
+        s.x if linear.column_sum is None else linear.column_sum,
+        s.x if linear.norm is None else linear.norm.gamma,
+        s.x, s.x if out is None else out, s.best, s.where, s.part, s.weight, n,
+        c.norm_eps, N=columns, K=inner, NORM=norm, GATED=linear.gated, ACT=act,
+        HAS_BIAS=bias is not None,
+        RESIDUAL=out is None and not best, STORE=out is not None, BEST=best,
+        HEADS=c.n_head, DIM=c.head_dim,
+        SPLITS=splits, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        HELD=min(tile.held, -(-inner // tile.block_k)), PDL=model.chained, EARLY=early,
+        EVICT=EVICT,
+        num_warps=tile.warps, **model.launch,
+    )  # fmt: skip
+
+
+def wide(
+    model: Model, scratch: Scratch, linear: Linear, tile: WideTile, n: int, x: Tensor,
+    out: Tensor | None, *, act: str = "none", best: bool = False,
+) -> None:  # fmt: skip
+    """Multiply n rows; without `out` and `best` leaves tile.split sums in scratch.delta."""
+    s = scratch
+    if tile.block_n == 0:
+        library(s, linear, n, x, out, act)
+        return
+    columns, inner = linear.weight.shape
+    columns //= 2 if linear.gated else 1
+    block_m = tile_rows(n)
+    delta = out is None and not best
+    biased = linear.bias is not None and not delta
+    wide_linear[(-(-columns // tile.block_n), tile.split, -(-n // block_m))](
+        x, linear.weight, linear.bias if biased else s.x, s.delta if out is None else out,
+        s.delta, s.best, s.where, n, N=columns, K=inner, GATED=linear.gated, ACT=act,
+        HAS_BIAS=biased, STORE=delta or out is not None, BEST=best,
+        SPLIT=tile.split if delta else 1, BLOCK_M=block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, STAGES=tile.stages, PRECISION=model.precision,
+        PDL=model.chained, EVICT=EVICT, num_warps=tile.warps,
+        **model.launch,
+    )  # fmt: skip
+
+
+def library(
+    scratch: Scratch, linear: Linear, n: int, x: Tensor, out: Tensor | None, act: str
+) -> None:
+    """As `wide`, by the library's matrix product; without `out` leaves one sum in scratch.sum."""
+    target = (scratch.sum if out is None else out)[:n]
+    if linear.gated:
+        target = scratch.gates[:n]
+    if linear.bias is None or out is None:
+        torch.mm(x[:n], linear.weight.t(), out=target)
+    else:
+        torch.addmm(linear.bias, x[:n], linear.weight.t(), out=target)
+    if act != "none" and out is not None:
+        activation(target, out[:n], act, gated=linear.gated)
+
+
+def activation(hidden: Tensor, out: Tensor, kind: str, *, gated: bool) -> None:
+    """Activate [rows, up_dim] into [rows, up_dim], or half as wide when gated; may be in place."""
+    activate_kernel[(-(-out.numel() // 2048),)](
+        hidden, out, out.numel(), HALF=out.shape[1], GATED=gated, KIND=kind, BLOCK=2048,
+        num_warps=8,
+    )  # fmt: skip

@@ -1,0 +1,51 @@
+"""What the kernels and the GPU can take, and whether a tuning belongs to this GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from porttool.config import Limits, ModelConfig
+from porttool.engines.torch.cuda_tuning import gpu_name
+from porttool.errors import EngineError
+from porttool.nn import meta_decoder
+
+
+def unsupported(config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """Say why the kernels cannot run a model, or None."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"they compute in float16, bfloat16 and float32, not in {str(dtype)[6:]}"
+    if config.head_dim > 256:
+        return f"they hold a head of up to 256 elements, and these have {config.head_dim}"
+    return None
+
+
+def tuning_for(found: Mapping[str, Any] | None, device: str) -> Mapping[str, Any] | None:
+    """Return an engine's tuning if it was measured on this kind of GPU, else None: the rule."""
+    return found if found is not None and found["gpu"] == gpu_name(device) else None
+
+
+def overlaps(device: str) -> bool:
+    """True where kernels can be launched before their predecessor ends: from Hopper on."""
+    return device != "cpu" and (
+        not device.startswith("cuda") or torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def require_memory(config: ModelConfig, dtype: torch.dtype, limits: Limits, device: str) -> None:
+    """Refuse a model that the GPU cannot hold, and say which batch it could."""
+    if not device.startswith("cuda"):
+        return
+    size = dtype.itemsize
+    slot = 2 * config.n_layer * config.n_kv_head * limits.max_len * config.head_dim * size
+    weights = sum(t.numel() for t in meta_decoder(config).state_dict().values()) * size
+    free, _ = torch.cuda.mem_get_info(device)
+    if weights + slot * limits.max_batch_size > free:
+        fits = max(int((free * 0.94 - weights) // slot), 0)
+        raise EngineError(
+            f"the GPU has {free / 1e9:.1f} GB free; the weights need {weights / 1e9:.1f} GB and "
+            f"each row of {limits.max_len} tokens {slot / 1e9:.2f} GB: "
+            + (f"build with --max-batch-size {fits}" if fits else "use a larger GPU or --tp")
+        )

@@ -1,0 +1,75 @@
+"""A step's tokens without their padding, and logits back in the shape that was asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from porttool.engines.torch.cuda_state import Rows
+from porttool.nn import Step
+
+
+class Packed:
+    """A step's real tokens, one after the other without padding; all of it on the CPU."""
+
+    def __init__(self, step: Step, first_row: int = 0) -> None:
+        self.step, self.first_row = step, first_row
+        self.lengths = [int(v) for v in step.lengths]
+        self.n_rows, self.n_tokens = len(self.lengths), sum(self.lengths)
+        self.width = max(self.lengths)
+
+    def flat(self) -> Tensor:
+        """Tokens, positions and slots of the real tokens: int32 [3, n_tokens]."""
+        s = self.step
+        column = torch.arange(s.tokens.shape[1])
+        real = column < s.lengths[:, None]
+        slots = s.slots[:, None].expand_as(s.tokens)
+        position = s.starts[:, None] + column
+        return torch.stack([t[real] for t in (s.tokens, position, slots)]).int()
+
+    def block(self, n: int) -> Tensor:
+        """As `flat`, filled up to n columns with padding."""
+        out = torch.zeros(3, n, dtype=torch.int32)
+        out[2] = -1
+        out[:, : self.n_tokens] = self.flat()
+        return out
+
+    def rows(self, device: str) -> Rows:
+        """The packed tokens as rows on the device."""
+        tokens, positions, slots = self.flat().to(device)
+        return Rows(tokens, positions, slots, tokens, tokens)
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First and past-last packed token of each row."""
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        return [(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+    def bounds(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots [n], starts [n] and first packed tokens [n + 1] of the rows, int32."""
+        first = torch.tensor([0, *(b for _, b in self.spans())], dtype=torch.int32)
+        return (self.step.slots.int().to(device), self.step.starts.int().to(device),
+                first.to(device))  # fmt: skip
+
+    def groups(self, limit: int) -> list[Packed]:
+        """Cut into runs of whole rows of at most `limit` tokens, one row at least."""
+        out, begin, size = [], 0, 0
+        for i, length in enumerate([*self.lengths, limit + 1]):
+            if size and size + length > limit:
+                s, part = self.step, slice(begin, i)
+                cut = Step(s.slots[part], s.tokens[part], s.starts[part], s.lengths[part])
+                out.append(Packed(cut, begin))
+                begin, size = i, 0
+            size += length
+        return out
+
+
+def arrange(logits: Tensor, packed: Packed, *, all_positions: bool) -> Tensor:
+    """Give packed logits [tokens, vocab] the contract's shape."""
+    if packed.width == 1:
+        return logits[:, None] if all_positions else logits
+    if not all_positions:
+        return logits[[b - 1 for _, b in packed.spans()]]
+    out = logits.new_zeros(packed.n_rows, packed.width, logits.shape[1])
+    for i, (a, b) in enumerate(packed.spans()):
+        out[i, : b - a] = logits[a:b]
+    return out
