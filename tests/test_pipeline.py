@@ -71,6 +71,18 @@ def test_every_form_of_output_says_the_same(at_home, tmp_path, capsys):
     assert values.argmax(-1).tolist() == [row[-6:] for row in rows]
 
 
+def test_json_lines_on_standard_output(at_home, capsys):
+    prompts = ["--input-text", "The storm", "--input-text", "A strike"]
+    assert (
+        invoke(["run", *prompts, "--max-output-len", "4", "--output-json", "-", "--logprobs"]) == 0
+    )
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(records) == 2
+    for record in records:
+        [completion] = record["completions"]
+        assert len(completion["logprobs"]) == len(completion["tokens"]) == 4
+
+
 def test_a_stream_is_the_text_that_comes_without_one(at_home, capsys, monkeypatch):
     arguments = ["run", "--input-text", "-", "--max-output-len", "30"]
     shown = []

@@ -37,9 +37,9 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def say_json(value: Any) -> None:
-    """Print a value for machines."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+def say_json(value: Any, *, indent: int | None = 1) -> None:
+    """Print a value for machines; without an indent it takes one line."""
+    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
 
 
 _noted: set[str] = set()

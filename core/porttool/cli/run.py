@@ -225,7 +225,7 @@ def write_results(
         token_files.write_json_lines(asked["output_json"], records)
     elif asked["output_json"]:
         for record in records:
-            console.say_json(record)
+            console.say_json(record, indent=None)
     if asked["output_csv"]:
         token_files.write_csv(asked["output_csv"], rows)
     if asked["output_npy"]:
