@@ -83,6 +83,14 @@ class Comparison:
         """What the types of the sides allow."""
         return self.bounds.tolerance(*(s for s in (self.engine, self.reference) if s))
 
+    @property
+    def n_worded(self) -> int:
+        """Articles for which at least one side wrote more than blanks: the others show nothing."""
+        sides = [
+            [c.text.strip() for c in s.continuations] for s in (self.engine, self.reference) if s
+        ]
+        return sum(any(texts) for texts in zip(*sides, strict=True))
+
     def differences(self, kind: str) -> list[float]:
         """Engine minus reference, article by article."""
         pairs = zip(self.engine_scores[kind], self.reference_scores[kind], strict=True)
@@ -135,10 +143,10 @@ def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
     found = comparison.estimate(comparison.differences(kind))
     margin = comparison.tolerance.margin
     name, bound = f"{kind} not inferior", f"> {-margin:.2f}"
-    if found.n < MIN_ARTICLES:
+    if (n_worded := comparison.n_worded) < MIN_ARTICLES:
         return Verdict(
-            name=name, passed=None, found=f"{found.n} articles", bound=bound,
-            detail=f"a verdict needs at least {MIN_ARTICLES} articles",
+            name=name, passed=None, found=f"{n_worded} articles", bound=bound,
+            detail=f"a verdict needs at least {MIN_ARTICLES} articles that a side has words for",
         )  # fmt: skip
     detail = f"mean difference {found.mean:+.2f}, sd {found.sd:.2f}, n {found.n}"
     passed = found.low > -margin

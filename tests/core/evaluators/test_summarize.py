@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ import tiny
 from porttool.config import PromptTemplate
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
+from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
@@ -267,3 +269,17 @@ def test_an_instruction_keeps_its_template_and_the_articles_beginning(writer):
 def test_instruction_without_a_template(run):
     with pytest.raises(UsageError, match="no instruction template"):
         run(prompt="instruction")
+
+
+def test_articles_without_a_word_on_either_side_do_not_count():
+    def side(*texts):
+        written = [SimpleNamespace(text=text) for text in texts]
+        return SimpleNamespace(continuations=written, dtype="float32", rounding={})
+
+    zeros = {"rouge1": [0.0] * 12}
+    ours, theirs = side("a", " ", *[""] * 10), side("b", "c", "\n", *[""] * 9)
+    found = Comparison((), ours, theirs, zeros, zeros, (), Bounds(resamples=10))
+    assert found.n_worded == 2
+    assert judge_rouge(found, "rouge1").passed is None
+    worded = Comparison((), side(*"abcdefghijkl"), theirs, zeros, zeros, (), Bounds(resamples=10))
+    assert judge_rouge(worded, "rouge1").passed is True
