@@ -71,7 +71,7 @@ def checkpoint(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tenso
         tensors={name: tuple(w.shape) for name, w in tensors.items()},
         files={FILE: hash_file(folder / FILE)},
     )
-    (folder / "checkpoint.json").write_text(manifest.model_dump_json())
+    (folder / "checkpoint.json").write_text(manifest.sealed())
     return Checkpoint.open(folder)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from porttool.checkpoint import Checkpoint
+from porttool.checkpoint import Checkpoint, seal_of
 from porttool.converter import convert
 from porttool.engine import Engine, build, choose_limits
 from porttool.plugins import Registry, choose_converter, load_registry
@@ -106,6 +106,12 @@ def edit_config(folder: Path, **changes: Any) -> Path:
     values = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     return folder
+
+
+def edit_manifest(file: Path, **changes: Any) -> None:
+    """Change fields of a manifest and seal it again, as a program of ours would write it."""
+    text = json.dumps({**json.loads(file.read_text()), **changes, "seal": ""})
+    file.write_text(text.replace('"seal": ""', f'"seal": "{seal_of(text.encode())}"'))
 
 
 def converted(source: Path, output: Path, model: str | None = None, **options: Any) -> Checkpoint:

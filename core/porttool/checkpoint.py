@@ -1,12 +1,14 @@
 """The canonical checkpoint: one folder, unsharded over ranks, verified before it is used.
 
-checkpoint.json   the manifest: config, special ids, provenance, SHA-256 of every file
+checkpoint.json   the manifest: config, special ids, provenance, SHA-256 of every file and of itself
 model*.safetensors
 tokenizer/        the tokenizer's files, as they came
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -25,11 +27,29 @@ from porttool.errors import CheckpointError, SourceError
 from porttool.folder import FileRecord, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
 
-M = TypeVar("M", bound=Closed)
-
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
-FORMAT_VERSION = 1
+SEAL = re.compile(rb'"seal": "[0-9a-f]*"')
+UNSEALED = b'"seal": ""'
+
+
+class Manifest(Closed):
+    """What a folder is. `seal` is the SHA-256 of the manifest's own text with the seal empty."""
+
+    seal: str = ""
+
+    def sealed(self) -> str:
+        """Return the text to write: any bit that changes in it later is found when it is read."""
+        text = self.model_copy(update={"seal": ""}).model_dump_json(indent=1)
+        return text.replace(UNSEALED.decode(), f'"seal": "{seal_of(text.encode())}"', 1)
+
+
+M = TypeVar("M", bound=Manifest)
+
+
+def seal_of(text: bytes) -> str:
+    """Return the seal that a manifest's text should have."""
+    return hashlib.sha256(SEAL.sub(UNSEALED, text, count=1)).hexdigest()
 
 
 class PluginRecord(Closed):
@@ -52,7 +72,7 @@ class SourceRecord(Closed):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class CheckpointManifest(Closed):
+class CheckpointManifest(Manifest):
     """Everything about a checkpoint but its tensors."""
 
     format: Literal["porttool-checkpoint"] = "porttool-checkpoint"
@@ -134,8 +154,6 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """SHA-256 over the manifest: the checkpoint's identity."""
-        import hashlib
-
         return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
 
 
@@ -146,9 +164,16 @@ def read_manifest(path: Path, name: str, model: type[M]) -> M:
         partial = path.with_name(f".{path.name}.partial")
         hint = "; an interrupted run left it half done, run it again" if partial.exists() else ""
         raise CheckpointError(f"{path}: there is no {name} here{hint}")
+    text = file.read_bytes()
     try:
-        return model.model_validate_json(file.read_bytes())
+        manifest = model.model_validate_json(text)
     except ValidationError as error:
         raise CheckpointError(
             f"{file}: not a manifest of this version: {explain(error)}"
         ) from error
+    if manifest.seal != seal_of(text):
+        raise CheckpointError(
+            f"{file}: its seal is not the SHA-256 of its text; it was altered, or written before "
+            "manifests were sealed, make the folder again"
+        )
+    return manifest

@@ -207,7 +207,7 @@ def convert(
             if fingerprint(source_path) != record.fingerprint:
                 raise SourceError(f"{source_path}: changed while it was read; convert it again")
             finished = manifest.model_copy(update={"files": dict(sorted(folder.files.items()))})
-            folder.finish(MANIFEST, finished.model_dump_json(indent=1))
+            folder.finish(MANIFEST, finished.sealed())
             progress.finish()
     return Checkpoint.open(output, verify=False)
 

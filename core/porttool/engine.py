@@ -1,6 +1,6 @@
 """An engine: one folder that a runner loads, its manifest, and the driver that builds it.
 
-engine.json       the manifest: kind, config, limits, versions, SHA-256 of every file
+engine.json       the manifest: kind, config, limits, versions, SHA-256 of every file and of itself
 rank0/ …          what the builder wrote for each rank
 tokenizer/        the tokenizer's files
 """
@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from porttool.builder import Builder, BuildRequest, Rank
-from porttool.checkpoint import TOKENIZER, Checkpoint, PluginRecord, SourceRecord, read_manifest
+from porttool.checkpoint import (
+    TOKENIZER,
+    Checkpoint,
+    Manifest,
+    PluginRecord,
+    SourceRecord,
+    read_manifest,
+)
 from porttool.config import (
-    Closed,
     Dtype,
     InfillTokens,
     Limits,
@@ -35,7 +41,7 @@ MANIFEST = "engine.json"
 DEFAULT_OUTPUT_LEN = 100
 
 
-class EngineManifest(Closed):
+class EngineManifest(Manifest):
     """Everything about an engine but its weights. `built` is the builder's own record."""
 
     format: Literal["porttool-engine"] = "porttool-engine"
@@ -171,7 +177,7 @@ def build(
             built=tuple(built),
             files=record_files(folder.path),
         )
-        folder.finish(MANIFEST, manifest.model_dump_json(indent=1))
+        folder.finish(MANIFEST, manifest.sealed())
     return Engine(output, manifest)
 
 

@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from porttool.checkpoint import PluginRecord, SourceRecord, read_manifest
+from porttool.checkpoint import Manifest, PluginRecord, SourceRecord, read_manifest
 from porttool.component import Component
-from porttool.config import Closed, Dtype, ModelConfig, PromptTableConfig
+from porttool.config import Dtype, ModelConfig, PromptTableConfig
 from porttool.converter import FLOATS
 from porttool.errors import CheckpointError, SourceError, UsageError
 from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
@@ -39,7 +39,7 @@ MANIFEST = "prompt_table.json"
 TENSOR = "prompt_table"
 
 
-class PromptTableManifest(Closed):
+class PromptTableManifest(Manifest):
     """Everything about a prompt table but its rows."""
 
     format: Literal["porttool-prompt-table"] = "porttool-prompt-table"
@@ -216,7 +216,7 @@ def convert_table(
     with pending_folder(output, key, replace=replace) as folder:
         write_shards(folder, plan_shards([job], TENSOR), workers=1, progress=SILENT)
         finished = manifest.model_copy(update={"files": folder.files})
-        folder.finish(MANIFEST, finished.model_dump_json(indent=1))
+        folder.finish(MANIFEST, finished.sealed())
     return PromptTable.open(output)
 
 

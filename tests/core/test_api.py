@@ -51,14 +51,14 @@ def test_a_checkpoint_of_another_plugin_version(tmp_path, checkpoint, registry):
     file = folder / "checkpoint.json"
     values = json.loads(file.read_text())
     values["plugin"]["version"] = "0.0.9"
-    file.write_text(json.dumps(values))
+    tiny.edit_manifest(file, **values)
     with pytest.raises(PluginError) as caught:
         api.build(folder, tmp_path / "engine", registry=registry)
     said = str(caught.value)
     assert "was converted by 'gpt2' of porttool 0.0.9, installed is porttool " in said
     assert "make it again, or install that version" in said
     values["plugin"].update(component="gone", distribution="porttool-gone")
-    file.write_text(json.dumps(values))
+    tiny.edit_manifest(file, **values)
     with pytest.raises(PluginError, match=r"not installed; install porttool-gone==0\.0\.9"):
         api.build(folder, tmp_path / "engine", registry=registry)
     assert not (tmp_path / "engine").exists()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from porttool.checkpoint import Checkpoint
+import tiny
+from porttool.checkpoint import Checkpoint, CheckpointManifest, read_manifest
 from porttool.errors import CheckpointError
 from porttool.folder import hash_file
 
@@ -18,8 +19,7 @@ def copy(tmp_path, checkpoint):
 
 
 def edit_manifest(folder, **changes):
-    file = folder / "checkpoint.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    tiny.edit_manifest(folder / "checkpoint.json", **changes)
 
 
 def flip_bit(file, at):
@@ -77,6 +77,28 @@ def test_a_manifest_that_is_none(copy, content):
     (copy / "checkpoint.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"checkpoint\.json: not a manifest of this version"):
         Checkpoint.open(copy)
+
+
+def test_every_flipped_bit_of_the_manifest(copy):
+    """Also one that leaves a number a number: a wrong epsilon would look like a whole model."""
+    file = copy / "checkpoint.json"
+    whole = file.read_bytes()
+    for at in range(len(whole)):
+        for bit in (0, 1, 4):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            with pytest.raises(CheckpointError, match=r"checkpoint\.json: "):
+                read_manifest(copy, file.name, CheckpointManifest)
+    file.write_bytes(whole)
+    Checkpoint.open(copy)
+
+
+def test_an_unsealed_manifest(copy):
+    file = copy / "checkpoint.json"
+    values = json.loads(file.read_text())
+    for seal in ("", "0" * 64, values["seal"]):
+        file.write_text(json.dumps({**values, "seal": seal, "family": "gpt3"}, indent=1))
+        with pytest.raises(CheckpointError, match=r"checkpoint\.json: its seal is not the SHA-256"):
+            Checkpoint.open(copy)
 
 
 def test_another_version_of_the_format(copy):

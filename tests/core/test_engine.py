@@ -24,7 +24,7 @@ def edit_manifest(folder, change):
     file = folder / "engine.json"
     values = json.loads(file.read_text())
     change(values)
-    file.write_text(json.dumps(values))
+    tiny.edit_manifest(file, **values)
 
 
 def test_it_opens_and_says_what_it_is(engine_folder, registry):

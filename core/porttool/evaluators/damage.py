@@ -149,5 +149,5 @@ class Damage:
                 "files": record_files(output),
             }
         )
-        (output / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+        (output / MANIFEST).write_text(manifest.sealed())
         return Engine.open(output)
