@@ -102,6 +102,13 @@ def test_files_stay_small():
     assert large == {}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_read_in_five_minutes(family):
+    """250 lines, its proof included: what several families need belongs into core."""
+    files = [*(ROOT / "models" / family).rglob("porttool_*/**/*.py")]
+    assert 0 < sum(len(f.read_text().splitlines()) for f in files) <= 250
+
+
 def test_functions_stay_small():
     """60 lines, and most far fewer; a GPU kernel cannot call a function for every step of it."""
     sizes = {f"{p.relative_to(ROOT)}:{name}": n for p in MODULES for name, n in functions(p)}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from porttool.errors import UsageError
 
@@ -15,6 +16,10 @@ class Options(BaseModel):
     """Options of a component: closed, frozen, settable as `--set NAME VALUE`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+PathOption = Annotated[Path, AfterValidator(Path.absolute)]
+"""A path as an option: kept absolute, for manifests record options and are read elsewhere."""
 
 
 class Component(ABC):

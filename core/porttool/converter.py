@@ -35,6 +35,7 @@ from porttool.weights import (
     TensorSource,
     WeightMap,
     cast,
+    identity_rules,
     map_tensor,
     resolve_rules,
 )
@@ -67,13 +68,15 @@ class Converter(Component):
     """Reads one family from one kind of source. `name` is `family` or `family/format`.
 
     `refines` names the converter that this one takes precedence over when both match.
-    `hub_id` is where the family's own weights are published.
+    `hub_id` is where the family's own weights are published, `shape` what they are: builds with
+    random weights start from it.
     """
 
     family: ClassVar[str]
     source_format: ClassVar[str] = "Hugging Face folder"
     refines: ClassVar[str | None] = None
     hub_id: ClassVar[str | None] = None
+    shape: ClassVar[ModelConfig | None] = None
     prompt: ClassVar[PromptTemplate | None] = None
 
     @abstractmethod
@@ -81,16 +84,19 @@ class Converter(Component):
         """Return true if the source is this family's; look at configs and indexes only."""
 
     @abstractmethod
-    def config(self, source: Path) -> ModelConfig:
-        """Read the config alone, refusing what it does not know."""
-
-    @abstractmethod
     def open(self, source: Path) -> Source:
-        """Read the config and index the tensors, without reading them."""
+        """Read the config, refusing what it does not know, and index the tensors unread."""
 
-    @abstractmethod
+    def config(self, source: Path) -> ModelConfig:
+        """Read the config; override this where that needs less than opening the source."""
+        return self.open(source).config
+
     def weight_map(self, config: ModelConfig) -> WeightMap:
-        """Return the table from canonical names to source names."""
+        """Return the table from canonical names to source names.
+
+        The default is for tensors that have canonical names already.
+        """
+        return WeightMap(identity_rules(self.module(config).state_dict()))
 
     def prepare(
         self, source: Path, scratch: Path, progress: Progress

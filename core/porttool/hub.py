@@ -17,6 +17,8 @@ def resolve_source(source: str | None, hub_id: str | None) -> Path:
         raise UsageError("this family has no source of its own; give the path of one")
     if Path(wanted).exists():
         return Path(wanted)
+    if (index := Path(f"{wanted}.index")).is_file():
+        return index  # TensorFlow names a checkpoint by the prefix of its files
     if not is_hub_id(wanted):
         raise SourceError(f"{wanted}: there is no such file or folder")
     return fetch(wanted)

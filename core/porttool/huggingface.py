@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from porttool.config import ModelConfig, SpecialTokens
+from porttool.config import InfillTokens, ModelConfig, SpecialTokens
 from porttool.converter import Converter, Source, validated
 from porttool.errors import SourceError
+from porttool.sources.json_file import read_json
 from porttool.sources.ranks import Renamed, ShardedTensors
-from porttool.sources.safetensors_file import SafetensorsFile, unique_pairs
+from porttool.sources.safetensors_file import SafetensorsFile
+from porttool.sources.tokenizer_files import added_tokens, known_spelling
 from porttool.sources.torch_file import open_torch_file
-from porttool.weights import TensorSource, listing
+from porttool.weights import TensorSource, WeightMap, listing
 
 T = TypeVar("T")
 
-MAX_JSON = 64_000_000
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
@@ -133,12 +133,16 @@ class HuggingFaceConverter(Converter):
     """A family in Hugging Face's layout: say which configs are yours and how to read one.
 
     `implements` names the classes of `auto_map` that `nn` computes exactly: a folder may name
-    these, and no others, as code of its own.
+    these, and no others, as code of its own. `spellings` are the tokens for infilling, of which
+    a checkpoint gets those that its tokenizer knows. `end_of_text` is the token whose id goes for
+    `bos` and `eos` where the config declares none or one beyond the vocabulary.
     """
 
     model_types: ClassVar[frozenset[str]]
     implements: ClassVar[frozenset[str]] = frozenset()
     prefix: ClassVar[str] = "transformer."
+    spellings: ClassVar[tuple[InfillTokens, ...]] = ()
+    end_of_text: ClassVar[str | None] = None
 
     def matches(self, source: Path) -> bool:
         """Return true if config.json names one of the family's model types."""
@@ -150,6 +154,10 @@ class HuggingFaceConverter(Converter):
     @abstractmethod
     def read_config(self, config: SourceConfig) -> ModelConfig:
         """Map every key that matters; `finish` is called afterwards."""
+
+    @abstractmethod
+    def weight_map(self, config: ModelConfig) -> WeightMap:
+        """Return the table from canonical names to those of the folder."""
 
     def config(self, source: Path) -> ModelConfig:
         """Read config.json; a key that nothing accounts for is refused by name."""
@@ -168,7 +176,13 @@ class HuggingFaceConverter(Converter):
 
     def special_tokens(self, source: Path, model: ModelConfig) -> SpecialTokens:
         """Read the ids that the folder declares; one outside the vocabulary is refused."""
-        return check_special_ids(special_ids(source), model.vocab_size, source)
+        ids = special_ids(source)
+        if self.end_of_text and (end := added_tokens(source).get(self.end_of_text)) is not None:
+            for key in ("bos", "eos"):
+                declared = ids[key]
+                if declared is None or (isinstance(declared, int) and declared >= model.vocab_size):
+                    ids[key] = end
+        return check_special_ids(ids, model.vocab_size, source)
 
     def open(self, source: Path) -> Source:
         """Read the config and the special ids, and index the tensors."""
@@ -178,6 +192,7 @@ class HuggingFaceConverter(Converter):
             tokens=self.special_tokens(source, model),
             tensors=unprefixed(open_tensors(source), self.prefix),
             tokenizer=tuple(source / n for n in TOKENIZER_FILES if (source / n).is_file()),
+            infill=known_spelling(source, self.spellings) if self.spellings else None,
         )
 
 
@@ -197,21 +212,6 @@ def unprefixed(inner: TensorSource, prefix: str) -> TensorSource:
             raise SourceError(f"{info.file}: {short} is there twice, with and without {prefix!r}")
         names[short] = name
     return Renamed(inner, names)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; SourceError if it is missing, huge or damaged."""
-    if not path.is_file():
-        raise SourceError(f"{path}: the file is missing")
-    if path.stat().st_size > MAX_JSON:
-        raise SourceError(f"{path}: {path.stat().st_size} bytes is no config")
-    try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=unique_pairs)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: damaged JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise SourceError(f"{path}: should hold a JSON object")
-    return values
 
 
 def read_config(source: Path) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def open_indexed(source: Path, index: str) -> TensorSource:
 
 def special_ids(source: Path) -> dict[str, Any]:
     """Read bos, eos and pad; generation_config.json goes before config.json, as when run."""
-    values = read_config(source)
+    values = read_json(source / "config.json")
     generation = source / "generation_config.json"
     merged = {**values, **(read_json(generation) if generation.is_file() else {})}
     keys = {key: f"{key}_token_id" for key in ("bos", "eos", "pad")}

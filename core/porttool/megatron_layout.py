@@ -14,10 +14,12 @@ from porttool.converter import validated
 from porttool.errors import SourceError
 from porttool.huggingface import SourceConfig
 from porttool.sources.megatron import MegatronCheckpoint
-from porttool.weights import WeightMap, as_is, identity_rules, interleaved_qkv, take
+from porttool.weights import WeightMap, as_is, concat, identity_rules, interleaved_qkv, take
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from porttool.weights import Via
 
 ONLY = {
     "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "swiglu": False,
@@ -111,15 +113,29 @@ def activation(args: SourceConfig) -> Activation:
     return "gelu_tanh" if tanh else "gelu"
 
 
-def megatron_weight_map(config: ModelConfig, version: float, names: Sequence[str]) -> WeightMap:
-    """Return the table for a checkpoint version; `names` are the canonical ones."""
-    qkv = as_is if version < 1 else columns_first if version < 2 else interleaved_qkv
-    rules = identity_rules(names)
-    for part in ("weight", "bias"):
-        name = f"layers.{{i}}.attention.qkv.{part}"
-        rules[name] = take(name, via=qkv)
+def fused_order(version: float) -> Via:
+    """Return what turns the rows of a checkpoint version's fused projection into q | k | v."""
+    return as_is if version < 1 else columns_first if version < 2 else interleaved_qkv
+
+
+def megatron_weight_map(
+    config: ModelConfig, *, qkv: Via = interleaved_qkv, two_matrices: bool = False
+) -> WeightMap:
+    """Return the table of tensors that have canonical names, but are stored as Megatron does.
+
+    `qkv` orders the fused projection's rows; with `two_matrices` a gate's halves lie apart. A tied
+    head may be stored once more, on the last pipeline stage.
+    """
+    from porttool.nn import meta_decoder
+
+    rules = identity_rules(meta_decoder(config).state_dict())
     for name in {"embedding.weight", "head.weight"} & rules.keys():
         rules[name] = take(name, via=unpadded)
+    for part in ("weight", "bias"):
+        fused, up = (f"layers.{{i}}.{module}.{part}" for module in ("attention.qkv", "mlp.up"))
+        rules[fused] = take(fused, via=qkv)
+        if two_matrices:
+            rules[up] = take(up, f"layers.{{i}}.mlp.linear.{part}", via=concat)
     return WeightMap(
         rules, duplicates={"head.weight": "embedding.weight"} if config.tied_head else {}
     )
@@ -132,5 +148,5 @@ def columns_first(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unpadded(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
-    """Take the rows of ids that exist."""
+    """Take the rows of ids that exist; training padded the others to divide evenly."""
     return tensors[0][: config.vocab_size]

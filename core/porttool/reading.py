@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from porttool.component import Options
+    from porttool.component import Options, PathOption
     from porttool.config import InfillTokens, Norm, Position, SpecialTokens
     from porttool.converter import validated
     from porttool.errors import SourceError
@@ -22,24 +22,19 @@ if TYPE_CHECKING:
         read_gpt2_config,
         squeezed,
     )
-    from porttool.huggingface import (
-        check_special_ids,
-        open_weight_file,
-        read_config,
-        read_json,
-        special_ids,
-    )
-    from porttool.megatron_layout import megatron_weight_map, read_megatron_config
+    from porttool.huggingface import check_special_ids, open_weight_file, read_config, special_ids
+    from porttool.megatron_layout import fused_order, megatron_weight_map, read_megatron_config
+    from porttool.nemo_layout import NemoModel
     from porttool.progress import Progress
     from porttool.prompt_table import TableConverter
     from porttool.sources.archive import Archive, is_gzip, unpacked
-    from porttool.sources.megatron import MegatronCheckpoint, flatten, is_megatron, open_megatron
-    from porttool.sources.megatron_names import join_ranks
-    from porttool.sources.nemo import CONFIG, WEIGHTS, NemoFiles, locate_model, read_nemo_config
+    from porttool.sources.json_file import read_json
+    from porttool.sources.megatron import flatten, is_megatron, open_megatron
+    from porttool.sources.nemo import CONFIG, WEIGHTS, locate_model, read_nemo_config
     from porttool.sources.nemo_keys import accounted_keys
-    from porttool.sources.nemo_tokenizer import read_tokenizer, special_tokens
     from porttool.sources.ranks import Renamed
     from porttool.sources.tf_bundle import TensorBundle, find_bundle
+    from porttool.sources.tokenizer_files import renamed_files, special_tokens
     from porttool.sources.torch_file import load_bytes, only_tensors
     from porttool.weights import (
         TensorSource,
@@ -57,10 +52,10 @@ _HOMES = {
     "Archive": "sources.archive",
     "CONFIG": "sources.nemo",
     "InfillTokens": "config",
-    "MegatronCheckpoint": "sources.megatron",
-    "NemoFiles": "sources.nemo",
+    "NemoModel": "nemo_layout",
     "Norm": "config",
     "Options": "component",
+    "PathOption": "component",
     "Position": "config",
     "Progress": "progress",
     "Renamed": "sources.ranks",
@@ -76,13 +71,13 @@ _HOMES = {
     "concat": "weights",
     "find_bundle": "sources.tf_bundle",
     "flatten": "sources.megatron",
+    "fused_order": "megatron_layout",
     "gpt2_config": "gpt2_layout",
     "gpt2_weight_map": "gpt2_layout",
     "identity_rules": "weights",
     "interleaved_qkv": "weights",
     "is_gzip": "sources.archive",
     "is_megatron": "sources.megatron",
-    "join_ranks": "sources.megatron_names",
     "listing": "weights",
     "load_bytes": "sources.torch_file",
     "locate_model": "sources.nemo",
@@ -94,12 +89,12 @@ _HOMES = {
     "openai_name": "gpt2_layout",
     "read_config": "huggingface",
     "read_gpt2_config": "gpt2_layout",
-    "read_json": "huggingface",
+    "read_json": "sources.json_file",
     "read_megatron_config": "megatron_layout",
     "read_nemo_config": "sources.nemo",
-    "read_tokenizer": "sources.nemo_tokenizer",
+    "renamed_files": "sources.tokenizer_files",
     "special_ids": "huggingface",
-    "special_tokens": "sources.nemo_tokenizer",
+    "special_tokens": "sources.tokenizer_files",
     "squeezed": "gpt2_layout",
     "unpacked": "sources.archive",
     "validated": "converter",
@@ -110,10 +105,10 @@ __all__ = [
     "WEIGHTS",
     "Archive",
     "InfillTokens",
-    "MegatronCheckpoint",
-    "NemoFiles",
+    "NemoModel",
     "Norm",
     "Options",
+    "PathOption",
     "Position",
     "Progress",
     "Renamed",
@@ -128,13 +123,13 @@ __all__ = [
     "concat",
     "find_bundle",
     "flatten",
+    "fused_order",
     "gpt2_config",
     "gpt2_weight_map",
     "identity_rules",
     "interleaved_qkv",
     "is_gzip",
     "is_megatron",
-    "join_ranks",
     "listing",
     "load_bytes",
     "locate_model",
@@ -149,7 +144,7 @@ __all__ = [
     "read_json",
     "read_megatron_config",
     "read_nemo_config",
-    "read_tokenizer",
+    "renamed_files",
     "special_ids",
     "special_tokens",
     "squeezed",

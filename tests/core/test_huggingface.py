@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from porttool.errors import SourceError
-from porttool.huggingface import (
-    MAX_JSON,
-    SourceConfig,
-    read_config,
-    read_json,
-    unprefixed,
-)
+from porttool.huggingface import SourceConfig, read_config, unprefixed
+from porttool.sources.json_file import MAX_JSON, read_json
 from porttool.sources.ranks import ShardedTensors
 from porttool.sources.torch_file import TensorTree
 

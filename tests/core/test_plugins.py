@@ -43,7 +43,7 @@ BROKEN = {
                    "not a Runner"),
     "abstract": (HEAD + "api_version = 1\nclass C(Converter):\n    name = 'c'\n    family = 'c'\n"
                  "@hookimpl\ndef porttool_converters(): return [C]",
-                 "C lacks config, matches, open, weight_map"),
+                 "C lacks matches, open"),
     "no name": (HEAD + "api_version = 1\nclass C(Converter):\n    pass\n"
                 "@hookimpl\ndef porttool_converters(): return [C]", "C has no name"),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from porttool.fastertransformer.config_file import CONFIG, read_folder_config
 from porttool.fastertransformer.layout import BinFile, Region, bin_files, check_parallel
 from porttool.huggingface import TOKENIZER_FILES
 from porttool.sources.safetensors_file import CODES, DTYPES, read_exactly
-from porttool.weights import TensorInfo, TensorSource, WeightMap, identity_rules, listing
+from porttool.weights import TensorInfo, TensorSource, listing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,6 @@ def open_folder(source: Path) -> Source:
         tokens=read.tokens,
         tensors=BinFolder(folder, read.config, read.dtype, tp, names),
         tokenizer=tuple(folder / n for n in TOKENIZER_FILES if (folder / n).is_file()),
-        weight_map=WeightMap(identity_rules(names)),
     )
 
 

@@ -1,12 +1,17 @@
-"""What a tokenizer's JSON files say of ids, without the tokenizer."""
+"""What a tokenizer's files say of ids, without the tokenizer."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from porttool.errors import SourceError
+from porttool.config import InfillTokens, SpecialTokens
+from porttool.errors import MissingExtra, SourceError
+from porttool.sources.json_file import read_json
+
+END_OF_TEXT = "<|endoftext|>"
 
 
 def check_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> None:
@@ -35,3 +40,62 @@ def ids_of(name: str, data: bytes) -> Iterable[int]:
         return [*added, *map(int, vocabulary.values())]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{name}: the tokenizer's file is damaged: {error}") from error
+
+
+def renamed_files(folder: Path, names: Mapping[str, str]) -> dict[str, bytes]:
+    """Read a tokenizer's files under other names (theirs → ours); none of them may be missing."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise SourceError(f"{folder / name}: the file is missing; it is the tokenizer's")
+    return {new: (folder / old).read_bytes() for old, new in names.items()}
+
+
+def special_tokens(files: Mapping[str, bytes]) -> tuple[SpecialTokens, int | None]:
+    """Return the ids with a meaning and the number of all ids, None where no tokenizer is.
+
+    Known are a sentencepiece model, which declares its own, and GPT-2's byte pairs.
+    """
+    if "tokenizer.model" in files:
+        return sentencepiece_tokens(files["tokenizer.model"])
+    if "vocab.json" not in files:
+        return SpecialTokens(), None
+    ids = list(ids_of("vocab.json", files["vocab.json"]))
+    if not ids or min(ids) < 0:
+        raise SourceError("vocab.json: the tokenizer's file is damaged: no ids, or negative ones")
+    end = json.loads(files["vocab.json"]).get(END_OF_TEXT)
+    eos = () if end is None else (int(end),)
+    return SpecialTokens(bos=eos[0] if eos else None, eos=eos), 1 + max(ids)
+
+
+def sentencepiece_tokens(data: bytes) -> tuple[SpecialTokens, int]:
+    """Read the ids that a sentencepiece model itself declares."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise MissingExtra("gpt-next", "sentencepiece") from error
+    try:
+        model = SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        raise SourceError(f"the tokenizer's sentencepiece model is damaged: {error}") from error
+    declared = (model.bos_id(), model.eos_id(), model.pad_id())
+    bos, eos, pad = (None if i < 0 else i for i in declared)
+    return SpecialTokens(bos=bos, eos=() if eos is None else (eos,), pad=pad), model.vocab_size()
+
+
+def added_tokens(folder: Path) -> Mapping[str, int]:
+    """Return the ids of the tokens that a folder's tokenizer adds to its vocabulary."""
+    file = folder / "tokenizer.json"
+    try:
+        entries: list[Any] = (read_json(file).get("added_tokens") or []) if file.is_file() else []
+        found = {str(entry["content"]): int(entry["id"]) for entry in entries}
+        file = folder / "added_tokens.json"
+        more = read_json(file) if file.is_file() else {}
+        return found | {token: int(i) for token, i in more.items()}
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(f"{file}: the tokenizer's file is damaged: {error}") from error
+
+
+def known_spelling(folder: Path, spellings: Iterable[InfillTokens]) -> InfillTokens | None:
+    """Return the infilling tokens that a folder's tokenizer knows; None if it knows none."""
+    known = added_tokens(folder).keys()
+    return next((s for s in spellings if {s.prefix, s.middle, s.suffix} <= known), None)

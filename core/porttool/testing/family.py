@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from porttool.errors import CheckFailed, SourceError, UsageError
 from porttool.plugins import choose_converter
@@ -40,6 +40,8 @@ class FamilyConformance(ABC):
     family: ClassVar[str]
     config_file: ClassVar[str] = "config.json"
     """The source's config, a JSON object; with another kind override `add_config_key`."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """What the converter is to be told, for sources that cannot tell it themselves."""
 
     _threads: ClassVar[int]
     _specimens: ClassVar[dict[int, Specimen]]
@@ -93,7 +95,7 @@ class FamilyConformance(ABC):
         if seed not in self._specimens:
             folder = Path(tempfile.mkdtemp(dir=self._folder.name))
             self.write_source(folder / "source", seed)
-            self._specimens[seed] = Specimen(folder / "source", folder)
+            self._specimens[seed] = Specimen(folder / "source", folder, self.options)
         return self._specimens[seed]
 
     def test_detection(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -31,9 +31,10 @@ N_NEW = 8
 class Specimen:
     """A source, its converter, and, when first asked for, its checkpoint, engine and runner."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
+    def __init__(self, source: Path, folder: Path, options: Mapping[str, Any]) -> None:
         self.source = source
         self.folder = folder
+        self.options = options
         self.registry = load_registry()
         self._prepared = ExitStack()
 
@@ -50,7 +51,7 @@ class Specimen:
     @cached_property
     def converter(self) -> Converter:
         """The one converter that recognises the source."""
-        return choose_converter(self.registry, self.source)
+        return choose_converter(self.registry, self.source, None, self.options)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from porttool import Converter, ModelConfig, Source, WeightMap
-from porttool.reading import identity_rules, open_folder
+from porttool import Converter, Source
+from porttool.reading import open_folder
 
 
 class FasterTransformerConverter(Converter):
@@ -19,14 +19,6 @@ class FasterTransformerConverter(Converter):
         """Return true if there is a config.ini here or in a folder like `1-gpu`."""
         return (source / "config.ini").is_file() or any(source.glob("*-gpu/config.ini"))
 
-    def config(self, source: Path) -> ModelConfig:
-        """Read config.ini."""
-        return open_folder(source).config
-
     def open(self, source: Path) -> Source:
-        """Read config.ini and hold every file to it."""
+        """Read config.ini and hold every file to it; core joins and turns the arrays."""
         return open_folder(source)
-
-    def weight_map(self, config: ModelConfig) -> WeightMap:
-        """Return the table: core has joined and turned the arrays."""
-        return WeightMap(identity_rules(self.module(config).state_dict()))

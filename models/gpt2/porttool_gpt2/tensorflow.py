@@ -10,12 +10,13 @@ from porttool.reading import (
     Renamed,
     SourceError,
     TensorBundle,
-    check_special_ids,
     find_bundle,
     gpt2_config,
     gpt2_weight_map,
     openai_name,
     read_json,
+    renamed_files,
+    special_tokens,
     squeezed,
 )
 
@@ -41,16 +42,14 @@ class TensorFlowConverter(Converter):
 
     def matches(self, source: Path) -> bool:
         """Return true for an index of tensors beside a hparams.json with GPT-2's keys."""
-        folder = source if source.is_dir() else source.parent
         try:
-            find_bundle(source)
-            return read_json(folder / "hparams.json").keys() >= KEYS.keys()
+            return read_json(hparams(source)).keys() >= KEYS.keys()
         except SourceError:
             return False
 
     def config(self, source: Path) -> ModelConfig:
         """Read hparams.json."""
-        file = (source if source.is_dir() else source.parent) / "hparams.json"
+        file = hparams(source)
         values = read_json(file)
         if missing := KEYS.keys() - values.keys():
             raise SourceError(f"{file}: the keys {sorted(missing)} are missing")
@@ -58,20 +57,20 @@ class TensorFlowConverter(Converter):
 
     def open(self, source: Path) -> Source:
         """Index the checkpoint and take the byte-pair files under their usual names."""
-        folder = source if source.is_dir() else source.parent
-        model = self.config(source)
         bundle = TensorBundle(find_bundle(source))
-        end = read_json(folder / "encoder.json").get("<|endoftext|>")
-        ids = {"bos": end, "eos": end, "pad": None}
-        if not (folder / "vocab.bpe").is_file():
-            raise SourceError(f"{folder / 'vocab.bpe'}: the file is missing; it is the tokenizer's")
+        tokenizer = renamed_files(hparams(source).parent, TOKENIZER)
         return Source(
-            config=model,
-            tokens=check_special_ids(ids, model.vocab_size, folder),
+            config=self.config(source),
+            tokens=special_tokens(tokenizer)[0],
             tensors=Renamed(bundle, {openai_name(name): name for name in bundle.infos()}),
-            tokenizer_data={new: (folder / old).read_bytes() for old, new in TOKENIZER.items()},
+            tokenizer_data=tokenizer,
         )
 
     def weight_map(self, config: ModelConfig) -> WeightMap:
         """Return GPT-2's table; matrices are convolutions of width one, [1, in, out]."""
         return replace(gpt2_weight_map(config, squeezed), unused=TRAINING)
+
+
+def hparams(source: Path) -> Path:
+    """Return the config's path, beside the checkpoint that a folder or an index names."""
+    return find_bundle(source).with_name("hparams.json")

@@ -5,38 +5,24 @@ The YAML says what the tensors mean; they are joined over ranks and renamed by c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from porttool import Activation, Converter, ModelConfig, Source, SourceConfig, WeightMap, take
+from porttool import Activation, Converter, ModelConfig, Source, SourceConfig
 from porttool.reading import (
-    CONFIG,
-    NemoFiles,
+    NemoModel,
     Norm,
     Position,
     Progress,
     SourceError,
     accounted_keys,
-    as_is,
-    concat,
-    identity_rules,
-    interleaved_qkv,
     is_gzip,
-    join_ranks,
     locate_model,
+    megatron_weight_map,
     read_nemo_config,
-    read_tokenizer,
-    special_tokens,
     unpacked,
     validated,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from porttool.reading import TensorSource, Via
 
 ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
     "gelu": ("gelu", False),
@@ -54,8 +40,6 @@ NORMS: dict[str, Norm] = {
     "layernorm": "layernorm", "layernorm1p": "layernorm1p", "rmsnorm": "rmsnorm",
 }  # fmt: skip
 POSITIONS: dict[str, Position] = {"learned_absolute": "learned", "rope": "rotary"}
-UNUSED = ("*_extra_state", "*rotary_pos_emb.inv_freq")
-"""State of kernels, and the rotary frequencies, which follow from the config."""
 
 
 class NemoConverter(Converter):
@@ -65,6 +49,12 @@ class NemoConverter(Converter):
     family = "gpt_next"
     source_format = "NeMo archive"
     hub_id = "nvidia/GPT-2B-001"
+    shape = ModelConfig(
+        vocab_size=256000, n_positions=4096, n_layer=24, n_head=16, n_kv_head=16, head_dim=128,
+        d_model=2048, d_ff=5440, activation="silu", gated=True, norm="layernorm1p",
+        position="rotary", rotary_fraction=0.5, attention_scale=128**-0.5, qkv_bias=False,
+        out_bias=False, mlp_bias=False, tied_head=False,
+    )  # fmt: skip
 
     def matches(self, source: Path) -> bool:
         """Tell a language model from NeMo's other archives by its YAML.
@@ -87,37 +77,20 @@ class NemoConverter(Converter):
             return unpacked(archive, scratch, progress)
         return nullcontext(archive)
 
-    def config(self, source: Path) -> ModelConfig:
-        """Read the YAML, and the vocabulary from the tokenizer or the embedding."""
-        return self.open(source).config
-
     def open(self, source: Path) -> Source:
         """Index every rank's tensors and hold the YAML to them."""
-        source = locate_model(source)
-        files = NemoFiles(source)
-        config = SourceConfig(read_nemo_config(source), source / CONFIG)
-        ranks = files.rank_files(
-            config.integer("tensor_model_parallel_size", 1),
-            config.integer("pipeline_model_parallel_size", 1),
-        )
-        parts = {place: files.tensors(name, UNUSED) for place, name in ranks.items()}
-        two_matrices = any("dense_h_to_4h_2" in n for part in parts.values() for n in part.infos())
-        gated = read_activation(config)[1]
-        legacy = config.flag("megatron_legacy", False)
-        tensors = join_ranks(
-            parts, up_blocks=2 if gated and not two_matrices else 1, qkv_blocks=3 if legacy else 1
-        )
-        tokenizer = read_tokenizer(files, config.take("tokenizer", {}))
-        tokens, n_tokens = special_tokens(tokenizer)
-        n_ids = vocabulary(tensors, n_tokens, source)
-        model = validated(config.file, lambda: self.read_config(config, n_ids))
+        nemo = NemoModel(source)
+        _, gated = read_activation(nemo.config)
+        tensors = nemo.join(gated=gated)
+        n_ids = nemo.count_ids(tensors)
+        model = validated(nemo.config.file, lambda: self.read_config(nemo.config, n_ids))
         return Source(
             config=model,
-            tokens=tokens,
+            tokens=nemo.tokens,
             tensors=tensors,
-            tokenizer_data=tokenizer,
-            weight_map=self.table(
-                model, as_is if legacy else interleaved_qkv, two_matrices=two_matrices
+            tokenizer_data=nemo.tokenizer,
+            weight_map=megatron_weight_map(
+                model, qkv=nemo.fused_order, two_matrices=nemo.two_matrices
             ),
         )
 
@@ -156,31 +129,6 @@ class NemoConverter(Converter):
         config.finish()
         return model
 
-    def weight_map(self, config: ModelConfig) -> WeightMap:
-        """Return the table of a model stored as megatron-core stores it."""
-        return self.table(config, interleaved_qkv, two_matrices=False)
-
-    def table(self, config: ModelConfig, qkv: Via, *, two_matrices: bool) -> WeightMap:
-        """Return the table; q | k | v may be in any order, a gate's halves in two matrices.
-
-        A tied head may be stored once more, on the last pipeline stage.
-        """
-        rules = identity_rules(self.module(config).state_dict())
-        for name in ("embedding.weight", "head.weight"):
-            rules[name] = take(name, via=vocabulary_rows)
-        for part in ("weight", "bias"):
-            fused, up = (f"layers.{{i}}.{m}.{part}" for m in ("attention.qkv", "mlp.up"))
-            rules[fused] = take(fused, via=qkv)
-            if two_matrices:
-                rules[up] = take(up, f"layers.{{i}}.mlp.linear.{part}", via=concat)
-        copies = {"head.weight": "embedding.weight"} if config.tied_head else {}
-        return WeightMap(rules, duplicates=copies)
-
-
-def vocabulary_rows(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
-    """Leave out the rows beyond the vocabulary; training padded it to divide evenly."""
-    return tensors[0][: config.vocab_size]
-
 
 def read_norm(config: SourceConfig) -> Norm:
     """Return the kind of norm; a zero-centred weight is layernorm1p by another name."""
@@ -206,16 +154,3 @@ def read_activation(config: SourceConfig) -> tuple[Activation, bool]:
     if openai:
         raise SourceError(f"{config.file}: 'openai_gelu' contradicts the activation")
     return activation, gated
-
-
-def vocabulary(tensors: TensorSource, n_tokens: int | None, source: Path) -> int:
-    """Return the number of ids: the tokenizer's if it is known, else the padded embedding's."""
-    info = tensors.infos().get("embedding.weight")
-    if info is None or not info.shape:
-        raise SourceError(f"{source}: no tensor is called embedding.word_embeddings.weight")
-    if n_tokens is not None and n_tokens > info.shape[0]:
-        raise SourceError(
-            f"{source}: the tokenizer has {n_tokens} ids, but the embedding in {info.file} only "
-            f"{info.shape[0]} rows; they do not belong together"
-        )
-    return n_tokens or info.shape[0]

@@ -6,39 +6,27 @@ head (Shazeer 2019), which stays one head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from porttool import (
-    HuggingFaceConverter,
-    ModelConfig,
-    Source,
-    SourceConfig,
-    WeightMap,
-    take,
-    transpose,
-)
+from porttool import HuggingFaceConverter, ModelConfig, SourceConfig, WeightMap, take, transpose
 from porttool.reading import (
     InfillTokens,
     SourceError,
-    SpecialTokens,
     as_is,
-    check_special_ids,
     concat,
     gpt2_weight_map,
     interleaved_qkv,
     read_config,
     read_gpt2_config,
-    read_json,
-    special_ids,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
+"""Revisions of SantaCoder declare 50256 instead, GPT-2's, in a vocabulary of 49280."""
 
 INFILL = (
     InfillTokens(prefix="<fim-prefix>", middle="<fim-middle>", suffix="<fim-suffix>"),
@@ -61,10 +49,16 @@ class SantaCoderConverter(HuggingFaceConverter):
     family = "santacoder"
     refines = "gpt2"
     hub_id = "bigcode/santacoder"
+    shape = ModelConfig(
+        vocab_size=49280, n_positions=2048, n_layer=24, n_head=16, n_kv_head=1, head_dim=128,
+        d_model=2048, d_ff=8192, activation="gelu_tanh", attention_scale=128**-0.5,
+    )  # fmt: skip
     model_types: ClassVar[frozenset[str]] = frozenset({"gpt2", "santacoder"})
     implements: ClassVar[frozenset[str]] = frozenset(
         {"configuration_gpt2_mq.GPT2CustomConfig", "modeling_gpt2_mq.GPT2LMHeadCustomModel"}
     )
+    spellings = INFILL
+    end_of_text = END_OF_TEXT
 
     def matches(self, source: Path) -> bool:
         """Tell it from GPT-2 by the key that only its own config has."""
@@ -74,14 +68,6 @@ class SantaCoderConverter(HuggingFaceConverter):
         """Read GPT-2's keys and the kind of attention."""
         heads = config.one_of("attention_head_type", {"multiquery": 1, "multihead": None})
         return read_gpt2_config(config, n_kv_head=heads)
-
-    def special_tokens(self, source: Path, model: ModelConfig) -> SpecialTokens:
-        """Read the ids; old revisions declare GPT-2's, for which the tokenizer's go instead."""
-        return special_tokens(source, model)
-
-    def open(self, source: Path) -> Source:
-        """Open the folder and find the infilling tokens in its tokenizer."""
-        return replace(super().open(source), infill=infill_tokens(source))
 
     def weight_map(self, config: ModelConfig) -> WeightMap:
         """Return the table; multi-head revisions keep GPT-2's fused projection."""
@@ -103,6 +89,8 @@ class BigCodeConverter(HuggingFaceConverter):
     family = "santacoder"
     hub_id = "bigcode/starcoderbase-1b"
     model_types: ClassVar[frozenset[str]] = frozenset({"gpt_bigcode"})
+    spellings = INFILL
+    end_of_text = END_OF_TEXT
 
     def read_config(self, config: SourceConfig) -> ModelConfig:
         """Read GPT-2's keys, as far as GPTBigCode heeds them, and the kind of attention."""
@@ -112,14 +100,6 @@ class BigCodeConverter(HuggingFaceConverter):
             raise SourceError(f"{config.file}: 'num_key_value_heads' contradicts 'multi_query'")
         model = read_gpt2_config(config, n_kv_head=heads)
         return model.model_copy(update={"inverse_layer_scale": False, "upcast_attention": False})
-
-    def special_tokens(self, source: Path, model: ModelConfig) -> SpecialTokens:
-        """Read the ids, or find them in the tokenizer."""
-        return special_tokens(source, model)
-
-    def open(self, source: Path) -> Source:
-        """Open the folder and find the infilling tokens in its tokenizer."""
-        return replace(super().open(source), infill=infill_tokens(source))
 
     def weight_map(self, config: ModelConfig) -> WeightMap:
         """Return the table; without multi-query each head's q, k and v lie together."""
@@ -135,35 +115,3 @@ def joined_columns(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
     import torch
 
     return torch.cat([t.t() for t in tensors])
-
-
-def added_tokens(source: Path) -> Mapping[str, int]:
-    """Return the ids of the tokens that the tokenizer's files add to the byte pairs."""
-    found: dict[str, int] = {}
-    if (source / "tokenizer.json").is_file():
-        entries: list[dict[str, Any]] = read_json(source / "tokenizer.json").get("added_tokens", [])
-        found.update({str(entry["content"]): int(entry["id"]) for entry in entries})
-    if (source / "added_tokens.json").is_file():
-        found.update(read_json(source / "added_tokens.json"))
-    return found
-
-
-def special_tokens(source: Path, model: ModelConfig) -> SpecialTokens:
-    """Return the declared ids, with the tokenizer's end of text for those that cannot be.
-
-    Revisions of SantaCoder declare 50256, GPT-2's end of text, in a vocabulary of 49280.
-    """
-    ids = special_ids(source)
-    end = added_tokens(source).get(END_OF_TEXT)
-    if end is not None:
-        for key in ("bos", "eos"):
-            declared = ids[key]
-            if declared is None or (isinstance(declared, int) and declared >= model.vocab_size):
-                ids[key] = end
-    return check_special_ids(ids, model.vocab_size, source)
-
-
-def infill_tokens(source: Path) -> InfillTokens | None:
-    """Return the spelling that the tokenizer knows; None if it knows neither."""
-    known = added_tokens(source)
-    return next((t for t in INFILL if {t.prefix, t.middle, t.suffix} <= known.keys()), None)

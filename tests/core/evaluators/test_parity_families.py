@@ -9,7 +9,8 @@ from porttool.engines.torch.runner import TorchRunner
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.parity import verify
 from porttool.plugins import choose_converter, load_registry
-from porttool_gpt_next import conformance as gpt_next
+from porttool.testing import REFERENCE
+from porttool_gpt_next.conformance import NemoConformance
 from porttool_santacoder.conformance import BigCodeConformance
 
 OPTIONS = {"prompt_len": 12, "new_tokens": 6}
@@ -26,7 +27,7 @@ def bigcode(tmp_path_factory):
 @pytest.fixture(scope="module")
 def nemo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nemo")
-    gpt_next.NemoConformance().write_source(folder / "source", 0)
+    NemoConformance().write_source(folder / "source", 0)
     checkpoint = tiny.converted(folder / "source", folder / "checkpoint")
     return folder / "source", tiny.built(checkpoint, folder / "engine", dtype="float32")
 
@@ -58,7 +59,7 @@ def test_multi_query_attention(bigcode, tmp_path, damage, place, cause):
 
 def test_an_archive_beside_a_folder_that_transformers_reads(nemo, tmp_path):
     source, engine = nemo
-    reference = source.with_name(gpt_next.REFERENCE)
+    reference = source.with_name(REFERENCE)
     converter = choose_converter(load_registry(), source)
     sides = {"converter": converter, "origin": source}
     sound = verified(engine, reference, tmp_path / "sound", **sides)
@@ -71,7 +72,7 @@ def test_an_archive_beside_a_folder_that_transformers_reads(nemo, tmp_path):
 
 def test_without_the_familys_rules_logits_are_compared_and_the_rest_is_said(nemo, tmp_path):
     source, engine = nemo
-    reference = source.with_name(gpt_next.REFERENCE)
+    reference = source.with_name(REFERENCE)
     report = verified(engine, reference, tmp_path / "sound")
     assert report.passed
     assert report.verdicts[0].name == "prefill"
