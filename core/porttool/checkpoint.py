@@ -8,7 +8,10 @@ tokenizer/        the tokenizer's files, as they came
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -24,7 +27,7 @@ from porttool.config import (
     SpecialTokens,
 )
 from porttool.errors import CheckpointError, SourceError
-from porttool.folder import FileRecord, verify_files
+from porttool.folder import FileRecord, Stamp, find_files, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
 
 MANIFEST = "checkpoint.json"
@@ -94,10 +97,13 @@ class CheckpointManifest(Manifest):
 class Checkpoint:
     """An opened checkpoint: its manifest, and its tensors read by name and by row."""
 
-    def __init__(self, path: Path, manifest: CheckpointManifest) -> None:
+    def __init__(
+        self, path: Path, manifest: CheckpointManifest, stamps: Mapping[str, Stamp]
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.config = manifest.config
+        self._stamps = stamps
         self._where: dict[str, SafetensorsFile] = {}
         for name in manifest.files:
             if name.endswith(".safetensors") and "/" not in name:
@@ -111,14 +117,25 @@ class Checkpoint:
         Raises CheckpointError if it is not whole, was altered, or has another format version.
         """
         manifest = read_manifest(path, MANIFEST, CheckpointManifest)
-        if verify:
-            verify_files(path, manifest.files)
+        stamps = (verify_files if verify else find_files)(path, manifest.files)
         try:
-            checkpoint = cls(path, manifest)
+            checkpoint = cls(path, manifest, stamps)
         except SourceError as error:
             raise CheckpointError(str(error)) from error
         checkpoint.require_tensors()
+        checkpoint.require_unchanged()
         return checkpoint
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError if a file is not the one that was verified, by its stamp."""
+        for name, stamp in find_files(self.path, self.manifest.files).items():
+            self._require_stamp(name, stamp)
+
+    def _require_stamp(self, name: str, stamp: Stamp) -> None:
+        if stamp != self._stamps[name]:
+            raise CheckpointError(
+                f"{self.path / name}: changed while it was read; run the command again"
+            )
 
     def require_tensors(self) -> None:
         """Check the names, shapes and types of the tensors against the manifest."""
@@ -145,6 +162,21 @@ class Checkpoint:
     def weight_files(self) -> list[str]:
         """Return the names of the files that hold tensors."""
         return sorted({f.path.name for f in self._where.values()})
+
+    def copy_file(self, name: str, target: Path, *, link: bool = False) -> None:
+        """Copy one file, the one that was verified; with `link` share it where links can be."""
+        source = self.path / name
+        shared = link and linked(source, target)
+        if not shared:
+            shutil.copyfile(source, target)
+        self._require_stamp(name, Stamp.of((target if shared else source).stat()))
+
+    def copy_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer's files, those of the manifest and no others, below a folder."""
+        for name in self.manifest.files:
+            if name.startswith(f"{TOKENIZER}/"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(name, folder / name)
 
     @property
     def tokenizer(self) -> Path:
@@ -177,3 +209,12 @@ def read_manifest(path: Path, name: str, model: type[M]) -> M:
             "manifests were sealed, make the folder again"
         )
     return manifest
+
+
+def linked(source: Path, target: Path) -> bool:
+    """Share a file by a hard link; false where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True

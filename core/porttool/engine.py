@@ -156,8 +156,7 @@ def build(
             built.append(
                 dict(builder.build_rank(checkpoint, request, rank, out=out, progress=progress))
             )
-        if checkpoint.tokenizer.is_dir():
-            shutil.copytree(checkpoint.tokenizer, folder.path / TOKENIZER, dirs_exist_ok=True)
+        checkpoint.copy_tokenizer(folder.path)
         manifest = EngineManifest(
             porttool_version=version("porttool"),
             kind=builder.name,
@@ -177,6 +176,7 @@ def build(
             built=tuple(built),
             files=record_files(folder.path),
         )
+        checkpoint.require_unchanged()
         folder.finish(MANIFEST, manifest.sealed())
     return Engine(output, manifest)
 

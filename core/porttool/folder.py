@@ -15,9 +15,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
+
+from pydantic import ValidationError
 
 from porttool.config import Closed
 from porttool.errors import CheckpointError, PorttoolError, UsageError
@@ -33,6 +36,26 @@ class FileRecord(Closed):
     sha256: str
 
 
+class JournalEntry(FileRecord):
+    """A complete file of a pending folder: a line of its journal."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells whether a file is still the one that it was: identity, size, time of change."""
+
+    inode: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Self:
+        """Take what matters of a file's status."""
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 class PendingFolder:
     """A folder being written. Use `pending_folder` to get one."""
 
@@ -44,9 +67,9 @@ class PendingFolder:
     def add_file(self, name: str, record: FileRecord) -> None:
         """Note a complete file, so that a later run need not write it again."""
         self.files[name] = record
-        entry = json.dumps({"name": name, **record.model_dump()})
+        entry = JournalEntry(name=name, **record.model_dump())
         with (self.path / JOURNAL).open("a") as journal:
-            journal.write(entry + "\n")
+            journal.write(entry.model_dump_json() + "\n")
             sync(journal)
 
     def add_bytes(self, name: str, data: bytes) -> None:
@@ -64,39 +87,54 @@ class PendingFolder:
             file.write(manifest)
             sync(file)
         (self.path / JOURNAL).unlink()
+        sync_folder(self.path)
         old = self.target.with_name(f".{self.target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if self.target.exists():
             self.target.rename(old)
         self.path.rename(self.target)
+        sync_folder(self.target.parent)
         shutil.rmtree(old, ignore_errors=True)
 
     def resume(self, fingerprint: str) -> None:
-        """Take over what an interrupted run of the same work left, or start from nothing."""
-        head, *entries = read_journal(self.path / JOURNAL) or [{}]
-        if head.get("fingerprint") == fingerprint:
-            for entry in entries:
-                name = str(entry.pop("name"))
-                path = self.path / name
-                if path.is_file() and path.stat().st_size == entry["bytes"]:
-                    self.files[name] = FileRecord.model_validate(entry)
-            return
-        for child in self.path.iterdir():
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
-        with (self.path / JOURNAL).open("w") as journal:
-            journal.write(json.dumps({"fingerprint": fingerprint}) + "\n")
+        """Take over what an interrupted run of the same work left, or start from nothing.
+
+        Every file taken over is read and hashed: the disk may have been failing when it was left.
+        """
+        head = json.dumps({"fingerprint": fingerprint})
+        kept = []
+        if (entries := read_journal(self.path / JOURNAL, head)) is None:
+            for child in self.path.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+        else:
+            kept = [entry for entry in entries if self._holds(entry)]
+        lines = [head, *(entry.model_dump_json() for entry in kept)]
+        partial = self.path / f"{JOURNAL}.new"
+        with partial.open("w") as journal:
+            journal.writelines(f"{line}\n" for line in lines)
             sync(journal)
+        partial.rename(self.path / JOURNAL)
+        self.files = {e.name: FileRecord(bytes=e.bytes, sha256=e.sha256) for e in kept}
+
+    def _holds(self, entry: JournalEntry) -> bool:
+        path = self.path / entry.name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            return False
+        return hash_file(path).sha256 == entry.sha256
 
 
-def read_journal(path: Path) -> list[dict[str, object]]:
-    """Return the journal's entries; a last line that was cut off by a kill does not count."""
+def read_journal(path: Path, head: str) -> list[JournalEntry] | None:
+    """Return a journal's entries up to the first that a kill cut off; None if it is not ours."""
     if not path.is_file():
-        return []
+        return None
+    first, *lines = path.read_bytes().splitlines() or [b""]
+    if first != head.encode():
+        return None
     entries = []
-    for line in path.read_text().splitlines():
+    for line in lines:
         try:
-            entries.append(json.loads(line))
-        except ValueError:
+            entries.append(JournalEntry.model_validate_json(line))
+        except ValidationError:
             break
     return entries
 
@@ -108,12 +146,14 @@ def pending_folder(target: Path, fingerprint: str, *, replace: bool) -> Iterator
     Raises UsageError if the target exists and `replace` is false, and PorttoolError if another
     process writes there, the place cannot be written, or the disk fills up.
     """
-    if target.exists() and not replace:
-        raise UsageError(f"{target} exists already; choose another --output, or add --force")
+    require_absent(target, replace=replace)
     path = target.with_name(f".{target.name}.partial")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path, target):
+            if target.exists() and not replace:  # another process has finished it since
+                path.rmdir()
+            require_absent(target, replace=replace)
             folder = PendingFolder(target, path)
             folder.resume(fingerprint)
             yield folder
@@ -121,9 +161,15 @@ def pending_folder(target: Path, fingerprint: str, *, replace: bool) -> Iterator
         raise PorttoolError(explain_os_error(error, target, path)) from error
 
 
+def require_absent(target: Path, *, replace: bool) -> None:
+    """Raise UsageError if there is something at the target that is not to be replaced."""
+    if target.exists() and not replace:
+        raise UsageError(f"{target} exists already; choose another --output, or add --force")
+
+
 def explain_os_error(error: OSError, target: Path, path: Path) -> str:
     """Return what went wrong with the disk, and what is left."""
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"{target}: the disk is full; the complete files are kept in {path}, "
             "free some space and run the same command again to go on"
@@ -152,6 +198,16 @@ def sync(file: IO[str] | IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
+def sync_folder(path: Path) -> None:
+    """Push a folder's names to the disk, where its file system can."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def require_space(target: Path, n_bytes: int) -> None:
     """Raise before the work begins if the disk has no room for so many bytes."""
     parent = target.absolute().parent
@@ -174,19 +230,30 @@ def hash_file(path: Path) -> FileRecord:
     return FileRecord(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
-def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> None:
-    """Check every file's size and hash; name the first that is missing or altered."""
+def find_files(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, Stamp]:
+    """Check that every file is there and has its size; return their stamps."""
+    stamps = {}
     for name, record in files.items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise CheckpointError(f"{folder}: the manifest names a file outside: {name!r}")
         if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing; make the folder again")
-        if path.stat().st_size != record.bytes:
+        stamps[name] = Stamp.of(path.stat())
+        if stamps[name].size != record.bytes:
             raise CheckpointError(
-                f"{path}: has {path.stat().st_size} bytes, the manifest says {record.bytes}; "
+                f"{path}: has {stamps[name].size} bytes, the manifest says {record.bytes}; "
                 "the folder is incomplete or altered, make it again"
             )
+    return stamps
+
+
+def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, Stamp]:
+    """Check every file's size and hash; name the first that is missing or altered.
+
+    The stamps returned were taken before: a file that has its stamp still is the one verified.
+    """
+    stamps = find_files(folder, files)
     with ThreadPoolExecutor() as pool:
         hashed = pool.map(hash_file, [folder / name for name in files])
         for (name, record), actual in zip(files.items(), hashed, strict=True):
@@ -195,14 +262,19 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> None:
                     f"{folder / name}: its SHA-256 is not the manifest's; "
                     "the file was altered, make the folder again"
                 )
+    return stamps
 
 
 def fingerprint(source: Path) -> str:
-    """Return a hash over the source's file names, sizes and times: what resuming relies on."""
+    """Return a hash over the source's file names, sizes, times and identities.
+
+    Resuming relies on it, and so does noticing a change: a file that was put in another's place
+    and taken away again, or given its old time back, still has another time of status change.
+    """
     files = sorted(source.rglob("*")) if source.is_dir() else [source]
     stats = [
-        (str(f.relative_to(source)), f.stat().st_size, f.stat().st_mtime_ns)
+        (str(f.relative_to(source)), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
         for f in files
-        if f.is_file()
+        if f.is_file() and (s := f.stat())
     ]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

@@ -188,6 +188,7 @@ def convert_table(
 
     Raises SourceError for tables that cannot be used, by task.
     """
+    record = SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source))
     tables = converter.open(source)
     for task, table in tables.items():
         check_table(source, task, table)
@@ -206,7 +207,7 @@ def convert_table(
         porttool_version=version("porttool"),
         family=converter.family,
         plugin=plugin,
-        source=SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source)),
+        source=record,
         config=config,
         files={},
     )
@@ -215,6 +216,8 @@ def convert_table(
     key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     with pending_folder(output, key, replace=replace) as folder:
         write_shards(folder, plan_shards([job], TENSOR), workers=1, progress=SILENT)
+        if fingerprint(source) != record.fingerprint:
+            raise SourceError(f"{source}: changed while it was read; convert it again")
         finished = manifest.model_copy(update={"files": folder.files})
         folder.finish(MANIFEST, finished.sealed())
     return PromptTable.open(output)

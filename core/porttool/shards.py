@@ -169,7 +169,7 @@ def write_tensors(
     """Write a header and its tensors; hash each on a second thread while it is written."""
     digest = hashlib.sha256()
     header = encode_header(shard, {"format": "pt"})
-    file.write(header)
+    write_all(file, memoryview(header))
     digest.update(header)
     size = len(header)
     with ThreadPoolExecutor(1) as hasher:

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from porttool import folder
 from porttool.checkpoint import Checkpoint, CheckpointManifest, read_manifest
-from porttool.errors import CheckpointError
+from porttool.errors import CheckpointError, PorttoolError
 from porttool.folder import hash_file
 
 
@@ -57,10 +58,41 @@ def test_a_flipped_bit(copy, place):
 def test_a_cut_file(copy):
     with (copy / "model.safetensors").open("r+b") as file:
         file.truncate(9000)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: has 9000 bytes, the manifest"):
+    for verify in (True, False):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: has 9000 bytes, the man"):
+            Checkpoint.open(copy, verify=verify)
+
+
+@pytest.mark.parametrize("change", ["rewritten", "replaced"])
+def test_a_file_that_changes_after_it_was_verified(tmp_path, copy, change):
+    """Also while it was being verified: nothing of it may go into an engine."""
+    opened = Checkpoint.open(copy)
+    file = copy / "model.safetensors"
+    if change == "rewritten":
+        file.write_bytes(file.read_bytes())
+    else:
+        shutil.copy2(file, tmp_path / "other")
+        (tmp_path / "other").rename(file)
+    for link in (True, False):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was read"):
+            opened.copy_file(file.name, tmp_path / f"copy{link}", link=link)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was read"):
+        opened.require_unchanged()
+    for dtype in ("float32", "float16"):
+        with pytest.raises(PorttoolError, match=r"model\.safetensors: changed while it was read"):
+            tiny.built(opened, tmp_path / "engine", dtype=dtype)
+        assert not (tmp_path / "engine").exists()
+
+
+def test_a_file_that_changes_while_it_is_verified(copy, monkeypatch):
+    def meddle(path):
+        found = hash_file(path)
+        path.write_bytes(path.read_bytes())
+        return found
+
+    monkeypatch.setattr(folder, "hash_file", meddle)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
         Checkpoint.open(copy)
-    with pytest.raises(CheckpointError, match="truncated or damaged"):
-        Checkpoint.open(copy, verify=False)
 
 
 def test_no_manifest(copy):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from porttool.checkpoint import Checkpoint
@@ -64,6 +65,14 @@ def test_a_file_that_is_gone(copy, registry):
     next((copy / "rank0").glob("*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match=r"\.safetensors: the file is missing; make the fol"):
         Engine.open(copy, registry)
+
+
+def test_weights_that_the_manifest_does_not_know_are_not_loaded(copy, registry):
+    expected = full_logits(tiny.loaded(copy, registry), [5, 9, 2])
+    [file] = (copy / "rank0").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({n: t * 2 for n, t in tensors.items()}, copy / "rank0" / "z.safetensors")
+    assert full_logits(tiny.loaded(copy, registry), [5, 9, 2]).equal(expected)
 
 
 def test_no_engine_there(tmp_path, registry):

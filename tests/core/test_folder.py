@@ -5,12 +5,21 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 
 from porttool.errors import CheckpointError, PorttoolError, UsageError
-from porttool.folder import FileRecord, hash_file, pending_folder, require_space, verify_files
+from porttool.folder import (
+    FileRecord,
+    fingerprint,
+    hash_file,
+    pending_folder,
+    require_space,
+    verify_files,
+)
 
 
 def fill(target, fingerprint="work", *, replace=False, names=("one", "two")):
@@ -40,7 +49,11 @@ def test_a_failed_run_leaves_no_target_and_the_next_goes_on(tmp_path):
         assert folder.files == {"one": FileRecord(bytes=1, sha256=hashlib.sha256(b"1").hexdigest())}
 
 
-@pytest.mark.parametrize("damage", ["other work", "cut journal", "cut file", "lost file"])
+@pytest.mark.parametrize(
+    "damage",
+    ["other work", "cut journal", "cut file", "lost file", "flipped bit", "no journal",
+     "journal of nonsense", "flipped journal"],
+)  # fmt: skip
 def test_what_is_not_the_same_work_is_not_taken_over(tmp_path, damage):
     with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replace=False) as folder:
         folder.add_bytes("one", b"1234")
@@ -49,6 +62,15 @@ def test_what_is_not_the_same_work_is_not_taken_over(tmp_path, damage):
     if damage == "cut journal":
         journal = partial / "journal.jsonl"
         journal.write_bytes(journal.read_bytes()[:-9])
+    if damage == "no journal":
+        (partial / "journal.jsonl").unlink()
+    if damage == "journal of nonsense":
+        (partial / "journal.jsonl").write_bytes(b"\xff\n[]\n")
+    if damage == "flipped journal":  # "name" is no longer "name"
+        journal = partial / "journal.jsonl"
+        journal.write_bytes(journal.read_bytes().replace(b'"name"', b'"oame"'))
+    if damage == "flipped bit":
+        (partial / "one").write_bytes(b"1235")
     if damage == "cut file":
         (partial / "one").write_bytes(b"12")
     if damage == "lost file":
@@ -56,6 +78,55 @@ def test_what_is_not_the_same_work_is_not_taken_over(tmp_path, damage):
     work = "x" if damage == "other work" else "w"
     with pending_folder(tmp_path / "o", work, replace=False) as folder:
         assert folder.files == {}
+
+
+def test_a_journal_that_was_cut_off_is_mended(tmp_path):
+    """What is noted after the cut line must not be lost to the run after that."""
+    for name in ("one", "two", "three"):
+        with (
+            pytest.raises(RuntimeError),
+            pending_folder(tmp_path / "o", "w", replace=False) as folder,
+        ):
+            folder.add_bytes(name, b"1234")
+            with (tmp_path / ".o.partial" / "journal.jsonl").open("a") as journal:
+                journal.write('{"bytes":4,"sha')
+            raise RuntimeError
+    with pending_folder(tmp_path / "o", "w", replace=False) as folder:
+        assert list(folder.files) == ["one", "two", "three"]
+
+
+def test_who_comes_after_the_finish_replaces_nothing(tmp_path, monkeypatch):
+    """The target appears between the question whether it is there and the lock."""
+    fill(tmp_path / "o")
+    asked = []
+    exists = Path.exists
+    monkeypatch.setattr(
+        Path, "exists", lambda path: exists(path) and (path.name != "o" or asked.append(path) or
+                                                       len(asked) > 1)
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="o exists already"):
+        fill(tmp_path / "o", names=("three",))
+    assert len(asked) > 1
+    assert {p.name for p in tmp_path.rglob("*")} == {"o", "one", "two", "manifest.json"}
+
+
+def test_a_source_is_known_by_more_than_its_times(tmp_path):
+    """Rewritten and given its old time back; put aside and brought back."""
+    file = tmp_path / "source" / "model.bin"
+    file.parent.mkdir()
+    file.write_bytes(b"1234")
+    seen = [fingerprint(file.parent)]
+    assert fingerprint(file.parent) == seen[0]
+    status = file.stat()
+    time.sleep(0.02)  # a kernel's clock ticks every 4 ms or so
+    file.write_bytes(b"4321")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    seen.append(fingerprint(file.parent))
+    time.sleep(0.02)
+    file.rename(tmp_path / "aside")
+    (tmp_path / "aside").rename(file)
+    seen.append(fingerprint(file.parent))
+    assert len(set(seen)) == 3
 
 
 def test_an_existing_target_is_not_touched_without_being_told(tmp_path):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import struct
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from porttool.errors import SourceError
-from porttool.sources.safetensors_file import SafetensorsFile
+from porttool.sources.safetensors_file import SafetensorsFile, read_exactly
 
 TENSORS = {
     "a": torch.randn(3, 4),
@@ -104,12 +106,29 @@ def test_a_missing_file(tmp_path):
         SafetensorsFile(tmp_path / "m.safetensors")
 
 
-def test_a_file_cut_short_after_it_was_opened(tmp_path):
+@pytest.mark.parametrize("change", ["cut", "rewritten", "replaced", "removed"])
+def test_a_file_that_changes_after_it_was_opened(tmp_path, change):
     path = tmp_path / "m.safetensors"
     save_file(TENSORS, path)
+    os.utime(path, (1, 1))
     file = SafetensorsFile(path)
-    with path.open("r+b") as handle:
-        handle.truncate(path.stat().st_size - 60)
-    with pytest.raises(SourceError, match="ended early; it is truncated or changed while read"):
-        for name in TENSORS:
-            file.load(name)
+    file.load("a")
+    if change == "cut":
+        with path.open("r+b") as handle:
+            handle.truncate(path.stat().st_size - 60)
+    elif change == "rewritten":
+        path.write_bytes(path.read_bytes())
+    elif change == "replaced":  # by one of the same size and time
+        shutil.copy2(path, tmp_path / "other")
+        (tmp_path / "other").rename(path)
+    else:
+        path.unlink()
+    said = "the file is missing" if change == "removed" else "changed while it was read"
+    with pytest.raises(SourceError, match=rf"m\.safetensors: {said}"):
+        file.load("b")
+
+
+def test_reading_beyond_the_end(tmp_path):
+    (tmp_path / "short").write_bytes(b"1234")
+    with pytest.raises(SourceError, match="short: ended early; it is truncated or changed while"):
+        read_exactly(tmp_path / "short", torch.empty(4, dtype=torch.uint8), 1)

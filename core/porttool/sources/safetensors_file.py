@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
+from porttool.folder import Stamp
 from porttool.memory import empty
 from porttool.weights import TensorInfo, TensorSource
 
@@ -40,6 +41,7 @@ class SafetensorsFile(TensorSource):
         self._offsets: dict[str, int] = {}
         self._infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
+        self.stamp = stamp_of(path)
         header, start = read_header(path)
         self._index(header, start)
 
@@ -60,9 +62,15 @@ class SafetensorsFile(TensorSource):
         row_bytes = info.nbytes // max(rows, 1)
         last = rows if last is None else last
         buffer = empty([(last - first) * row_bytes], torch.uint8)
+        self._require_unchanged()
         read_exactly(self.path, buffer, self._offsets[name] + first * row_bytes)
+        self._require_unchanged()
         shape = (last - first, *info.shape[1:]) if info.shape else ()
         return buffer.view(getattr(torch, info.dtype)).view(shape)
+
+    def _require_unchanged(self) -> None:
+        if stamp_of(self.path) != self.stamp:
+            raise SourceError(f"{self.path}: changed while it was read; run the command again")
 
     def _index(self, header: dict[str, Any], start: int) -> None:
         size = self.path.stat().st_size
@@ -84,6 +92,14 @@ class SafetensorsFile(TensorSource):
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise SourceError(f"{self.path}: the header's __metadata__ is not a table of strings")
         self.metadata = metadata
+
+
+def stamp_of(path: Path) -> Stamp:
+    """Stamp a file that must be there."""
+    try:
+        return Stamp.of(path.stat())
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: the file is missing") from error
 
 
 def _begin(entry: Any) -> int:

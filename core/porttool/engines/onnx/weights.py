@@ -8,7 +8,6 @@ refuses external data with several hard links.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,7 @@ def write_weights(
     progress.start("build", total)
     if dtype == checkpoint.manifest.dtype:
         for name in checkpoint.weight_files():
-            shutil.copyfile(checkpoint.path / name, out / name)
+            checkpoint.copy_file(name, out / name)
             progress.advance((out / name).stat().st_size)
     else:
         write_shards(PendingFolder(out, out), plan_shards(jobs, "model"), workers=2,

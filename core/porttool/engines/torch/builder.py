@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -66,7 +64,7 @@ class TorchBuilder(Builder):
         config = rank_config(request.config, rank.world_size)
         if rank.world_size == 1 and request.dtype == checkpoint.manifest.dtype:
             for name in checkpoint.weight_files():
-                link_or_copy(checkpoint.path / name, out / name)
+                checkpoint.copy_file(name, out / name, link=True)
             return {"rank": rank.index, "weights": "the checkpoint's own"}
         jobs = [rank_job(checkpoint, name, request.dtype, rank) for name in checkpoint.names()]
         require_space(out, sum(job.nbytes for job in jobs))
@@ -115,11 +113,3 @@ def rank_shape(checkpoint: Checkpoint, name: str, rank: Rank) -> tuple[int, ...]
     whole = torch.empty(shape, device="meta")
     part = shard(name, checkpoint.config, rank, lambda a, b: whole[a:b], shape[0])
     return tuple(part.shape)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Share a file by a hard link, or copy it where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

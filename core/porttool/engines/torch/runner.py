@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.component import Options
@@ -95,7 +94,7 @@ class TorchRunner(Runner):
         manifest = self.engine.manifest
         return CanonicalDecoder(
             manifest.config,
-            load_weights(self.engine.rank_path()),
+            load_weights(self.engine),
             dtype=getattr(torch, manifest.dtype),
             limits=manifest.limits,
             device=self.device,
@@ -114,7 +113,7 @@ class TorchRunner(Runner):
 
         return CpuDecoder(
             manifest.config,
-            load_weights(self.engine.rank_path()),
+            load_weights(self.engine),
             dtype=getattr(torch, manifest.dtype),
             limits=manifest.limits,
             native=options.compiled,
@@ -138,7 +137,7 @@ class TorchRunner(Runner):
             return decoder
         return CudaDecoder(
             manifest.config,
-            load_weights(self.engine.rank_path()),
+            load_weights(self.engine),
             dtype=dtype,
             limits=manifest.limits,
             device=self.device,
@@ -156,7 +155,10 @@ def choose_device(wanted: str) -> str:
     return ("cuda" if available else "cpu") if wanted == "auto" else wanted
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor of one rank's files."""
-    files = [SafetensorsFile(path) for path in sorted(folder.glob("*.safetensors"))]
+def load_weights(engine: Engine, rank: int = 0) -> dict[str, Tensor]:
+    """Read every tensor of one rank's files, which are those that the manifest knows."""
+    folder = engine.rank_path(rank).name
+    names = [n for n in engine.manifest.files if n.startswith(f"{folder}/")]
+    weights = sorted(n for n in names if n.endswith(".safetensors"))
+    files = [SafetensorsFile(engine.path / name) for name in weights]
     return {name: file.load(name) for file in files for name in file.infos()}
