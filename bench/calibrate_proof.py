@@ -89,7 +89,7 @@ def main() -> None:
                 limits=choose_limits(checkpoint.config), dtype=dtype,
             )  # fmt: skip
             for name in DAMAGES:
-                if name == "no 1/(layer + 1)":
+                if Damage(name).obstacle(engine.manifest.config):
                     continue
                 place = work / f"{dtype}-{name.replace('/', ' ')}"
                 damaged = Damage(name).apply(engine, place)

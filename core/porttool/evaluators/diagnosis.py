@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from porttool.evaluators.hypotheses import MAX_PARAMETERS, find_mistake
 from porttool.evaluators.logits import BOUNDS, LogitError, measure
+from porttool.evaluators.matching import match_by_weights
 from porttool.evaluators.reference import ReferenceModel
 from porttool.evaluators.stages import Parting, StageMap, compare_stages, find_parting
 
@@ -16,11 +17,23 @@ if TYPE_CHECKING:
     from porttool.evaluators.probe import Probe
 
 
-def locate(probe: Probe, derivation: Derivation) -> tuple[Parting | None, str]:
-    """Find the first operation where the two part; return it and a sentence about it."""
+def locate(
+    probe: Probe, derivation: Derivation, *, named: bool = True
+) -> tuple[Parting | None, str]:
+    """Find the first operation where the two part; return it and a sentence about it.
+
+    `named` says that the family's rules name the reference's modules; else weights tell them.
+    """
     from porttool.nn import Step
 
-    stage_map = StageMap.of(derivation.rules)
+    wide = ReferenceModel(probe.source, device=probe.device)
+    rules = StageMap.of(derivation.rules)
+    stage_map = rules if named else match_by_weights(derivation, wide.weights())
+    if not stage_map.places:
+        return None, (
+            "where the two part cannot be said: no module of the Hugging Face folder holds the "
+            "weights that the engine was converted from"
+        )
     tokens = probe.prompts[worst_row(probe)]
     dtype = probe.runner.engine.manifest.dtype
     if probe.runner.traces:
@@ -28,14 +41,14 @@ def locate(probe: Probe, derivation: Derivation) -> tuple[Parting | None, str]:
     else:
         ours, of = trace_source(derivation, tokens), "the source's weights"
         dtype = "float32"
-    wide = ReferenceModel(probe.source, device=probe.device)
-    theirs = wide.trace(tokens, stage_map.modules)
+
+    def trace(model: ReferenceModel) -> dict[str, Tensor]:
+        return stage_map.arrange(model.trace(tokens, stage_map.modules), derivation.config)
+
     own = None
     if probe.own is not None and probe.runner.traces:
-        own = ReferenceModel(probe.source, dtype=dtype, device=probe.device).trace(
-            tokens, stage_map.modules
-        )
-    parting = find_parting(compare_stages(ours, theirs, stage_map, dtype, own))
+        own = trace(ReferenceModel(probe.source, dtype=dtype, device=probe.device))
+    parting = find_parting(compare_stages(ours, trace(wide), dtype, own))
     if parting is not None:
         return parting, parting.text
     return None, (

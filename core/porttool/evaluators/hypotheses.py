@@ -59,6 +59,8 @@ def mistakes(config: ModelConfig) -> Iterator[Mistake]:
         yield Mistake("positions are one too high", weights=partial(shifted_positions, by=1))
         yield Mistake("positions are one too low", weights=partial(shifted_positions, by=-1))
     yield Mistake("norm1 and norm2 are swapped", weights=swapped_norms)
+    if config.gated:
+        yield Mistake("the MLP's gate and linear half are swapped", weights=swapped_halves)
     yield from norm_mistakes(config)
     yield from rotary_mistakes(config)
 
@@ -79,16 +81,59 @@ def rotary_mistakes(config: ModelConfig) -> Iterator[Mistake]:
     """Yield what goes wrong with rotary positions."""
     if config.position != "rotary":
         return
-    for fraction in (0.25, 0.5, 1.0):
-        if fraction != config.rotary_fraction and not int(config.head_dim * fraction) % 2:
-            yield Mistake(
-                f"{fraction:g} of each head is rotated, not {config.rotary_fraction:g}",
-                {"rotary_fraction": fraction},
-            )
+    for fraction in other_fractions(config):
+        yield Mistake(
+            f"{fraction:g} of each head is rotated, not {config.rotary_fraction:g}",
+            {"rotary_fraction": fraction},
+        )
+    yield Mistake("keys are one position too far on", weights=shifted_keys(config, by=1))
+    yield Mistake("keys are one position behind", weights=shifted_keys(config, by=-1))
     if config.rotary_base != 10000:
         yield Mistake(f"the rotary base is 10000, not {config.rotary_base:g}",
                       {"rotary_base": 10000.0})  # fmt: skip
     yield Mistake("neighbours are rotated together instead of halves", weights=interleaved(config))
+
+
+def other_fractions(config: ModelConfig) -> list[float]:
+    """Return the usual rotary fractions that this model's heads could have but do not."""
+    dims = {f: int(config.head_dim * f) for f in (1.0, 0.5, 0.25)}
+    return [f for f, dim in dims.items() if dim and dim % 2 == 0 and dim != config.rotary_dim]
+
+
+def shifted_keys(config: ModelConfig, by: int) -> Callable[[Weights], Weights]:
+    """Rotate every key as if it stood `by` positions further on than it does.
+
+    Rotary scores depend on distances alone (Su et al. 2021, section 3.1): shifting queries and
+    keys together changes nothing. A rotation is linear, so that the weights can do it.
+    """
+
+    def shift(weights: Weights) -> Weights:
+        import torch
+
+        from porttool.nn.attention import rotary_angles, rotate
+
+        query, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        result = dict(weights)
+        for name, tensor in weights.items():
+            if ".attention.qkv." in name:
+                q, k, v = tensor.double().split((query, kv, kv))
+                heads = k.reshape(1, config.n_kv_head, config.head_dim, -1).transpose(2, 3)
+                angles = rotary_angles(config, torch.tensor([[by]]), torch.float64)  # [1, 1, half]
+                turned = rotate(heads, angles).transpose(2, 3).reshape(k.shape)
+                result[name] = torch.cat((q, turned, v)).to(tensor.dtype)
+        return result
+
+    return shift
+
+
+def swapped_halves(weights: Weights) -> Weights:
+    """Exchange the two halves of every gated MLP's first projection."""
+    import torch
+
+    return {
+        name: torch.cat(t.chunk(2)[::-1]) if ".mlp.up." in name else t
+        for name, t in weights.items()
+    }
 
 
 def shifted_positions(weights: Weights, by: int) -> Weights:

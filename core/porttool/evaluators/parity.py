@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -84,7 +85,6 @@ class ParityEvaluator(Evaluator):
 
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Climb the ladder; both sides and the source's converter are needed."""
-        from porttool.evaluators.accounting import Derivation
         from porttool.evaluators.probe import Probe
 
         options = cast("ParityOptions", self.options)
@@ -94,33 +94,48 @@ class ParityEvaluator(Evaluator):
                 "the folder with --hf-model"
             )
         findings = Findings()
-        derivation = None
-        if port.converter is not None:
-            derivation = Derivation(port.converter, port.origin or port.source)
-        climb_tokenizer(port, options, findings)
-        if derivation is None:
-            findings.notes.append(
-                "no installed family reads the Hugging Face folder: logits and tokens are "
-                "compared, config and weights are not"
+        with derived(port.converter, port.origin or port.source, output, progress) as derivation:
+            climb_tokenizer(port, options, findings)
+            if derivation is None:
+                findings.notes.append(
+                    "no installed family reads the Hugging Face folder: logits and tokens are "
+                    "compared, config and weights are not"
+                )
+            else:
+                findings.verdicts.append(judge_config(port.runner.config, derivation.config))
+                climb_weights(port.runner, derivation, findings, progress)
+            probe = Probe.make(port.runner, port.tokenizer, port.source, options)
+            climb_logits(probe, findings, progress)
+            climb_tokens(probe, findings)
+            if options.diagnose and not all(v.passed for v in findings.verdicts):
+                diagnose(probe, derivation, findings, named=port.origin is None)
+            for note in findings.notes:
+                progress.note(note)
+            return Report(
+                evaluator=self.name,
+                engine=port.runner.description,
+                reference=probe.description,
+                verdicts=tuple(findings.verdicts),
+                notes=tuple(findings.notes),
+                measurements={"options": options.model_dump(mode="json"), **findings.measurements},
             )
-        else:
-            findings.verdicts.append(judge_config(port.runner.config, derivation.config))
-            climb_weights(port.runner, derivation, findings, progress)
-        probe = Probe.make(port.runner, port.tokenizer, port.source, options)
-        climb_logits(probe, findings, progress)
-        climb_tokens(probe, findings)
-        if options.diagnose and not all(v.passed for v in findings.verdicts):
-            diagnose(probe, derivation, findings, placed=port.origin is None)
-        for note in findings.notes:
-            progress.note(note)
-        return Report(
-            evaluator=self.name,
-            engine=port.runner.description,
-            reference=probe.description,
-            verdicts=tuple(findings.verdicts),
-            notes=tuple(findings.notes),
-            measurements={"options": options.model_dump(mode="json"), **findings.measurements},
-        )
+
+
+@contextmanager
+def derived(
+    converter: Converter | None, source: Path, scratch: Path, progress: Progress
+) -> Iterator[Derivation | None]:
+    """Index what an engine was converted from; None without the family's rules.
+
+    A compressed source is unpacked into `scratch` for as long as it is needed.
+    """
+    from porttool.evaluators.accounting import Derivation
+
+    if converter is None:
+        yield None
+        return
+    with converter.prepare(source, scratch, progress) as readable:
+        yield Derivation(converter, readable)
 
 
 def judge_config(engine: ModelConfig, source: ModelConfig) -> Verdict:
@@ -213,11 +228,12 @@ def climb_tokens(probe: Probe, findings: Findings) -> None:
 
 
 def diagnose(
-    probe: Probe, derivation: Derivation | None, findings: Findings, *, placed: bool
+    probe: Probe, derivation: Derivation | None, findings: Findings, *, named: bool
 ) -> None:
     """Say where the two first part and what the likely cause is.
 
-    The place can be found only if the family's rules name the Hugging Face folder's modules.
+    The place is found by the family's rules if they are `named` for the Hugging Face folder's
+    modules, else by the weights that those hold.
     """
     from porttool.evaluators.diagnosis import explain_decode, locate, suspect
 
@@ -225,12 +241,11 @@ def diagnose(
     if findings.failed("prefill") and derivation is None:
         findings.notes.append("where the two part cannot be said without the family's rules")
     elif findings.failed("prefill") and derivation is not None:
-        if placed:
-            parting, note = locate(probe, derivation)
-            if parting is None and findings.failed("config", "weights"):
-                note = "no one operation stands out: begin with the config and weights that differ"
-            findings.notes.append(note)
-            findings.measurements["first_difference"] = parting.stage.name if parting else None
+        parting, note = locate(probe, derivation, named=named)
+        if parting is None and findings.failed("config", "weights"):
+            note = "no one operation stands out: begin with the config and weights that differ"
+        findings.notes.append(note)
+        findings.measurements["first_difference"] = parting.stage.name if parting else None
         mistake = suspect(probe, derivation)
         if mistake:
             findings.notes.append(f"cause: {mistake}")

@@ -99,6 +99,14 @@ class ReferenceModel:
             record, logits = record_calls(found, lambda: self._model(input_ids=ids).logits)
         return {**record, "logits": logits.cpu()}
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every module's own weight by the module's name, but for a head's."""
+        head = self._model.get_output_embeddings()
+        for name, module in self._model.named_modules():
+            weight = dict(module.named_parameters(recurse=False)).get("weight")
+            if weight is not None and module is not head:
+                yield name, weight
+
     def find_modules(self, names: Mapping[str, str]) -> dict[str, nn.Module]:
         """Return the modules whose full name is, or ends in, the name given."""
         modules = dict(self._model.named_modules())

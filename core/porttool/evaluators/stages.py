@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from porttool.config import Dtype
-from porttool.weights import Take, as_is, transpose
+from porttool.config import Dtype, ModelConfig
+from porttool.weights import Take, as_is, concat, interleaved_qkv, transpose
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from porttool.weights import Via
 
 BASE: dict[Dtype, float] = {
     "float64": 1e-11, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1,
@@ -43,36 +45,86 @@ CAUSES = (
 )
 """End of a stage's name → what is wrong if everything before it agrees."""
 
+UNSEEN = {
+    "attention.out.in": ("attention.qkv.out", "the query, key and value projection"),
+    "mlp.down.in": ("mlp.up.out", "the MLP's first projection"),
+}
+"""End of a stage's name → the stage before it, and what else is wrong if that is not compared."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The reference's modules that do what a canonical module does.
+
+    `order` makes the canonical output's rows of theirs; None where the outputs do not correspond.
+    """
+
+    names: tuple[str, ...]
+    order: Via | None = field(default=as_is)
+
 
 @dataclass(frozen=True)
 class StageMap:
-    """Where canonical modules are in the source.
+    """Where canonical modules are in the reference."""
 
-    Outputs are compared only where one source tensor makes one canonical tensor in its own
-    order; of fused or permuted projections only the inputs correspond.
-    """
-
-    modules: Mapping[str, str]
-    outputs: frozenset[str]
+    places: Mapping[str, Place]
 
     @classmethod
     def of(cls, rules: Mapping[str, Take]) -> StageMap:
-        """Read the map off the family's rules."""
-        modules, outputs = {}, set()
+        """Read the map off a family's rules, which name the modules of the reference itself."""
+        places = {}
         for name, rule in rules.items():
             module, _, kind = name.rpartition(".")
-            if kind != "weight" or not rule.names[0].endswith(".weight"):
-                continue
-            modules[module] = rule.names[0].removesuffix(".weight")
-            whole = len(rule.names) == 1 and rule.via in (as_is, transpose)
-            if whole or module.rpartition(".")[2].startswith("norm"):
-                outputs.add(module)
-        return cls(modules, frozenset(outputs))
+            if kind == "weight" and all(n.endswith(".weight") for n in rule.names):
+                names = tuple(n.removesuffix(".weight") for n in rule.names)
+                places[module] = Place(names, output_order(module, names, rules))
+        return cls(places)
 
-    def keeps(self, stage: str) -> bool:
-        """Return true if a stage is the same thing on both sides."""
-        module, _, end = stage.rpartition(".")
-        return stage == "logits" or end == "in" or module in self.outputs
+    @property
+    def modules(self) -> dict[str, str]:
+        """Name in a trace → module of the reference, for each of a place's modules."""
+        return {
+            part(module, i): name
+            for module, place in self.places.items()
+            for i, name in enumerate(place.names)
+        }
+
+    def arrange(self, trace: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+        """Make of a trace of `modules` the stages that correspond, in canonical order of rows."""
+        found = {"logits": trace["logits"]}
+        for module, place in self.places.items():
+            if f"{module}.in" in trace:
+                found[f"{module}.in"] = trace[f"{module}.in"]
+            outputs = [trace.get(f"{part(module, i)}.out") for i in range(len(place.names))]
+            seen = [t.flatten(0, -2).t() for t in outputs if t is not None]  # [rows, tokens] each
+            if place.order is None or len(seen) < len(place.names):
+                continue
+            try:
+                found[f"{module}.out"] = place.order(config, seen).t()
+            except (RuntimeError, ValueError, IndexError):
+                continue  # the rule is for weights alone
+        return found
+
+
+def part(module: str, index: int) -> str:
+    """Name one of the reference's modules in a trace; the first has the canonical name."""
+    return f"{module}|{index}" if index else module
+
+
+def output_order(module: str, names: tuple[str, ...], rules: Mapping[str, Take]) -> Via | None:
+    """Return how the reference's outputs become canonical ones: as its bias does, if it has one.
+
+    A matrix may be turned besides, and what turns it says nothing about the order of outputs.
+    """
+    if module.rpartition(".")[2].startswith(("norm", "embedding", "position")):
+        return as_is
+    bias = rules.get(f"{module}.bias")
+    if bias is not None and bias.names == tuple(f"{name}.bias" for name in names):
+        return bias.via
+    via = rules[f"{module}.weight"].via
+    if via in (as_is, transpose) and len(names) == 1:
+        return as_is
+    return via if via in (concat, interleaved_qkv) else None
 
 
 @dataclass(frozen=True)
@@ -92,18 +144,17 @@ class Stage:
 def compare_stages(
     ours: Mapping[str, Tensor],
     theirs: Mapping[str, Tensor],
-    stage_map: StageMap,
     dtype: Dtype,
     own: Mapping[str, Tensor] | None = None,
 ) -> list[Stage]:
-    """Compare all stages that correspond, in the order in which they happen.
+    """Compare all stages that correspond and are in both, in the order in which they happen.
 
     `own` is the reference's trace in the engine's type: what it is off by is allowed for.
     """
     stages = []
     for name, ours_at in ours.items():
         theirs_at = theirs.get(name)
-        if theirs_at is None or not stage_map.keeps(name) or not ours_at.is_floating_point():
+        if theirs_at is None or not ours_at.is_floating_point():
             continue
         if theirs_at.numel() != ours_at.numel():
             continue
@@ -145,10 +196,14 @@ def find_parting(stages: list[Stage]) -> Parting | None:
     for index, stage in enumerate(stages):
         if not stage.agrees:
             after = stages[index - 1].name if index else None
-            return Parting(stage, after, likely_cause(stage.name))
+            return Parting(stage, after, likely_cause(stage.name, after))
     return None
 
 
-def likely_cause(stage: str) -> str:
-    """Return what a difference that begins at a stage points to."""
-    return next((cause for end, cause in CAUSES if stage.endswith(end)), "an operation before it")
+def likely_cause(stage: str, after: str | None = None) -> str:
+    """Return what a difference that begins at a stage points to, if `after` still agrees."""
+    cause = next((text for end, text in CAUSES if stage.endswith(end)), "an operation before it")
+    for end, (projection, text) in UNSEEN.items():
+        if stage.endswith(end) and not (after or "").endswith(projection):
+            return f"{text}, or {cause}"
+    return cause
