@@ -225,6 +225,24 @@ def test_missing_provider(tmp_path, checkpoint, monkeypatch):
         load_runner(engine, load_registry(), {"device": "cuda"})
 
 
+def test_provider_that_is_replaced_silently(tmp_path, checkpoint, monkeypatch):
+    """What ONNX Runtime prints of missing libraries is in the error, not in our output."""
+    import onnxruntime
+
+    from porttool.engines.onnx.session import SessionSettings, make_session, provider_options
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("no libcublas"))
+    options = [provider_options(SessionSettings("cuda", tf32=tf32)) for tf32 in (False, True)]
+    assert options == [{"device_id": "1", "use_tf32": flag} for flag in "01"]
+    folder = drawn.engine(checkpoint, tmp_path / "engine", kind="onnx").rank_path()
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(EngineError, match=r"fell back to CPUExecutionProvider.*\(no libcublas\)"),
+    ):
+        make_session(folder / "model.onnx", SessionSettings("cuda"), folder)
+
+
 def test_altered_weights_are_found(tmp_path, checkpoint):
     engine = drawn.engine(checkpoint, tmp_path / "engine", kind="onnx")
     with (engine.rank_path() / "model.safetensors").open("r+b") as file:

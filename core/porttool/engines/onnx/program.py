@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from porttool.engines.onnx.cached_graph import Program
@@ -14,7 +15,11 @@ from porttool.engines.onnx.session import translated_errors
 
 
 class SessionProgram(Program):
-    """An ONNX Runtime session. Nothing is copied between it and torch."""
+    """An ONNX Runtime session. Nothing is copied between it and torch.
+
+    On a GPU it has a stream of its own and waits for it at the end of a run; it does not wait for
+    torch's, so that this does.
+    """
 
     def __init__(self, session: Any, device: str) -> None:
         self.session = session
@@ -33,5 +38,7 @@ class SessionProgram(Program):
         return partial(self._run, io, tensors)
 
     def _run(self, io: Any, tensors: Mapping[str, Tensor]) -> None:
+        if self.device == "cuda":
+            torch.cuda.current_stream().synchronize()
         with translated_errors("ONNX Runtime could not run the step"):
             self.session.run_with_iobinding(io)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class SessionSettings:
     device: str
     optimization: str = "all"
     threads: int = 0
+    tf32: bool = False
     profile: Path | None = None
     """Where ONNX Runtime's own profile goes, as the beginning of a file's name."""
 
@@ -66,18 +68,32 @@ def make_session(model: Path | bytes, settings: SessionSettings, folder: Path) -
     if isinstance(model, bytes):
         options.add_session_config_entry(EXTERNAL_FOLDER, str(folder))
     wanted = PROVIDERS[settings.device]
+    said = preload_libraries(runtime) if settings.device == "cuda" else ""
     with translated_errors(f"{folder}: ONNX Runtime cannot load the graph on {settings.device}"):
         session = runtime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
-            providers=[(wanted, provider_options(settings.device))],
+            providers=[(wanted, provider_options(settings))],
         )
     if session.get_providers()[0] != wanted:
         raise EngineError(
             f"ONNX Runtime could not start {wanted} and fell back to "
-            f"{session.get_providers()[0]}; its CUDA or cuDNN libraries do not match this machine"
+            f"{session.get_providers()[0]}; it was built for CUDA {runtime.cuda_version}, and that "
+            "version's libraries are not all here: install torch, or NVIDIA's packages, for that "
+            f"CUDA version{f' ({said})' if said else ''}"
         )
     return session
+
+
+def preload_libraries(runtime: Any) -> str:
+    """Load the CUDA libraries that the provider needs; return what ONNX Runtime missed.
+
+    torch has usually loaded them: the loader then finds them by name. ONNX Runtime prints what it
+    misses, which must not get into our output.
+    """
+    with redirect_stdout(StringIO()) as printed:
+        runtime.preload_dlls()
+    return "; ".join(printed.getvalue().splitlines())
 
 
 def session_options(runtime: Any, settings: SessionSettings) -> Any:
@@ -98,15 +114,15 @@ def session_options(runtime: Any, settings: SessionSettings) -> Any:
     return options
 
 
-def provider_options(device: str) -> Mapping[str, str]:
-    """Put ONNX Runtime on torch's stream, so that neither waits for the other."""
-    if device == "cpu":
+def provider_options(settings: SessionSettings) -> Mapping[str, str]:
+    """Return a provider's options. float32 is float32 on a GPU too, unless `tf32` allows less."""
+    if settings.device == "cpu":
         return {}
     import torch
 
     return {
         "device_id": str(torch.cuda.current_device()),
-        "user_compute_stream": str(torch.cuda.current_stream().cuda_stream),
+        "use_tf32": str(int(settings.tf32)),
     }
 
 
