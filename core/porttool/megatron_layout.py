@@ -25,7 +25,9 @@ ONLY = {
     "position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "swiglu": False,
     "squared_relu": False, "apply_residual_connection_post_layernorm": False, "num_experts": None,
     "add_bias_linear": True, "apply_layernorm_1p": False, "use_rotary_position_embeddings": False,
-    "add_position_embedding": True, "multi_latent_attention": False,
+    "add_position_embedding": True, "multi_latent_attention": False, "quick_geglu": False,
+    "window_size": None, "softmax_type": "vanilla", "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None,
 }  # fmt: skip
 """Training arguments that make another model unless they have this value or are absent."""
 
@@ -64,7 +66,7 @@ def read_megatron_config(
         d_model=d_model,
         d_ff=shapes["layers.0.mlp.up.weight"][0],
         activation=activation(args),
-        norm_eps=args.number("layernorm_epsilon", 1e-5),
+        norm_eps=args.number("norm_epsilon", args.number("layernorm_epsilon", 1e-5)),
         attention_scale=head_dim**-0.5,
         tied_head=not args.flag("untie_embeddings_and_output_weights", False),
     ))  # fmt: skip

@@ -15,46 +15,14 @@ import pytest
 import torch
 
 import tiny
+from openai_writer import variables, write_source
+from porttool.cli import invoke as run_cli
 from porttool.errors import PorttoolError, SourceError, UsageError
 from porttool.plugins import choose_converter
 from porttool.sources.crc32c import crc32c
 from porttool.sources.tf_bundle import TensorBundle
 from tf_bundle_writer import write_bundle
 from tiny import PROMPTS, full_logits, reference_logits
-
-CONV = ("c_attn", "c_proj", "c_fc")
-
-
-def variables(model):
-    """A GPT2LMHeadModel's weights under OpenAI's names."""
-    found = {}
-    for name, tensor in model.transformer.state_dict().items():
-        parts = name.split(".")
-        if parts[0] == "h":
-            kind = "g" if parts[-2].startswith("ln") else "w"
-            parts = [f"h{parts[1]}", *parts[2:-1], kind if parts[-1] == "weight" else "b"]
-        elif parts[0] == "ln_f":
-            parts = ["ln_f", "g" if parts[1] == "weight" else "b"]
-        else:
-            parts = parts[:1]
-        array = tensor.float().numpy()
-        wide = parts[-1] == "w" and parts[-2] in CONV
-        found["model/" + "/".join(parts)] = array[None] if wide else array
-    return found
-
-
-def write_source(folder, model, extra=None):
-    folder.mkdir()
-    c = model.config
-    hparams = {"n_vocab": c.vocab_size, "n_ctx": c.n_positions, "n_embd": c.n_embd,
-               "n_head": c.n_head, "n_layer": c.n_layer}  # fmt: skip
-    (folder / "hparams.json").write_text(json.dumps(hparams))
-    vocabulary = {f"t{i}": i for i in range(c.vocab_size - 1)} | {"<|endoftext|>": 66}
-    (folder / "encoder.json").write_text(json.dumps(vocabulary))
-    (folder / "vocab.bpe").write_text("#version: 0.2\n")
-    (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
-    write_bundle(folder / "model.ckpt", {**variables(model), **(extra or {})})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +85,16 @@ def test_what_training_left_is_passed_over(tmp_path, reference, openai):
     plain = tiny.converted(openai, tmp_path / "a").manifest
     tuned = tiny.converted(source / "model.ckpt.index", tmp_path / "b").manifest
     assert tuned.files == plain.files
+
+
+def test_the_prefix_of_the_files_names_them(tmp_path, monkeypatch, openai):
+    """As TensorFlow has it, although no file is called that, and a hub id looks alike."""
+    monkeypatch.chdir(openai.parent)
+    asked = ["convert", f"{openai.name}/model.ckpt", "--output", str(tmp_path / "checkpoint")]
+    assert run_cli(asked) == 0
+    made = tiny.Checkpoint.open(tmp_path / "checkpoint").manifest
+    assert made.source.path == str(openai / "model.ckpt.index")
+    assert made.files == tiny.converted(openai, tmp_path / "folder").manifest.files
 
 
 def test_a_variable_too_many_or_too_few_is_refused(tmp_path, reference):

@@ -11,7 +11,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tiny
 from porttool import api
@@ -365,10 +365,11 @@ def test_the_commands(tmp_path, roomy, capsys):
     assert "no task 'mail'" in run("ids.csv", "--prompt-table", folder, "--task", "mail")
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["prompt", "MLP", "LSTM"])
-def test_logits_equal_pefts_own_forward(tmp_path, reference, roomy, registry, kind):
+needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
+
+
+def tuned(reference, kind="prompt"):
+    """PEFT's model of six virtual tokens around the reference, its encoder redrawn, in float64."""
     import copy
 
     from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
@@ -384,11 +385,61 @@ def test_logits_equal_pefts_own_forward(tmp_path, reference, roomy, registry, ki
     with torch.no_grad():
         for parameter in model.prompt_encoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def peft_logits(model, ids):
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids])).logits[0]
+
+
+@needs_peft
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["prompt", "MLP", "LSTM"])
+def test_logits_equal_pefts_own_forward(tmp_path, reference, roomy, registry, kind):
+    model = tuned(reference, kind)
     model.save_pretrained(tmp_path / "adapter")
     runner = tiny.loaded(roomy, registry)
     table = made(tmp_path / "adapter", tmp_path)
     assert table.config.dtype == "float64"
     for ids, prompt in zip(PROMPTS, use_table(table, runner, PROMPTS, ["adapter"]), strict=True):
-        with torch.inference_mode():
-            expected = model(input_ids=torch.tensor([ids])).logits[0]
+        expected = peft_logits(model, ids)
         torch.testing.assert_close(full_logits(runner, prompt), expected, atol=1e-9, rtol=0)
+
+
+def save_as_nemo(folder, rows):
+    template = {"taskname": "adapter", "total_virtual_tokens": len(rows)}
+    return write_nemo(folder / "p.nemo", nested({"adapter": rows}), [template])
+
+
+def save_as_array(folder, rows):
+    np.save(folder / "p.npy", rows.numpy()[None])
+    return folder / "p.npy"
+
+
+@needs_peft
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("save", [None, save_as_nemo, save_as_array], ids=["peft", "nemo", "npy"])
+def test_every_source_by_the_commands_equals_peft(tmp_path, monkeypatch, reference, source, save):
+    """The model and the table converted, built and run: every logit of every step is PEFT's."""
+    model = tuned(reference, "MLP")
+    model.save_pretrained(tmp_path / "adapter")
+    rows = load_file(tmp_path / "adapter" / "adapter_model.safetensors")["prompt_embeddings"]
+    prompts = save(tmp_path, rows) if save else tmp_path / "adapter"
+    (tmp_path / "ids.csv").write_text("5,9,2\n7\n")
+
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        f"convert {source} --output checkpoint",
+        "build checkpoint --output engine --dtype float64 --max-prompt-embedding-table-size 6",
+        f"convert {prompts} --model prompt_tuning --output table",
+        "run engine --input-tokens ids.csv --prompt-table table --task 0 --max-output-len 4 "
+        "--ignore-eos --set device cpu --output-csv out.csv --output-logits-npy logits.npy",
+    ):
+        assert run_cli(command.split()) == 0
+    found = torch.from_numpy(np.load(tmp_path / "logits.npy"))  # [prompts, new tokens, vocab_size]
+    for line, logits in zip((tmp_path / "out.csv").read_text().split(), found, strict=True):
+        ids = [int(i) for i in line.split(",")][6:]
+        expected = peft_logits(model, ids)[-5:-1].float()
+        torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-6)
+        assert ids[-4:] == expected.argmax(-1).tolist()
