@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
 
+from porttool.config import Dtype, ModelConfig
+from porttool.evaluators.arithmetic import shapes_of, source_logits
 from porttool.evaluators.hypotheses import MAX_PARAMETERS, find_mistake
 from porttool.evaluators.logits import BOUNDS, LogitError, measure
 from porttool.evaluators.matching import match_by_weights
@@ -17,56 +21,92 @@ if TYPE_CHECKING:
     from porttool.evaluators.probe import Probe
 
 
-def locate(
-    probe: Probe, derivation: Derivation, *, named: bool = True
-) -> tuple[Parting | None, str]:
+@dataclass(frozen=True)
+class Subject:
+    """What is diagnosed: an engine, or its config on the source's weights in float32.
+
+    `logits` are its own of the prompts; `weights` says whose weights the decoder is traced with.
+    """
+
+    probe: Probe
+    derivation: Derivation
+    logits: Sequence[Tensor]
+    weights: Literal["engine", "source"]
+
+    @classmethod
+    def of(cls, probe: Probe, derivation: Derivation) -> Self:
+        """Take the engine itself, traced if its runner can do that."""
+        whose: Literal["engine", "source"] = "engine" if probe.runner.traces else "source"
+        return cls(probe, derivation, probe.prefill(), whose)
+
+    @classmethod
+    def of_config(cls, probe: Probe, derivation: Derivation) -> Self:
+        """Take what the engine's config makes of the source."""
+        logits = source_logits(derivation, probe.runner.config, probe.prompts)
+        return cls(probe, derivation, logits, "source")
+
+    @property
+    def worst(self) -> int:
+        """The prompt whose logits are furthest off."""
+        return measure(self.logits, self.probe.of_prompts(self.probe.logits)).row
+
+    @property
+    def dtype(self) -> Dtype:
+        """Type that the decoder is traced in."""
+        return "float32" if self.weights == "source" else self.probe.runner.engine.manifest.dtype
+
+    def trace(self, tokens: list[int]) -> dict[str, Tensor]:
+        """Trace the canonical decoder as the engine's config says."""
+        from porttool.nn import Step
+
+        if self.weights == "engine":
+            return self.probe.runner.trace(Step.prefill([tokens]))
+        return trace_source(self.derivation, self.probe.runner.config, tokens)
+
+
+def locate(subject: Subject, *, named: bool = True) -> tuple[Parting | None, str]:
     """Find the first operation where the two part; return it and a sentence about it.
 
     `named` says that the family's rules name the reference's modules; else weights tell them.
     """
-    from porttool.nn import Step
-
+    probe, derivation = subject.probe, subject.derivation
     wide = ReferenceModel(probe.source, device=probe.device)
-    rules = StageMap.of(derivation.rules)
-    stage_map = rules if named else match_by_weights(derivation, wide.weights())
+    stage_map = (
+        StageMap.of(derivation.rules) if named else match_by_weights(derivation, wide.weights())
+    )
     if not stage_map.places:
         return None, (
             "where the two part cannot be said: no module of the Hugging Face folder holds the "
             "weights that the engine was converted from"
         )
-    tokens = probe.prompts[worst_row(probe)]
-    dtype = probe.runner.engine.manifest.dtype
-    if probe.runner.traces:
-        ours, of = probe.runner.trace(Step.prefill([tokens])), "the engine's weights"
-    else:
-        ours, of = trace_source(derivation, tokens), "the source's weights"
-        dtype = "float32"
+    tokens = probe.prompts[subject.worst]
 
     def trace(model: ReferenceModel) -> dict[str, Tensor]:
         return stage_map.arrange(model.trace(tokens, stage_map.modules), derivation.config)
 
     own = None
-    if probe.own is not None and probe.runner.traces:
-        own = trace(ReferenceModel(probe.source, dtype=dtype, device=probe.device))
-    parting = find_parting(compare_stages(ours, trace(wide), dtype, own))
+    if probe.own is not None and subject.weights == "engine":
+        own = trace(ReferenceModel(probe.source, dtype=subject.dtype, device=probe.device))
+    stages = compare_stages(subject.trace(tokens), trace(wide), subject.dtype, own)
+    parting = find_parting(stages)
     if parting is not None:
         return parting, parting.text
     return None, (
-        f"the canonical decoder on {of} agrees with the reference at every stage; the fault is in "
-        f"the {probe.runner.name} engine's own arithmetic (its kernels, its graph, or how it "
-        "feeds tokens and positions)"
+        f"the canonical decoder on the {subject.weights}'s weights agrees with the reference at "
+        f"every stage; the fault is in the {probe.runner.name} engine's own arithmetic (its "
+        "kernels, its graph, or how it feeds tokens and positions)"
     )
 
 
-def trace_source(derivation: Derivation, tokens: list[int]) -> dict[str, Tensor]:
-    """Trace the canonical decoder on weights made of the source."""
-    import torch
-
-    from porttool.nn import Decoder, Step
+def trace_source(
+    derivation: Derivation, config: ModelConfig, tokens: list[int]
+) -> dict[str, Tensor]:
+    """Trace the canonical decoder on weights made of the source; its own config if they need it."""
+    from porttool.nn import Step, meta_decoder
     from porttool.nn.trace import traced
 
-    with torch.device("meta"):
-        decoder = Decoder(derivation.config).eval()
+    fits = shapes_of(config) == derivation.shapes
+    decoder = meta_decoder(config if fits else derivation.config).eval()
     decoder.load_state_dict(source_weights(derivation), assign=True)
     return traced(decoder, Step.prefill([tokens]))
 
@@ -76,20 +116,15 @@ def source_weights(derivation: Derivation) -> dict[str, Tensor]:
     return {name: derivation.tensor(name).float() for name in derivation.shapes}
 
 
-def worst_row(probe: Probe) -> int:
-    """Return the prompt whose prefill is furthest off."""
-    return measure(probe.prefill(), probe.of_prompts(probe.logits)).row
-
-
-def suspect(probe: Probe, derivation: Derivation) -> str | None:
-    """Return the one mistake that explains the engine's prefill, if there is such a one."""
+def suspect(subject: Subject) -> str | None:
+    """Return the one mistake that explains the logits, if there is such a one."""
     import math
 
+    derivation = subject.derivation
     if sum(math.prod(s) for s in derivation.shapes.values()) > MAX_PARAMETERS:
         return None
-    row = worst_row(probe)
-    weights = source_weights(derivation)
-    return find_mistake(derivation.config, weights, probe.prompts[row], probe.prefill()[row])
+    row, weights = subject.worst, source_weights(derivation)
+    return find_mistake(derivation.config, weights, subject.probe.prompts[row], subject.logits[row])
 
 
 def explain_decode(probe: Probe) -> str:

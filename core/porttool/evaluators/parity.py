@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from porttool.config import Dtype, ModelConfig
     from porttool.converter import Converter
     from porttool.evaluators.accounting import Derivation
+    from porttool.evaluators.diagnosis import Subject
     from porttool.evaluators.probe import Probe
     from porttool.runner import Runner
     from porttool.text import Tokenizer
@@ -107,6 +108,8 @@ class ParityEvaluator(Evaluator):
             probe = Probe.make(port.runner, port.tokenizer, port.source, options)
             climb_logits(probe, findings, progress)
             climb_tokens(probe, findings)
+            if derivation is not None:
+                climb_arithmetic(probe, derivation, findings)
             if options.diagnose and not all(v.passed for v in findings.verdicts):
                 diagnose(probe, derivation, findings, named=port.origin is None)
             for note in findings.notes:
@@ -227,6 +230,24 @@ def climb_tokens(probe: Probe, findings: Findings) -> None:
     )
 
 
+def climb_arithmetic(probe: Probe, derivation: Derivation, findings: Findings) -> None:
+    """Compute in float32 what a half-precision engine's config says; a wider engine did so."""
+    from dataclasses import asdict
+
+    from porttool.evaluators.arithmetic import check_arithmetic, shapes_of
+    from porttool.evaluators.probe import HALF
+
+    if probe.runner.engine.manifest.dtype not in HALF:
+        return
+    if shapes_of(derivation.config) != derivation.shapes:
+        findings.notes.append("the family has a decoder of its own: nothing is computed in float32")
+        return
+    verdict, error = check_arithmetic(probe, derivation)
+    findings.verdicts.append(verdict)
+    if error is not None:
+        findings.measurements[verdict.name] = asdict(error)
+
+
 def diagnose(
     probe: Probe, derivation: Derivation | None, findings: Findings, *, named: bool
 ) -> None:
@@ -235,21 +256,14 @@ def diagnose(
     The place is found by the family's rules if they are `named` for the Hugging Face folder's
     modules, else by the weights that those hold.
     """
-    from porttool.evaluators.diagnosis import explain_decode, locate, suspect
+    from porttool.evaluators.arithmetic import NAME
+    from porttool.evaluators.diagnosis import Subject, explain_decode
 
     stepwise = ("decode", "decode, several tokens a step")
     if findings.failed("prefill") and derivation is None:
         findings.notes.append("where the two part cannot be said without the family's rules")
     elif findings.failed("prefill") and derivation is not None:
-        parting, note = locate(probe, derivation, named=named)
-        if parting is None and findings.failed("config", "weights"):
-            note = "no one operation stands out: begin with the config and weights that differ"
-        findings.notes.append(note)
-        findings.measurements["first_difference"] = parting.stage.name if parting else None
-        mistake = suspect(probe, derivation)
-        if mistake:
-            findings.notes.append(f"cause: {mistake}")
-            findings.measurements["cause"] = mistake
+        accuse(Subject.of(probe, derivation), findings, named=named)
     elif findings.failed(*stepwise):
         findings.notes.append(explain_decode(probe))
         findings.measurements["cause"] = "cache"
@@ -258,3 +272,20 @@ def diagnose(
             "the logits agree but the tokens do not: look at how the runner decodes by itself, "
             "or at what the generation loop does with its logits"
         )
+    elif NAME in findings.measurements and findings.failed(NAME) and derivation is not None:
+        accuse(Subject.of_config(probe, derivation), findings, named=named)
+
+
+def accuse(subject: Subject, findings: Findings, *, named: bool) -> None:
+    """Name the first operation where the two part, and the one mistake that explains it all."""
+    from porttool.evaluators.diagnosis import locate, suspect
+
+    parting, note = locate(subject, named=named)
+    if parting is None and findings.failed("config", "weights"):
+        note = "no one operation stands out: begin with the config and weights that differ"
+    findings.notes.append(note)
+    findings.measurements["first_difference"] = parting.stage.name if parting else None
+    mistake = suspect(subject)
+    if mistake:
+        findings.notes.append(f"cause: {mistake}")
+        findings.measurements["cause"] = mistake

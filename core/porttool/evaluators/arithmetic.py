@@ -1,0 +1,77 @@
+"""What half precision hides: an engine's arithmetic beside the reference's, both in float32.
+
+The two forms of GELU differ by less than a half-precision engine rounds by. So the canonical
+decoder runs as the engine's config says, on the source's own weights in float32, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from porttool.config import ModelConfig
+from porttool.evaluator import Verdict
+from porttool.evaluators.logits import judge_logits, measure
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from porttool.evaluators.accounting import Derivation
+    from porttool.evaluators.logits import LogitError
+    from porttool.evaluators.probe import Probe
+
+NAME = "arithmetic in float32"
+"""Name of the rung."""
+
+
+def check_arithmetic(probe: Probe, derivation: Derivation) -> tuple[Verdict, LogitError | None]:
+    """Hold an engine's config to the bounds of float32, whatever type its weights have."""
+    config = probe.runner.config
+    if shapes_of(config) != derivation.shapes:
+        return Verdict(
+            name=NAME, passed=False, found="other shapes", bound="the source's",
+            detail="the engine's config and the source's weights do not fit together",
+        ), None  # fmt: skip
+    ours = source_logits(derivation, config, probe.prompts)
+    error = measure(ours, probe.of_prompts(probe.logits))
+    return judge_logits(NAME, error, "float32"), error
+
+
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every canonical tensor of a config."""
+    from porttool.nn import meta_decoder
+
+    return {name: tuple(t.shape) for name, t in meta_decoder(config).state_dict().items()}
+
+
+def source_logits(
+    derivation: Derivation, config: ModelConfig, prompts: Sequence[list[int]]
+) -> list[Tensor]:
+    """Logits [len(prompt), vocab_size] of each prompt, with one layer in memory at a time."""
+    import torch
+
+    from porttool.nn import Step, meta_decoder
+
+    decoder = meta_decoder(config).eval()
+    step = Step.prefill(list(prompts))
+    with torch.inference_mode():
+        for name, module in decoder.named_children():
+            if name != "layers":
+                fill(module, f"{name}.", derivation)
+        x = decoder.embed(step.tokens, step.positions)  # [n, width, d_model]
+        for i, layer in enumerate(decoder.layers):
+            fill(layer, f"layers.{i}.", derivation)
+            x = layer(x, step.positions, None, step.slots)
+            layer.to("meta")
+        return [
+            decoder.logits(decoder.norm(row[: len(prompt)]))
+            for row, prompt in zip(x, prompts, strict=True)
+        ]
+
+
+def fill(module: nn.Module, prefix: str, derivation: Derivation) -> None:
+    """Give a module made without memory its weights of the source, in float32."""
+    names = module.state_dict()
+    module.load_state_dict(
+        {name: derivation.tensor(f"{prefix}{name}").float() for name in names}, assign=True
+    )

@@ -1,0 +1,183 @@
+"""Every family, tiny, beside an independent implementation; engines of it damaged and verified.
+
+The reference is always transformers' own model, read from a folder of the same weights. Where
+transformers has no such family (SantaCoder's original layout, NeMo), that folder is another model
+class of the same arithmetic: GPTBigCode, Nemotron, StableLM.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import tiny
+from porttool.cli import invoke
+from porttool.engine import Engine
+from porttool.evaluators.damage import Damage
+from porttool.testing import REFERENCE, TransformersConformance, redraw
+from porttool_camel5b.conformance import Camel5bConformance
+from porttool_gpt2.conformance import GPT2Conformance
+from porttool_gpt_next.conformance import NemoConformance, nemo_tensors
+from porttool_santacoder.conformance import BigCodeConformance, SantaCoderConformance
+
+DAMAGES = (
+    "scrambled layer", "swapped norms", "other gelu", "other activation", "shifted positions",
+    "wrong rotary fraction", "transposed projection", "another group's head",
+    "keys and values swapped", "gate and linear swapped", "noise of 2 %",
+)  # fmt: skip
+SMALL = ("--set", "n_prompts", "3", "--set", "prompt_len", "12", "--set", "new_tokens", "4")
+"""Options of `verify` for a quick run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `porttool verify` made of an engine."""
+
+    status: int
+    failed: tuple[str, ...]
+    place: str | None
+    cause: str | None
+    weights: str
+    prefill: str
+
+
+class MultiHeadBigCode(BigCodeConformance):
+    """GPTBigCode with as many key heads as heads, its fused projection ordered by head."""
+
+    sizes: ClassVar = {**BigCodeConformance.sizes, "multi_query": False}
+
+
+class MultiHeadSantaCoder(MultiHeadBigCode):
+    """SantaCoder's multi-head layout: [in, out] matrices whose columns are q | k | v."""
+
+    def write_layout(self, path: Path, model: Any) -> None:
+        """Write GPT-2's layout with the key that only SantaCoder has."""
+        from safetensors.torch import save_file
+
+        found = {}
+        for name, tensor in model.state_dict().items():
+            turned = tensor.t() if tensor.dim() == 2 and ".h." in name else tensor
+            if ".c_attn." in name:
+                by_head = turned.unflatten(-1, (model.config.n_head, 3, -1))
+                turned = by_head.transpose(-3, -2).flatten(-3)
+            if name != "lm_head.weight":
+                found[name] = turned.contiguous()
+        path.mkdir()
+        values = {**BigCodeConformance.sizes, "model_type": "gpt2"}
+        (path / "config.json").write_text(
+            json.dumps({**values, "attention_head_type": "multihead"})
+        )
+        save_file(found, path / "model.safetensors")
+
+
+class GPT2B(NemoConformance):
+    """GPT-2B's architecture: swiglu, rotary halves. StableLM has the same arithmetic."""
+
+    architecture = "StableLmForCausalLM"
+    sizes: ClassVar = {
+        "vocab_size": 56, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 32,
+        "layer_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
+        },
+    }  # fmt: skip
+
+    def write_source(self, path: Path, seed: int) -> None:
+        """Write the weights twice; the norms' are one more than a multiple of 2^-12."""
+        import transformers
+
+        kind = getattr(transformers, self.architecture)
+        model = redraw(kind(kind.config_class(**self.sizes)), seed)
+        for name, tensor in model.state_dict().items():
+            if "norm.weight" in name:
+                tensor.copy_(1 + (tensor * 4096).round() / 4096)
+        model.save_pretrained(path.with_name(REFERENCE))
+        self.write_layout(path, model)
+
+    def write_layout(self, path: Path, model: Any) -> None:
+        """Write what NeMo has in place of Nemotron's: norms minus one, and the gate's half."""
+        super().write_layout(path, model)
+        config = path / self.config_file
+        changes = {
+            "activation": "fast-swiglu", "num_query_groups": self.sizes["num_key_value_heads"]
+        }  # fmt: skip
+        config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+        found = nemo_tensors(model)
+        for gate in [name for name in found if "gate_proj" in name]:
+            up = gate.replace("gate_proj", "dense_h_to_4h")
+            found[up] = torch.cat((found.pop(gate), found[up]))
+        stored = {n: t - 1 if "norm.weight" in n else t for n, t in found.items()}
+        torch.save(stored, path / "model_weights.ckpt")
+
+
+class GroupedGPT2B(GPT2B):
+    """The same with two groups of queries."""
+
+    sizes: ClassVar = {**GPT2B.sizes, "num_key_value_heads": 2}
+
+
+FAMILIES: dict[str, type[TransformersConformance]] = {
+    "gpt2": GPT2Conformance,
+    "camel5b": Camel5bConformance,
+    "santacoder, multi-query": SantaCoderConformance,
+    "santacoder, multi-head": MultiHeadSantaCoder,
+    "starcoder, multi-query": BigCodeConformance,
+    "starcoder, multi-head": MultiHeadBigCode,
+    "gpt_next, relu2, 2 groups": NemoConformance,
+    "gpt_next, swiglu, 2 groups": GroupedGPT2B,
+    "gpt_next, swiglu, 4 heads": GPT2B,
+}
+"""Name → its case, whose source lies beside a folder that transformers reads."""
+
+
+def engines(family: str, work: Path, dtypes: tuple[str, ...]) -> Iterator[Engine]:
+    """Write a family's source, convert it once and build it in each type."""
+    FAMILIES[family]().write_source(work / "source", 0)
+    checkpoint = tiny.converted(work / "source", work / "checkpoint")
+    for dtype in dtypes:
+        yield tiny.built(checkpoint, work / dtype, dtype=dtype)
+
+
+def outcome(engine: Engine, reference: Path, output: Path, *options: str) -> Outcome:
+    """Run `porttool verify` on an engine, beside the reference, and read its report."""
+    status = invoke(
+        ["verify", str(engine.path), "--hf-model", str(reference), "--output", str(output),
+         "--runner-set", "device", "cpu", "--json", *options]
+    )  # fmt: skip
+    report = json.loads((output / "report.json").read_bytes())
+    verdicts = {v["name"]: v for v in report["verdicts"]}
+    measured = report["measurements"]
+    return Outcome(
+        status,
+        tuple(name for name, v in verdicts.items() if v["passed"] is not True),
+        measured.get("first_difference"),
+        measured.get("cause"),
+        verdicts["weights"]["detail"],
+        verdicts["prefill"]["found"],
+    )
+
+
+def damaged(
+    engine: Engine, reference: Path, work: Path, *options: str
+) -> Iterator[tuple[str, Outcome | str]]:
+    """Verify an engine as it is, and with each damage; of one that cannot be, say why."""
+    yield "nothing", outcome(engine, reference, work / "sound", *options)
+    for name in DAMAGES:
+        damage = Damage(name)
+        if reason := damage.obstacle(engine.manifest.config):
+            yield name, reason
+            continue
+        hurt = damage.apply(engine, work / name.replace(" ", "_"))
+        yield name, outcome(hurt, reference, work / f"{name} report", *options)
+
+
+def as_json(found: Outcome | str) -> dict[str, Any]:
+    """Return an outcome, or why there is none, as JSON."""
+    return {"does_not_apply": found} if isinstance(found, str) else asdict(found)
