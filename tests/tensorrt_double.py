@@ -25,6 +25,7 @@ from tensorrt_double_names import (
     ExecutionContextAllocationStrategy,
     HardwareCompatibilityLevel,
     ILogger,
+    LayerInformationFormat,
     LayerType,
     MemoryPoolType,
     NetworkDefinitionCreationFlag,
@@ -33,6 +34,7 @@ from tensorrt_double_names import (
     TensorIOMode,
 )
 from tensorrt_double_runtime import (
+    EngineInspector,
     ICudaEngine,
     IExecutionContext,
     IProfiler,
@@ -42,8 +44,9 @@ from tensorrt_double_runtime import (
 )
 
 PUBLIC = (
-    BuilderFlag, Dims, ExecutionContextAllocationStrategy, HardwareCompatibilityLevel, ICudaEngine,
-    IExecutionContext, ILogger, IProfiler, LayerType, MemoryPoolType, NetworkDefinitionCreationFlag,
+    BuilderFlag, Dims, EngineInspector, ExecutionContextAllocationStrategy,
+    HardwareCompatibilityLevel, ICudaEngine, IExecutionContext, ILogger, IProfiler,
+    LayerInformationFormat, LayerType, MemoryPoolType, NetworkDefinitionCreationFlag,
     OnnxParserRefitter, ProfilingVerbosity, Refitter, Runtime, TensorIOMode,
 )  # fmt: skip
 

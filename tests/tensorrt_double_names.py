@@ -24,6 +24,7 @@ ProfilingVerbosity = enum("ProfilingVerbosity", "NONE", "LAYER_NAMES_ONLY", "DET
 HardwareCompatibilityLevel = enum(
     "HardwareCompatibilityLevel", "NONE", "SAME_COMPUTE_CAPABILITY", "AMPERE_PLUS"
 )
+LayerInformationFormat = enum("LayerInformationFormat", "ONELINE", "JSON")
 MemoryPoolType = enum("MemoryPoolType", "WORKSPACE")
 ExecutionContextAllocationStrategy = enum("ExecutionContextAllocationStrategy", "USER_MANAGED")
 

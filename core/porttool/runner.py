@@ -91,6 +91,13 @@ class Runner(Component):
         work()
         return []
 
+    def layer_information(self) -> Mapping[str, str]:
+        """Return what the engine's library says of the layers that it built, as its own JSON.
+
+        By phase (`prefill`, `decode`), after `profiled`. Empty where a library says nothing.
+        """
+        return {}
+
     def load_prompt_table(self, table: Tensor | None) -> None:
         """Use rows of [n_rows, d_model] for token ids from vocab_size on; None takes it away."""
         raise EngineError(f"the {self.name} runner has no room for a prompt table")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from porttool.nn import meta_decoder
 from porttool.plugins import load_registry
 from porttool.profiling import ProfileShape, profile
 from porttool.profiling.costs import Cost, Peak, StepSize, total_cost
+from porttool.profiling.counters import Counter, by_kernel, read_counters, write_counters
 from porttool.profiling.run import outermost
 from porttool.profiling.table import make_table, module_of, over_layers
 from porttool.profiling.tools import run_tool, tool_command
@@ -146,14 +148,87 @@ def test_command_writes_everything(tmp_path, folder, capsys):
     assert "of the roofline" in capsys.readouterr().out
 
 
-def test_tools_around_a_run(tmp_path, monkeypatch):
-    nsys = tool_command("nsys", ["profile", "ENGINE"], tmp_path)
-    assert nsys[-3:] == ["porttool", "profile", "ENGINE"]
-    assert "--cuda-graph-trace=node" in nsys and "--trace=cuda,nvtx,cublas,osrt" in nsys
-    ncu = tool_command("ncu", ["profile", "ENGINE"], tmp_path)
-    assert ncu[1:4] == ["--section", "ComputeWorkloadAnalysis", "--csv"]
+def test_tools_around_a_run(tmp_path):
+    run = ["porttool", "profile", "ENGINE"]
+    nsys = tool_command("nsys", run, tmp_path)
+    assert nsys[-3:] == run
+    assert "--cuda-graph-trace=node" in nsys and "--trace=cuda,cudnn,cublas,osrt,nvtx" in nsys
+    ncu = " ".join(tool_command("ncu", run, tmp_path))
+    assert ncu.startswith("ncu --section ComputeWorkloadAnalysis ") and "--csv" in ncu
+    assert "--clock-control none" in ncu and "--nvtx-include porttool.decode/" in ncu
     with pytest.raises(UsageError, match=r"nowhere-to-be-found is not installed .* --flag"):
         run_tool(["nowhere-to-be-found", "--flag"])
     run_tool([sys.executable, "-c", ""])
     with pytest.raises(EngineError, match="status 3"):
         run_tool([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+SAMPLE = Path(__file__).parent / "ncu_prefill.csv"
+"""Three launches of what ncu 2025.3 wrote of GPT-2 XL's prompt on an H200."""
+
+
+def test_counters_of_every_launch(tmp_path):
+    counters = read_counters(SAMPLE)
+    assert len(counters) == 45  # three launches of fifteen counters; the advice is none
+    (first,) = [c for c in counters if c.launch == 0 and c.name == "DRAM Frequency"]
+    assert first == Counter(
+        0, "residual_norm_kernel", "", "(128, 1, 1)", "(512, 1, 1)",
+        "GPU Speed Of Light Throughput", "DRAM Frequency", "hz", 3_183_035_714.29,
+    )  # fmt: skip
+    matrix, norm = by_kernel(counters)
+    assert (matrix.launches, norm.launches) == (2, 1)
+    busy = [c.value for c in counters if c.name == "SM Busy" and c.kernel == matrix.kernel]
+    assert matrix.means["SM Busy"] == sum(busy) / 2
+    assert norm.means["SM Busy"] == 12.14
+    write_counters(counters, tmp_path / "counters.csv")
+    rows = list(csv.DictReader((tmp_path / "counters.csv").read_text().splitlines()))
+    assert len(rows) == 45 and float(rows[0]["value"]) == first.value
+
+
+def test_counters_know_their_phase(tmp_path):
+    """With ranges ncu adds columns; a counter that could not be measured is left out."""
+    text = SAMPLE.read_text().splitlines()
+    ranges = '"thread Domain:Push/Pop_Range:PL_Type:PL_Value:CLR_Type:Color:Msg_Type:Msg"'
+    told = '"0:<default domain>:porttool.decode:none:none:none:none:none"'
+    lines = [text[3].replace('"Kernel Name"', f'{ranges},"Kernel Name"')]
+    lines += [line.replace('"residual_norm', f'{told},"residual_norm') for line in text[4:6]]
+    lines += [lines[1].replace("3,183,035,714.29", "n/a")]
+    (tmp_path / "ncu.csv").write_text("\n".join(lines))
+    assert [c.phase for c in read_counters(tmp_path / "ncu.csv")] == ["decode", "decode"]
+
+
+def test_no_counters_say_why(tmp_path):
+    path = tmp_path / "ncu.csv"
+    path.write_text("==ERROR== ERR_NVGPUCTRPERM - no permission\n==PROF== Disconnected\n")
+    with pytest.raises(EngineError, match=r"no counters. It said: ==ERROR== ERR_NVGPUCTRPERM"):
+        read_counters(path)
+    with pytest.raises(EngineError, match="It said: nothing"):
+        read_counters(tmp_path / "absent.csv")
+
+
+NCU = f"""#!{sys.executable}
+import shutil, subprocess, sys
+arguments = sys.argv[1:]
+shutil.copy({str(SAMPLE)!r}, arguments[arguments.index("--log-file") + 1])
+run = arguments[arguments.index({sys.executable!r}):]
+assert "--under" not in run and run[-1] == "--ranges-only", run
+raise SystemExit(subprocess.run(run).returncode)
+"""
+
+
+def test_command_under_a_tool(tmp_path, folder, capsys, monkeypatch):
+    """A stand-in for ncu runs what it is given and leaves a real file behind."""
+    program = tmp_path / "porttool"
+    program.write_text("from porttool import cli\nraise SystemExit(cli.invoke())\n")
+    out = tmp_path / "out"
+    size = ["--prompt-len", "9", "--new-tokens", "2", "--output", str(out)]
+    line = ["profile", str(folder / "torch"), "--under", "ncu", *size, "--set", "device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [str(program), *line])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli.invoke(line) == 2
+    assert "ncu is not installed here" in capsys.readouterr().err
+    (tmp_path / "ncu").write_text(NCU)
+    (tmp_path / "ncu").chmod(0o755)
+    assert cli.invoke(line) == 0
+    assert {f.name for f in out.iterdir()} == {"ncu.csv", "counters.csv"}
+    assert "SM Busy" in capsys.readouterr().out

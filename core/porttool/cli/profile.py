@@ -30,6 +30,8 @@ KERNELS_SHOWN = 15
               help="Tokens decoded one at a time.")  # fmt: skip
 @click.option("--under", type=click.Choice(("nsys", "ncu")),
               help="Run it under one of NVIDIA's profilers.")  # fmt: skip
+@click.option("--ranges-only", is_flag=True,
+              help="Run the steps as NVTX ranges, record nothing: what --under runs.")  # fmt: skip
 @set_option
 @json_option
 def command(
@@ -41,28 +43,33 @@ def command(
     prompt_len: int,
     new_tokens: int,
     under: str | None,
+    ranges_only: bool,
     settings: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> None:
     """Profile a prefill and its decoding: a Chrome trace, tables by layer and kernel, a picture."""
     from porttool import api
-    from porttool.profiling import ProfileShape, profile
+    from porttool.profiling import ProfileShape, profile, run_unrecorded
     from porttool.workspace import Workspace
 
     if under is not None:
-        run_under(under, output)
+        run_under(under, output, as_json=as_json)
         return
     options, space = as_settings(settings), Workspace.choose(workdir)
     runner = api.load(engine, model=model, options=options, workspace=space).runner
-    found = profile(runner, ProfileShape(batch_size, prompt_len, new_tokens), output)
+    shape = ProfileShape(batch_size, prompt_len, new_tokens)
+    if ranges_only:
+        run_unrecorded(runner, shape)
+        return
+    found = profile(runner, shape, output)
     if as_json:
         console.say_json({**asdict(found), "output": str(output)})
         return
     show(found, output)
 
 
-def run_under(tool: str, output: Path) -> None:
-    """Run this very command line again, without --under, inside a tool."""
+def run_under(tool: str, output: Path, *, as_json: bool) -> None:
+    """Run this very command line again, without --under, inside a tool; tell its counters."""
     import sys
 
     from porttool.profiling.tools import run_tool, tool_command
@@ -71,7 +78,35 @@ def run_under(tool: str, output: Path) -> None:
     at = next(i for i, a in enumerate(arguments) if a.startswith("--under"))
     rest = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
     output.mkdir(parents=True, exist_ok=True)
-    run_tool(tool_command(tool, rest, output))  # type: ignore[arg-type]
+    run = [sys.executable, sys.argv[0], *rest, "--ranges-only"]
+    run_tool(tool_command(tool, run, output))  # type: ignore[arg-type]
+    if tool == "ncu":
+        tell_counters(output, as_json=as_json)
+    else:
+        console.say(f"{output / 'nsys.nsys-rep'}: open it in nsys-ui, or `nsys stats` it")
+
+
+def tell_counters(output: Path, *, as_json: bool) -> None:
+    """Turn ncu's file into counters.csv; print each kernel's means."""
+    from porttool.profiling.counters import by_kernel, read_counters, write_counters
+    from porttool.profiling.tools import COUNTERS
+
+    counters = read_counters(output / COUNTERS)
+    write_counters(counters, output / "counters.csv")
+    kernels = by_kernel(counters)
+    if as_json:
+        console.say_json({"kernels": [asdict(k) for k in kernels], "output": str(output)})
+        return
+    shown = ("Duration", "SM Busy", "Issue Slots Busy", "Executed Ipc Active", "DRAM Throughput")
+    units = {counter.name: counter.unit for counter in counters}
+    rows = [
+        (k.phase, k.kernel[:50], str(k.launches),
+         *(f"{k.means[n]:.2f}" if n in k.means else "" for n in shown))
+        for k in kernels[:KERNELS_SHOWN]
+    ]  # fmt: skip
+    columns = tuple(f"{n}, {units[n]}" if n in units else n for n in shown)
+    console.table("Counters, means over launches", ("step", "kernel", "launches", *columns), rows)
+    console.say(f"{output / 'counters.csv'}: every counter of every launch")
 
 
 def show(found: Profile, output: Path) -> None:

@@ -1,5 +1,5 @@
 """Where the time of an engine goes: one trace, one table, and the roofline beside both."""
 
-from porttool.profiling.run import Profile, ProfileShape, profile
+from porttool.profiling.run import Profile, ProfileShape, profile, run_unrecorded
 
-__all__ = ["Profile", "ProfileShape", "profile"]
+__all__ = ["Profile", "ProfileShape", "profile", "run_unrecorded"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,21 @@ def profile(runner: Runner, shape: ProfileShape, output: Path) -> Profile:
     trace["traceEvents"] += as_events(nodes, step_ranges(trace))
     (output / "trace.json").write_text(json.dumps(trace))
     write_tables(found, output)
+    names = [event["name"].removeprefix(PREFIX) for event in step_ranges(trace)]
+    for phase, layers in runner.layer_information().items():
+        (output / f"layers_{phase}.json").write_text(layers)
+        times = layer_times([node for node in nodes if names[node.run] == phase])
+        (output / f"profile_{phase}.json").write_text(json.dumps(times, indent=1) + "\n")
     return found
+
+
+def run_unrecorded(runner: Runner, shape: ProfileShape) -> None:
+    """Run what `profile` runs, recording nothing: for a profiler around this process.
+
+    Raises UsageError for a shape that the engine does not hold.
+    """
+    require_fit(runner, shape)
+    run_steps(runner, shape)
 
 
 def require_fit(runner: Runner, shape: ProfileShape) -> None:
@@ -208,6 +223,20 @@ def as_events(nodes: Sequence[TimedNode], ranges: Sequence[dict[str, Any]]) -> l
          "args": {"operator": node.operator}}
         for node in nodes
     ]  # fmt: skip
+
+
+def layer_times(nodes: Sequence[TimedNode]) -> list[dict[str, Any]]:
+    """Return layers' times in the form of `trtexec --exportProfile`, which NVIDIA's tools read."""
+    runs: dict[str, list[float]] = {}
+    for node in nodes:
+        runs.setdefault(node.name, []).append(node.duration / 1e3)
+    total = sum(map(sum, runs.values()))
+    layers = [
+        {"name": name, "timeMs": sum(times), "averageMs": statistics.mean(times),
+         "medianMs": statistics.median(times), "percentage": 100 * sum(times) / total}
+        for name, times in runs.items()
+    ]  # fmt: skip
+    return [{"count": len({node.run for node in nodes})}, *layers]
 
 
 def write_tables(found: Profile, output: Path) -> None:

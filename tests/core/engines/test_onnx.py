@@ -232,7 +232,7 @@ def test_provider_that_is_replaced_silently(tmp_path, checkpoint, monkeypatch):
     from porttool.engines.onnx.session import SessionSettings, make_session, provider_options
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("no libcublas"))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: sys.stdout.write("no libcublas"))
     options = [provider_options(SessionSettings("cuda", tf32=tf32)) for tf32 in (False, True)]
     assert options == [{"device_id": "1", "use_tf32": flag} for flag in "01"]
     folder = drawn.engine(checkpoint, tmp_path / "engine", kind="onnx").rank_path()

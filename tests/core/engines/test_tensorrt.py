@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -154,3 +156,29 @@ def test_layer_times_come_with_the_run_they_belong_to(tmp_path, library):
     assert HostStream.captured == 0
     runner.step(step_of([[5]], [0], [5]))
     assert HostStream.captured == 1
+
+
+def test_profile_in_the_forms_of_the_library_s_tools(tmp_path, library):
+    """Layers as the inspector has them, times as trtexec exports them, a pair for each profile."""
+    from porttool.profiling import ProfileShape, profile
+
+    _, engine = build(tmp_path)
+    runner = load_runner(engine, load_registry())
+    out = tmp_path / "out"
+    found = profile(runner, ProfileShape(batch=2, prompt=9, new=5), out)
+    assert {line.module for line in found.lines if line.phase == "decode"} == {"mlp.up", "head"}
+    for phase, width, count, each in (("prefill", 9, 1, 0.5), ("decode", 1, 5, 1.5)):
+        layers = json.loads((out / f"layers_{phase}.json").read_text())
+        assert layers["Layers"][0]["Inputs"][0]["Dimensions"] == [3, width]
+        first, *times = json.loads((out / f"profile_{phase}.json").read_text())
+        assert first == {"count": count}
+        suffix = "" if phase == "prefill" else " [profile 1]"
+        named = {
+            layer["Name"]
+            for layer in layers["Layers"]
+            if ("[profile" in layer["Name"]) == bool(suffix)
+        }
+        assert {t["name"] for t in times} == named
+        assert all(t["averageMs"] == t["medianMs"] == each for t in times)
+        assert sum(t["timeMs"] for t in times) == pytest.approx(2 * count * each)
+        assert [t["percentage"] for t in times] == [50, 50]

@@ -15,7 +15,7 @@ from porttool.engines.tensorrt.log import MessageLog
 from porttool.engines.tensorrt.stream import DeviceStream
 from porttool.errors import EngineError
 
-PREFILL, DECODE = 0, 1
+PHASES = ("prefill", "decode")
 """The profiles, in the order of `make_profiles`."""
 
 
@@ -48,7 +48,8 @@ class PlanProgram(Program):
 
     def context_for(self, tensors: Mapping[str, Tensor]) -> trt.IExecutionContext:
         """Return the context whose profile holds a step of this width."""
-        return self.contexts[DECODE if tensors["tokens"].shape[1] == 1 and plain(tensors) else 0]
+        decodes = tensors["tokens"].shape[1] == 1 and plain(tensors)
+        return self.contexts[PHASES.index("decode") if decodes else 0]
 
     def watch(self, times: LayerTimes) -> None:
         """Have every layer of every run timed; nothing is captured from then on."""
@@ -64,6 +65,15 @@ class PlanProgram(Program):
             self.times.runs.append([])
             if not context.report_to_profiler():
                 raise EngineError(f"TensorRT reports no layer times: {self.log.summary}")
+
+    def layer_information(self) -> dict[str, str]:
+        """Return the inspector's JSON for each profile, with the shapes that last ran in it."""
+        inspector = self.engine.create_engine_inspector()
+        found = {}
+        for phase, context in zip(PHASES, self.contexts, strict=True):
+            inspector.execution_context = context
+            found[phase] = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        return found
 
     def _make_context(self, profile: int) -> trt.IExecutionContext:
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED

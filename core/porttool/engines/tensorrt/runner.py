@@ -51,6 +51,7 @@ class TensorrtRunner(Runner):
         from porttool.engines.onnx.cached_graph import CachedGraph
 
         made = engine.manifest
+        self._information: dict[str, str] = {}
         self._graph = CachedGraph(self._load(), self.config, made.limits, dtype=made.dtype)
 
     @property
@@ -88,7 +89,12 @@ class TensorrtRunner(Runner):
         program.watch(times)
         with self._graph.using(program):
             work()
+        self._information = program.layer_information()
         return times.nodes()
+
+    def layer_information(self) -> Mapping[str, str]:
+        """Return what TensorRT's inspector says of each profile's layers, as trtexec exports it."""
+        return self._information
 
     def _run(self, step: Step, *, all_positions: bool) -> Tensor:
         if not self._options.static_batch:
