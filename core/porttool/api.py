@@ -92,7 +92,7 @@ def default_hub_id(registry: Registry, model: str | None) -> str | None:
 
 
 def build(
-    checkpoint: Path | None = None,
+    checkpoint: Path | Checkpoint | None = None,
     output: Path | None = None,
     *,
     model: str | None = None,
@@ -110,13 +110,19 @@ def build(
     registry: Registry | None = None,
     progress: Progress = SILENT,
 ) -> Engine:
-    """Build an engine from a checkpoint; `engine` is its kind, one of the installed builders."""
+    """Build an engine from a checkpoint; `engine` is its kind, one of the installed builders.
+
+    A checkpoint that is given opened is taken as it is.
+    """
     registry = registry or load_registry()
     space = workspace or Workspace.choose(None)
     builder = registry.builders.get(engine)(options)
     if model is None and (checkpoint is None or output is None):
         raise UsageError("name the checkpoint and --output, or a model with --model")
-    opened = open_checkpoint(checkpoint or space.checkpoint(str(model)), registry)
+    if isinstance(checkpoint, Checkpoint):
+        opened = checkpoint
+    else:
+        opened = open_checkpoint(checkpoint or space.checkpoint(str(model)), registry)
     limits = choose_limits(
         opened.config,
         max_batch_size=max_batch_size,
@@ -206,6 +212,8 @@ def evaluate(
     evaluator = registry.evaluators.get(name)(options)
     label = engine.name if engine and not model else space.find_model(model)
     source = resolve_source(str(hf_model), None) if hf_model else None
+    if engine is not None or model is not None or test_engine:
+        refuse_dummy(space.find_engine(engine, model), name)
     if test_engine:
         loaded = load(engine, model=model, tokenizer=tokenizer, options=runner_options,
                       workspace=space, registry=registry)  # fmt: skip
@@ -217,6 +225,15 @@ def evaluate(
                     limits=limits_of(engine or space.engine(label)))  # fmt: skip
     where = output or (engine.parent / name if engine and not model else space.report(label, name))
     return run_evaluator(evaluator, port, where, progress=progress)
+
+
+def refuse_dummy(engine: Path, evaluator: str) -> None:
+    """Refuse to evaluate an engine that is no port of anything."""
+    if engine.is_dir() and Engine.open(engine, verify=False).manifest.dummy:
+        raise UsageError(
+            f"{engine} has random weights (build --dummy): {evaluator} would say nothing; "
+            "it can be benchmarked and profiled"
+        )
 
 
 def port_of(

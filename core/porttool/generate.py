@@ -101,7 +101,7 @@ def check_prompts(
                 f"prompt {i} has {len(prompt)} tokens, the engine takes {limits.max_input_len}; "
                 f"shorten it, or build with --max-input-len {len(prompt)}"
             )
-        if not all(0 <= t < vocabulary for t in prompt):
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(t for t in prompt if not 0 <= t < vocabulary)
             raise UsageError(f"prompt {i} holds the id {wrong}; ids run from 0 to {vocabulary - 1}")
     if sampling.max_new_tokens > limits.max_output_len:

@@ -11,8 +11,8 @@ from porttool.cli import console
 from porttool.errors import PorttoolError
 
 COMMANDS = (
-    "convert", "build", "run", "summarize", "infill", "verify", "profile", "inspect", "export",
-    "plugins", "demo",
+    "convert", "build", "run", "summarize", "infill", "verify", "bench", "profile", "inspect",
+    "export", "plugins", "demo",
 )  # fmt: skip
 
 

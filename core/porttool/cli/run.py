@@ -98,6 +98,8 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
         options=as_settings(asked["settings"]),
         workspace=Workspace.choose(asked["workdir"]),
     )
+    if loaded.engine.manifest.dummy:
+        console.note("the weights of this engine are random (build --dummy): so is what it says")
     prompts = with_virtual_tokens(asked, loaded, read_prompts(asked, loaded))
     sampling = read_sampling(asked, loaded)
     stream = Stream(loaded, len(prompts)) if asked["stream"] else None

@@ -31,6 +31,10 @@ class Camel5bConverter(Refinement):
     family = "camel5b"
     refines = "gpt2"
     hub_id = "Writer/camel-5b-hf"
+    shape = ModelConfig(
+        vocab_size=50258, n_positions=2048, n_layer=24, n_head=32, n_kv_head=32, head_dim=128,
+        d_model=4096, d_ff=16384, activation="gelu", attention_scale=128**-0.5,
+    )  # fmt: skip
     prompt = PROMPT
 
     def recognises(self, config: ModelConfig) -> bool:

@@ -1,0 +1,56 @@
+"""The roofline of a run: the device's speed, measured beside it, and the least time of the work."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from porttool.benchmark.results import Ceiling, Cell
+from porttool.config import ModelConfig
+from porttool.profiling.costs import Cost, Peak, StepSize, total_cost
+from porttool.profiling.peak import best_seconds, measure_peak
+
+READ_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
+READS = {"cuda": 8, "cpu": 1}
+"""Reads that one time covers: on a GPU a single one is hardly longer than its launch."""
+
+
+def measure_ceiling(device: str, dtype: str) -> Ceiling:
+    """Measure a matrix product, a copy and a read on a device, now."""
+    peak = measure_peak(device, dtype)
+    return Ceiling(
+        flops=peak.flops, copy_bandwidth=peak.bandwidth, read_bandwidth=measure_read(device)
+    )
+
+
+def measure_read(device: str) -> float:
+    """Return bytes a second of a sum over numbers that fit no cache: the best of a few."""
+    numbers = torch.zeros(READ_BYTES[device] // 4, device=device)
+
+    def read() -> None:
+        for _ in range(READS[device]):
+            numbers.sum()
+
+    return numbers.nbytes * READS[device] / best_seconds(read, cuda=device == "cuda")
+
+
+def peak_of(ceiling: Ceiling) -> Peak:
+    """Return the ceiling as profiles take it: the faster of copying and reading counts."""
+    return Peak(ceiling.flops, max(ceiling.copy_bandwidth, ceiling.read_bandwidth))
+
+
+@cache
+def prefill_cost(config: ModelConfig, cell: Cell, dtype: str) -> Cost:
+    """Return what the prompts need; a causal query sees half of its prompt on average."""
+    itemsize = getattr(torch, dtype).itemsize
+    reach = (cell.input_len + 1) // 2
+    return total_cost(config, StepSize(cell.batch_size, cell.input_len, reach, itemsize))
+
+
+@cache
+def decode_cost(config: ModelConfig, cell: Cell, dtype: str) -> Cost:
+    """Return what one token of every row needs, in the middle of the output."""
+    itemsize = getattr(torch, dtype).itemsize
+    reach = cell.input_len + (cell.output_len + 1) // 2
+    return total_cost(config, StepSize(cell.batch_size, 1, reach, itemsize))

@@ -1,0 +1,118 @@
+"""porttool bench: latency, throughput and memory, beside Hugging Face and the roofline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from porttool.cli import console
+from porttool.cli.options import (
+    FILE,
+    FOLDER,
+    OptionTable,
+    as_settings,
+    json_option,
+    model_options,
+    set_option,
+    table_options,
+)
+from porttool.errors import UsageError
+
+if TYPE_CHECKING:
+    from porttool.benchmark import BenchmarkResult
+
+GRID: OptionTable = (
+    ("--batch-size", {"default": "1", "show_default": True, "metavar": "N,N,...",
+                      "help": "Rows at a time."}),
+    ("--input-len", {"default": "128", "show_default": True, "metavar": "N,N,...",
+                     "help": "Tokens of each prompt."}),
+    ("--output-len", {"default": "64", "show_default": True, "metavar": "N,N,...",
+                      "help": "Tokens made for each prompt, 2 or more."}),
+)  # fmt: skip
+
+OPTIONS: OptionTable = (
+    ("--hf-model", {"type": FOLDER,
+                    "help": "Hugging Face folder to measure beside, eager and compiled; one that "
+                            "holds a config alone runs random weights."}),
+    ("--no-compile", {"is_flag": True, "help": "Leave the compiled peer out."}),
+    ("--warmup", {"type": click.IntRange(min=0), "default": 2, "show_default": True,
+                  "help": "Runs of each side in a cell that do not count."}),
+    ("--repeats", {"type": click.IntRange(min=1), "default": 5, "show_default": True,
+                   "help": "Rounds in which the sides take turns."}),
+    ("--seed", {"type": int, "default": 0, "show_default": True, "help": "Seed of the prompts."}),
+    ("--output-json", {"type": FILE, "help": "File for everything that was measured."}),
+    ("--picture", {"type": FILE, "help": "File for a picture: .png, .svg or .pdf."}),
+)  # fmt: skip
+
+
+@click.command("bench")
+@click.argument("engines", type=FOLDER, nargs=-1)
+@table_options(GRID, OPTIONS)
+@model_options
+@set_option
+@json_option
+@click.pass_context
+def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> None:
+    """Measure ENGINES over a grid: every batch with every input and output length.
+
+    Every side gets the same random prompts, greedily, end tokens ignored. The sides take turns in
+    every round, beside what the device was measured to do just then.
+    """
+    from porttool.benchmark import Method, bench, grid
+    from porttool.workspace import Workspace
+
+    asked = context.params
+    cells = grid(*(read_sizes(flag, asked) for flag, _ in GRID))
+    picture, json_file = asked["picture"], asked["output_json"]
+    require_writable(picture, json_file)
+    space = Workspace.choose(asked["workdir"])
+    found = bench(
+        engines or (space.find_engine(None, asked["model"]),),
+        cells,
+        hf_model=asked["hf_model"],
+        compiled=not asked["no_compile"],
+        method=Method(warmup=asked["warmup"], repeats=asked["repeats"], seed=asked["seed"]),
+        options=as_settings(asked["settings"]),
+        progress=console.ConsoleProgress(),
+    )
+    if json_file:
+        json_file.write_text(found.model_dump_json(indent=1) + "\n")
+    if asked["as_json"]:
+        console.say_json(found.model_dump(mode="json"))
+    else:
+        show(found)
+    if picture:
+        from porttool.benchmark.page import draw_picture
+
+        draw_picture(found, picture)
+        console.note(f"{picture}: the picture")
+
+
+def read_sizes(flag: str, asked: dict[str, Any]) -> tuple[int, ...]:
+    """Return the numbers of a list; at least 1, of output at least 2: one between two tokens."""
+    text = asked[flag.removeprefix("--").replace("-", "_")]
+    least = 2 if flag == "--output-len" else 1
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise UsageError(f"{flag} {text!r}: give whole numbers from {least} on, as in 8,32")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+def require_writable(*files: Path | None) -> None:
+    """Refuse a result's place that cannot be, before anything is measured."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{file}: there is no folder {file.absolute().parent}")
+
+
+def show(found: BenchmarkResult) -> None:
+    """Print who was measured, the figures, and what did not run."""
+    from porttool.benchmark.page import as_tables
+
+    for table in as_tables(found):
+        console.table(table.title, table.columns, table.rows)
+    for failure in found.failures:
+        where = f", {failure.cell}" if failure.cell else ""
+        console.say(f"{failure.side}{where}: did not run: {failure.reason}")
