@@ -13,7 +13,7 @@ class DeviceStream:
     device = "cuda"
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream()
 
     @property
     def handle(self) -> int:
