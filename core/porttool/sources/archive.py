@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import tarfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +20,8 @@ from typing import IO, BinaryIO, cast
 from porttool.errors import SourceError
 from porttool.folder import require_space
 from porttool.progress import Progress
+from porttool.sources.tar_headers import read_headers
 
-MAX_MEMBERS = 1_000_000
-MAX_HEADER = 1 << 20
-"""Bytes of one member's extended header; names and dates are all that belongs there."""
 MAX_GROWTH = 200
 """Weights hardly compress: what unpacks to more than this many times itself is a trap."""
 SMALL = 1 << 30
@@ -50,12 +47,14 @@ class Archive:
         self.path = path
         self.compressed = is_gzip(path)
         self._members: dict[str, Member] = {}
-        try:
-            self._index()
-        except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
-            raise SourceError(
-                f"{path}: not a tar archive, or truncated or damaged: {error}"
-            ) from error
+        with self._unpacked() as raw, readable(path):
+            for header in read_headers(raw, max_bytes(path, compressed=self.compressed)):
+                name = plain_name(path, header.name)
+                if not header.is_file:
+                    continue
+                if name in self._members:
+                    raise SourceError(f"{path}: {name!r:.200} is in the archive twice")
+                self._members[name] = Member(header.offset, header.size)
 
     def names(self) -> list[str]:
         """Return the names of all files, in the archive's order."""
@@ -104,58 +103,22 @@ class Archive:
             return cast("BinaryIO", gzip.open(self.path, "rb"))
         return self.path.open("rb")
 
-    def _index(self) -> None:
-        size = self.path.stat().st_size
-        limit = max(SMALL, size * MAX_GROWTH) if self.compressed else size
-        with HeaderReader(self._unpacked()) as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
-            for count, info in enumerate(tar):
-                self._check(info, limit, count)
-                name = plain_name(self.path, info.name)
-                if not info.isfile():
-                    continue
-                if name in self._members:
-                    raise SourceError(f"{self.path}: {name!r} is in the archive twice")
-                self._members[name] = Member(info.offset_data, info.size)
-            raw.seek(tar.offset)
-            if any(raw.read(tarfile.BLOCKSIZE)):
-                raise SourceError(f"{self.path}: damaged at byte {tar.offset}; fetch it again")
 
-    def _check(self, info: tarfile.TarInfo, limit: int, count: int) -> None:
-        if not (info.isfile() or info.isdir()) or info.issparse():
-            raise SourceError(f"{self.path}: {info.name!r} is a link, a device or a sparse file")
-        if count >= MAX_MEMBERS:
-            raise SourceError(f"{self.path}: more than {MAX_MEMBERS} members")
-        if info.size < 0 or info.offset_data + info.size > limit:
-            raise SourceError(
-                f"{self.path}: {info.name!r} claims {info.size} bytes, more than there can be; "
-                "the archive is truncated or hostile"
-            )
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn whatever shows that an archive is none, or not whole, into a SourceError naming it."""
+    try:
+        yield
+    except ValueError as error:
+        raise SourceError(f"{path}: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError(f"{path}: truncated or damaged: {error}") from error
 
 
-class HeaderReader(io.RawIOBase):
-    """A file in which nothing large is read at once: tarfile would take any header's word."""
-
-    def __init__(self, inner: BinaryIO) -> None:
-        self._inner = inner
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Read bytes; a request beyond any honest header is refused."""
-        if not 0 <= size <= MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._inner.read(size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Go to a position."""
-        return self._inner.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._inner.tell()
-
-    def close(self) -> None:
-        """Close the file too."""
-        self._inner.close()
-        super().close()
+def max_bytes(path: Path, *, compressed: bool) -> int:
+    """Return how many bytes an archive can have when it is unpacked."""
+    size = path.stat().st_size
+    return max(SMALL, size * MAX_GROWTH) if compressed else size
 
 
 class Section(io.RawIOBase):
@@ -205,6 +168,8 @@ class Section(io.RawIOBase):
 
 def is_gzip(path: Path) -> bool:
     """Tell a gzipped file by its first bytes; a missing one is a SourceError."""
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path}: is not a file")
     try:
         with path.open("rb") as file:
             return file.read(2) == b"\x1f\x8b"
@@ -216,7 +181,7 @@ def plain_name(path: Path, name: str) -> str:
     """Return a member's name without `./`; one that leads outside is a SourceError."""
     parts = PurePosixPath(name).parts
     if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise SourceError(f"{path}: the member {name!r} leads outside the archive")
+        raise SourceError(f"{path}: the member {name!r:.200} leads outside the archive")
     return "/".join(parts)
 
 
@@ -225,18 +190,16 @@ def peek(path: Path, name: str, limit: int) -> bytes | None:
 
     This is how to look into a gzipped archive without a pass over all of it.
     """
-    unpack = gzip.open if is_gzip(path) else open
-    try:
-        with (
-            HeaderReader(cast("BinaryIO", unpack(path, "rb"))) as raw,
-            tarfile.open(fileobj=raw, mode="r:") as tar,
-        ):
-            for info in tar:
-                if plain_name(path, info.name) == name and info.isfile() and info.size <= limit:
-                    raw.seek(info.offset_data)
-                    return raw.read(info.size)
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
-        raise SourceError(f"{path}: not a tar archive, or truncated or damaged: {error}") from error
+    compressed = is_gzip(path)
+    with gzip.open(path) if compressed else path.open("rb") as file, readable(path):
+        raw = cast("BinaryIO", file)
+        for header in read_headers(raw, max_bytes(path, compressed=compressed)):
+            if plain_name(path, header.name) == name and header.is_file and header.size <= limit:
+                raw.seek(header.offset)
+                data = raw.read(header.size)
+                if len(data) != header.size:
+                    raise ValueError("truncated; fetch it again")
+                return data
     return None
 
 
@@ -248,9 +211,9 @@ def unpacked(path: Path, scratch: Path, progress: Progress) -> Iterator[Path]:
     )
     packed_size = path.stat().st_size
     require_space(scratch / path.name, packed_size)
-    limit = max(SMALL, packed_size * MAX_GROWTH)
+    limit = max_bytes(path, compressed=True)
     progress.start(f"unpack {path.name}", packed_size)
-    with NamedTemporaryFile(dir=scratch, prefix=".unpacked-", suffix=".tar") as target:
+    with NamedTemporaryFile(dir=scratch, prefix=f".{path.name}.", suffix=".tar") as target:
         try:
             with path.open("rb") as packed, gzip.open(packed) as plain:
                 copy_blocks(plain, packed, target, limit, progress)
