@@ -6,10 +6,12 @@ import importlib.util
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from porttool import hookspecs
@@ -136,6 +138,40 @@ def test_the_command_line_page_is_what_help_says():
     spec.loader.exec_module(module)
     found = (DOCS / "cli.md").read_text()
     assert found == module.cli_page(), "run: python docs/make_cli.py"
+
+
+COMMAND = re.compile(
+    r"`(?:mpirun -np \d+ )?(porttool [^`]+)`|^(?: {4}|\$ )(porttool .+)$", re.MULTILINE
+)
+
+
+def typed_commands() -> list[str]:
+    """Every command line of porttool's in the documents, without what is said behind it."""
+    pages = [*DOCS.rglob("*.md"), ROOT / "README.md"]
+    found = [a or b for page in pages for a, b in COMMAND.findall(page.read_text())]
+    return [re.split(r" {2,}#|  +\(|\\$| · ", line)[0].strip() for line in found]
+
+
+def options_are_known(line: str) -> None:
+    """Parse a command line without running it; click.UsageError for an option there is not."""
+    from porttool.cli import cli
+
+    words = shlex.split(line.replace("$'", "'"))[1:]
+    command, context = cli, click.Context(cli)
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        command = command.get_command(context, words.pop(0))
+        assert command, line
+        context = click.Context(command, parent=context)
+    command.make_parser(context).parse_args(words)
+
+
+def test_every_command_in_a_document_has_its_options():
+    lines = typed_commands()
+    assert len(lines) > 70
+    for line in lines:
+        options_are_known(line)
+    with pytest.raises(click.NoSuchOption):
+        options_are_known("porttool convert gpt2 --never-there 1")
 
 
 def test_links_between_documents_lead_somewhere():

@@ -95,6 +95,13 @@ class Registry:
             return found(self.converter(str(found.refines)), options)
         return found(options)
 
+    def recognisers(self, source: Path, names: Iterable[str] | None = None) -> list[Converter]:
+        """Return the converters (of those named) that match a source and that none refines."""
+        found = [self.converter(name) for name in names or self.converters.classes]
+        matching = [converter for converter in found if converter.matches(source)]
+        refined = {converter.refines for converter in matching}
+        return [converter for converter in matching if converter.name not in refined]
+
     def record(self, catalog: Catalog[Any], name: str) -> PluginRecord:
         """Return what a manifest keeps of the plugin that a component came from."""
         from porttool.checkpoint import PluginRecord
@@ -243,9 +250,7 @@ def choose_converter(
     says which families do match.
     """
     names = named_converters(registry, model) if model else list(registry.converters.classes)
-    matching = matches(registry, source, names)
-    refined = {c.refines for c in matching}
-    left = [c for c in matching if c.name not in refined]
+    left = registry.recognisers(source, names)
     if len(left) == 1:
         require_own_source(registry, source, left[0])
         return registry.converter(left[0].name, options)
@@ -257,7 +262,7 @@ def choose_converter(
             f"{source}: no installed family recognises this; "
             "`porttool plugins list` shows what each reads"
         )
-    others = {c.family for c in matches(registry, source, list(registry.converters.classes))}
+    others = {c.family for c in registry.recognisers(source)}
     others |= {c.family for c in registry.tables if c().matches(source)}
     hint = f"; it looks like {', '.join(sorted(others))}" if others else ""
     raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
@@ -265,7 +270,7 @@ def choose_converter(
 
 def require_own_source(registry: Registry, source: Path, chosen: Converter) -> None:
     """Name the family that goes before the chosen one, where that one cannot read the source."""
-    found = matches(registry, source, list(registry.converters.classes))
+    found = registry.recognisers(source)
     others = {c.family for c in found if c.refines == chosen.name and c.family != chosen.family}
     if not others:
         return
@@ -276,12 +281,6 @@ def require_own_source(registry: Registry, source: Path, chosen: Converter) -> N
         raise UsageError(
             f"{source}: not a source of {chosen.family!r}; it looks like {named} ({error})"
         ) from error
-
-
-def matches(registry: Registry, source: Path, names: list[str]) -> list[Converter]:
-    """Return those of the named converters that recognise a source."""
-    found = [registry.converter(name) for name in names]
-    return [converter for converter in found if converter.matches(source)]
 
 
 def named_converters(registry: Registry, model: str) -> list[str]:

@@ -168,8 +168,7 @@ def choose_table_converter(
     if found:
         return found[0](options)
     if named and model:
-        models = [registry.converter(name) for name in registry.converters.classes]
-        likely = sorted({m.family for m in models if m.matches(source)})
+        likely = sorted({model.family for model in registry.recognisers(source)})
         hint = f"; it looks like {', '.join(likely)}" if likely else ""
         raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
     return None

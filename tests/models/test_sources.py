@@ -13,7 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import source_cases as foreign
+from porttool import api
 from porttool.cli import invoke as porttool
+from porttool.errors import UsageError
 from porttool.testing import REFERENCE
 from porttool_camel5b.conformance import Camel5bConformance
 from porttool_gpt2.conformance import GPT2Conformance
@@ -87,3 +89,15 @@ def test_from_the_file_to_the_verdict(tmp_path, monkeypatch, capsys, case):
     change_one_weight(tmp_path / REFERENCE)
     assert porttool(verify) == 1
     assert "parity: " in capsys.readouterr().err
+
+
+def test_the_wrong_family_names_the_right_one(tmp_path, case, registry):
+    """camel-5b is a GPT-2 that GPT-2's own converter reads as well."""
+    case.write_source(tmp_path / "source", 0)
+    families = {c.family for c in (*registry.converters, *registry.tables)}
+    assert len(families) == 5
+    for wrong in families - {case.family, "gpt2" if case.family == "camel5b" else ""}:
+        with pytest.raises(UsageError, match=f"not a source of '{wrong}'.*like {case.family}( |$)"):
+            api.convert_prompts(tmp_path / "source", tmp_path / "out", model=wrong)
+            api.convert(tmp_path / "source", tmp_path / "out", model=wrong)
+    assert not (tmp_path / "out").exists()
