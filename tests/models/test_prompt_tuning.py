@@ -23,6 +23,11 @@ from porttool.generate import generate
 from porttool.plugins import choose_converter
 from porttool.prompt_table import PromptTable, use_table
 from porttool.runner import load_runner
+from porttool.testing import REFERENCE, widened
+from porttool.testing.reference import transformers_model
+from porttool_camel5b.conformance import Camel5bConformance
+from porttool_gpt_next.conformance import NemoConformance
+from porttool_santacoder.conformance import SantaCoderConformance
 from tiny import PROMPTS, full_logits
 
 D = tiny.SHAPE["n_embd"]
@@ -261,6 +266,25 @@ def test_several_tasks_in_one_batch_equal_the_formula(reference, roomy, table, r
     first = [int(by_formula(reference, own, ids)[-1].argmax())
              for own, ids in zip(rows, PROMPTS, strict=True)]  # fmt: skip
     assert [tokens[0] for tokens in batch] == first
+
+
+@pytest.mark.parametrize("case", [Camel5bConformance, SantaCoderConformance, NemoConformance])
+def test_other_families_take_virtual_tokens(tmp_path, registry, case):
+    """Other positions, heads, norms: transformers gets [rows; embeddings] of the same weights."""
+    case().write_source(tmp_path / "source", 0)
+    checkpoint = tiny.converted(tmp_path / "source", tmp_path / "checkpoint")
+    limits = tiny.choose_limits(checkpoint.config, max_prompt_rows=5)
+    engine = tiny.built(checkpoint, tmp_path / "engine", dtype="float64", limits=limits)
+    runner = tiny.loaded(engine.path, registry)
+    rows = drawn(5, checkpoint.config.d_model)
+    table = made(write_adapter(tmp_path / "a", rows, token_dim=rows.shape[1]), tmp_path)
+    prompts = use_table(table, runner, PROMPTS[:2], ["0"])
+    model = transformers_model(tmp_path / REFERENCE)
+    for ids, prompt in zip(PROMPTS, prompts, strict=False):
+        with widened(), torch.inference_mode():
+            embedded = torch.cat([rows.double(), model.get_input_embeddings().weight[ids]])
+            expected = model(inputs_embeds=embedded[None]).logits[0]
+        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=1e-9, rtol=0)
 
 
 def test_virtual_ids_by_hand(table):
