@@ -27,7 +27,7 @@ from porttool.config import (
     SpecialTokens,
 )
 from porttool.errors import CheckpointError, SourceError
-from porttool.folder import FileRecord, Stamp, find_files, verify_files
+from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
 
 MANIFEST = "checkpoint.json"
@@ -103,7 +103,7 @@ class Checkpoint:
         self.path = path
         self.manifest = manifest
         self.config = manifest.config
-        self._stamps = stamps
+        self._stamps = dict(stamps)
         self._where: dict[str, SafetensorsFile] = {}
         for name in manifest.files:
             if name.endswith(".safetensors") and "/" not in name:
@@ -127,15 +127,22 @@ class Checkpoint:
         return checkpoint
 
     def require_unchanged(self) -> None:
-        """Raise CheckpointError if a file is not the one that was verified, by its stamp."""
-        for name, stamp in find_files(self.path, self.manifest.files).items():
-            self._require_stamp(name, stamp)
+        """Raise CheckpointError if a file is not the one that was verified.
 
-    def _require_stamp(self, name: str, stamp: Stamp) -> None:
-        if stamp != self._stamps[name]:
-            raise CheckpointError(
-                f"{self.path / name}: changed while it was read; run the command again"
-            )
+        One whose status alone has changed, as by another hard link, is hashed again.
+        """
+        for name, stamp in find_files(self.path, self.manifest.files).items():
+            self._require_same(name, stamp)
+
+    def _require_same(self, name: str, stamp: Stamp) -> None:
+        known, path = self._stamps[name], self.path / name
+        same = stamp == known and (
+            stamp.status_changed == known.status_changed
+            or hash_file(path) == self.manifest.files[name]
+        )
+        if not same:
+            raise CheckpointError(f"{path}: changed while it was read; run the command again")
+        self._stamps[name] = stamp
 
     def require_tensors(self) -> None:
         """Check the names, shapes and types of the tensors against the manifest."""
@@ -166,10 +173,15 @@ class Checkpoint:
     def copy_file(self, name: str, target: Path, *, link: bool = False) -> None:
         """Copy one file, the one that was verified; with `link` share it where links can be."""
         source = self.path / name
-        shared = link and linked(source, target)
-        if not shared:
+        self._require_same(name, Stamp.of(source.stat()))
+        if link and linked(source, target):
+            stamp = Stamp.of(target.stat())
+            if stamp == self._stamps[name]:
+                self._stamps[name] = stamp  # the link itself has changed its status
+        else:
             shutil.copyfile(source, target)
-        self._require_stamp(name, Stamp.of((target if shared else source).stat()))
+            stamp = Stamp.of(source.stat())
+        self._require_same(name, stamp)
 
     def copy_tokenizer(self, folder: Path) -> None:
         """Copy the tokenizer's files, those of the manifest and no others, below a folder."""

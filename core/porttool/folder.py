@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
 
@@ -44,16 +44,21 @@ class JournalEntry(FileRecord):
 
 @dataclass(frozen=True)
 class Stamp:
-    """What tells whether a file is still the one that it was: identity, size, time of change."""
+    """What tells whether a file is still the one that it was: identity, size, time of change.
+
+    The status changes with every write too, and its time cannot be set back; but it also does so
+    with a new link or other permissions, so it is not part of a comparison.
+    """
 
     inode: int
     size: int
     changed: int
+    status_changed: int = field(compare=False)
 
     @classmethod
     def of(cls, found: os.stat_result) -> Self:
         """Take what matters of a file's status."""
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 class PendingFolder:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -63,13 +65,18 @@ def test_a_cut_file(copy):
             Checkpoint.open(copy, verify=verify)
 
 
-@pytest.mark.parametrize("change", ["rewritten", "replaced"])
+@pytest.mark.parametrize("change", ["rewritten", "replaced", "set back"])
 def test_a_file_that_changes_after_it_was_verified(tmp_path, copy, change):
     """Also while it was being verified: nothing of it may go into an engine."""
     opened = Checkpoint.open(copy)
     file = copy / "model.safetensors"
+    then = file.stat().st_mtime_ns
+    time.sleep(0.02)  # a kernel's clock ticks every 4 ms or so
     if change == "rewritten":
         file.write_bytes(file.read_bytes())
+    elif change == "set back":  # to the time that it had
+        flip_bit(file, -1)
+        os.utime(file, ns=(then, then))
     else:
         shutil.copy2(file, tmp_path / "other")
         (tmp_path / "other").rename(file)
@@ -82,6 +89,16 @@ def test_a_file_that_changes_after_it_was_verified(tmp_path, copy, change):
         with pytest.raises(PorttoolError, match=r"model\.safetensors: changed while it was read"):
             tiny.built(opened, tmp_path / "engine", dtype=dtype)
         assert not (tmp_path / "engine").exists()
+
+
+def test_a_file_that_another_build_links_has_not_changed(tmp_path, copy):
+    opened = Checkpoint.open(copy)
+    time.sleep(0.02)
+    for name in opened.weight_files():
+        os.link(copy / name, tmp_path / name)
+    opened.require_unchanged()
+    for dtype in ("float32", "float16"):
+        assert tiny.built(opened, tmp_path / dtype, dtype=dtype).path.is_dir()
 
 
 def test_a_file_that_changes_while_it_is_verified(copy, monkeypatch):

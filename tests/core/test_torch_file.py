@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 
@@ -140,6 +141,22 @@ def test_an_archive_with_an_entry_twice(tmp_path, weights):
     path = rezip(weights, tmp_path / "m.bin", twice=True)
     with pytest.raises(SourceError, match=r"m\.bin: the archive holds an entry twice"):
         open_torch_file(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_cut_short_after_it_was_opened(tmp_path, legacy):
+    """A touch of a page that is no longer there would end the process."""
+    tensors = {name: torch.randn(300, 400) for name in "ab"}
+    tensors["turned"] = torch.randn(300, 400).t()
+    path = tmp_path / "m.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    file = open_torch_file(path)
+    for name, tensor in tensors.items():
+        assert file.load(name).equal(tensor)
+    os.truncate(path, 4096)
+    for name in tensors:
+        with pytest.raises(SourceError, match=r"m\.bin: ended early; it is truncated or changed"):
+            file.load(name)
 
 
 def test_a_missing_file(tmp_path):

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 SAFE_TORCH = (2, 10)
 BLOCK = 1 << 22
 """Elements of a mapped tensor that are copied before their pages are given back."""
+OWN_MEMORY = Path("/proc/self/mem")
+"""This process's memory as a file, on Linux (proc(5))."""
 
 
 class TensorTree(TensorSource):
@@ -53,14 +55,44 @@ class TensorTree(TensorSource):
     def load(self, name: str) -> Tensor:
         """Copy one tensor out of the map, giving its pages back as they are copied."""
         tensor = self._tensors[name].detach()
-        if not (self._mapped and tensor.is_contiguous()):
+        if not self._mapped:
             return tensor.clone()
-        copy = empty(tensor.shape, tensor.dtype)
-        blocks = (t.view(-1).split(BLOCK) for t in (tensor, copy))
-        for old, new in zip(*blocks, strict=True):
-            new.copy_(old)
+        flat = tensor.as_strided((span(tensor),), (1,))
+        copy = empty(flat.shape, flat.dtype)
+        for old, new in zip(flat.split(BLOCK), copy.split(BLOCK), strict=True):
+            copy_pages(old, new, self._infos[name].file)
             release_pages(old)
-        return copy
+        return copy.as_strided(tensor.shape, tensor.stride())
+
+
+def span(tensor: Tensor) -> int:
+    """Elements from a tensor's first to its last in memory."""
+    if tensor.numel() == 0:
+        return 0
+    reach = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in reach)
+
+
+def copy_pages(old: Tensor, new: Tensor, file: str) -> None:
+    """Copy flat pages of a file, by the kernel, which says so where the file has been cut since.
+
+    Touching such a page would end the process (mmap(2), SIGBUS).
+    """
+    import torch
+
+    if not OWN_MEMORY.exists():
+        new.copy_(old)
+        return
+    view = memoryview(new.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    with OWN_MEMORY.open("rb", buffering=0) as memory:
+        memory.seek(old.data_ptr())
+        while view:
+            try:
+                view = view[memory.readinto(view) :]
+            except OSError as error:
+                raise SourceError(
+                    f"{file}: ended early; it is truncated or changed while read"
+                ) from error
 
 
 def open_torch_file(path: Path) -> TensorTree:

@@ -19,6 +19,7 @@ from porttool.sources.safetensors_file import read_exactly
 from porttool.sources.torch_file import (
     check_entries,
     require_safe_torch,
+    span,
     unpickling,
     zip_entries,
 )
@@ -72,14 +73,6 @@ class TorchZip(TensorSource):
         start = self._place.offset + (meta.untyped_storage()._checkpoint_offset or 0)
         read_exactly(self._path, buffer, start + meta.storage_offset() * width)
         return buffer.view(meta.dtype).as_strided(tuple(meta.shape), meta.stride())
-
-
-def span(tensor: Tensor) -> int:
-    """Elements from a tensor's first to its last in memory."""
-    if tensor.numel() == 0:
-        return 0
-    reach = zip(tensor.shape, tensor.stride(), strict=True)
-    return 1 + sum((size - 1) * stride for size, stride in reach)
 
 
 def read_structure(path: Path, place: Member, label: str) -> tuple[Any, list[zipfile.ZipInfo]]:
