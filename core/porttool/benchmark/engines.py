@@ -11,6 +11,7 @@ import torch
 from porttool.benchmark.side import Prompts, Side, SideFailed, Timing
 from porttool.config import Sampling
 from porttool.engine import EngineManifest
+from porttool.errors import EngineError
 from porttool.generate import CHUNK, generate
 from porttool.nn import Step
 from porttool.runner import Runner
@@ -31,8 +32,11 @@ class EngineSide(Side):
 
     def load(self) -> None:
         """Load the runner, and let one token say which device it runs on."""
-        self._runner = self._load_runner()
-        self._device = self._runner.step(Step.prefill([[0]])).device.type
+        try:
+            self._runner = self._load_runner()
+            self._device = self._runner.step(Step.prefill([[0]])).device.type
+        except torch.OutOfMemoryError as error:
+            raise EngineError(f"{self.name} does not fit: {error}") from error
         self.tokens_a_sample = CHUNK if self._runner.decodes_on_device else 1
 
     @property

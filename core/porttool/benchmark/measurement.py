@@ -35,6 +35,7 @@ from porttool.benchmark.results import (
 from porttool.benchmark.roofline import decode_cost, measure_ceiling, peak_of, prefill_cost
 from porttool.benchmark.side import Prompts, Side, SideFailed, Timing
 from porttool.config import ModelConfig
+from porttool.errors import EngineError
 from porttool.progress import Progress
 
 BASE = "HF eager"
@@ -89,6 +90,9 @@ class Benchmark:
         for cell in cells:
             self.measure(cell)
         self.progress.finish()
+        if not self.measurements:
+            reasons = "; ".join(f"{f.side}: {f.reason}" for f in self.failures)
+            raise EngineError(f"nothing could be measured: {reasons}")
         return BenchmarkResult(
             machine=describe_machine(),
             method=self.method,

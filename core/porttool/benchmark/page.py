@@ -62,8 +62,6 @@ def where(m: Measurement) -> str:
 def ceilings_in(result: BenchmarkResult) -> str:
     """Say between which speeds the device was measured over the rounds."""
     peaks = [peak_of(r.ceiling) for m in result.measurements for r in m.rounds]
-    if not peaks:
-        return "nothing was measured"
     flops = sorted(p.flops / 1e12 for p in peaks)
     memory = sorted(p.bandwidth / 1e9 for p in peaks)
     return (
@@ -87,10 +85,9 @@ def draw_picture(result: BenchmarkResult, path: Path) -> None:
 
     lengths = sorted({(m.cell.input_len, m.cell.output_len) for m in result.measurements})
     figure, panels = pyplot.subplots(
-        max(1, len(lengths)), 2, figsize=(10, 3.6 * max(1, len(lengths))), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for (token, first), (n_in, n_out) in zip(panels, lengths, strict=False):
+        len(lengths), 2, figsize=(10, 3.6 * len(lengths)), squeeze=False, layout="constrained"
+    )
+    for (token, first), (n_in, n_out) in zip(panels, lengths, strict=True):
         here = [m for m in result.measurements if (m.cell.input_len, m.cell.output_len)
                 == (n_in, n_out)]  # fmt: skip
         draw_lines(token, here, "token_ms", f"input {n_in}, output {n_out}: ms a token")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from itertools import pairwise
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
@@ -182,9 +183,11 @@ class CompiledSide(TransformersSide):
 
     def load(self) -> None:
         """Find the model, and ask for compilation on a CPU too."""
-        from transformers import CompileConfig
-
         super().load()
+        try:
+            from transformers import CompileConfig
+        except ImportError as error:
+            raise SideFailed(f"this transformers does not compile: {error}") from error
         compiling = CompileConfig()
         compiling._compile_all_devices = True
         self.how = {"cache_implementation": "static", "compile_config": compiling}
@@ -202,14 +205,11 @@ class CompiledSide(TransformersSide):
         torch._dynamo.utils.counters.clear()
 
     def _generate(self, ids: Tensor, output_len: int, clock: Clock) -> None:
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import CppCompileError
-
         try:
             super()._generate(ids, output_len, clock)
         except torch.OutOfMemoryError:
             raise
-        except (TorchDynamoException, CppCompileError, RuntimeError) as error:
+        except (RuntimeError, OSError, SubprocessError) as error:  # torch's and Triton's kinds
             raise SideFailed(f"torch.compile: {first_line(error)}") from error
         if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
             raise SideFailed("transformers compiled nothing, so this would be eager once more")

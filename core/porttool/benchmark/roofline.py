@@ -8,6 +8,7 @@ import torch
 
 from porttool.benchmark.results import Ceiling, Cell
 from porttool.config import ModelConfig
+from porttool.errors import EngineError
 from porttool.profiling.costs import Cost, Peak, StepSize, total_cost
 from porttool.profiling.peak import best_seconds, measure_peak
 
@@ -18,10 +19,14 @@ READS = {"cuda": 8, "cpu": 1}
 
 def measure_ceiling(device: str, dtype: str) -> Ceiling:
     """Measure a matrix product, a copy and a read on a device, now."""
-    peak = measure_peak(device, dtype)
-    return Ceiling(
-        flops=peak.flops, copy_bandwidth=peak.bandwidth, read_bandwidth=measure_read(device)
-    )
+    try:
+        peak, read = measure_peak(device, dtype), measure_read(device)
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            "beside the sides, the GPU has no 4 GB left to measure its own speed with; "
+            "measure fewer of them at a time, or a smaller batch"
+        ) from error
+    return Ceiling(flops=peak.flops, copy_bandwidth=peak.bandwidth, read_bandwidth=read)
 
 
 def measure_read(device: str) -> float:

@@ -72,4 +72,8 @@ def open_runner(path: Path, registry: Registry, options: Mapping[str, Any] | Non
 def label(engine: Engine, engines: Sequence[Engine]) -> str:
     """Return a short name: the kind alone, or with the folder where several engines run."""
     kind = f"porttool {engine.manifest.kind}"
-    return kind if len(engines) == 1 else f"{kind} {engine.path.name}"
+    if len(engines) == 1:
+        return kind
+    same = [e for e in engines if (e.manifest.kind, e.path.name) == (engine.manifest.kind,
+                                                                     engine.path.name)]  # fmt: skip
+    return f"{kind} {engine.path.name if len(same) == 1 else engine.path}"
