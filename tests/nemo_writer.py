@@ -83,6 +83,33 @@ def draw(values: dict[str, Any], vocab: int = VOCAB, seed: int = 0) -> Tensors:
     return {n: torch.randn(s, generator=generator) * 0.2 for n, s in shapes.items()}
 
 
+def llama_names(values: dict[str, Any], tensors: Tensors, *, plus: float) -> Tensors:
+    """Return NeMo's tensors under the names that StableLM and Nemotron share."""
+    d, h, g, k, f = sizes(values)
+    found = {
+        "model.embed_tokens.weight": tensors["embedding.word_embeddings.weight"],
+        "lm_head.weight": tensors["output_layer.weight"],
+        "model.norm.weight": tensors["final_layernorm.weight"].double() + plus,
+        "model.norm.bias": tensors["final_layernorm.bias"],
+    }
+    for i in range(values["num_layers"]):
+        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{theirs}{norm}.weight"] = tensors[f"{ours}{norm}.weight"].double() + plus
+            found[f"{theirs}{norm}.bias"] = tensors[f"{ours}{norm}.bias"]
+        grouped = tensors[f"{ours}self_attention.query_key_value.weight"].view(g, h // g + 2, k, d)
+        for name, block in {"q": grouped[:, :-2], "k": grouped[:, -2], "v": grouped[:, -1]}.items():
+            found[f"{theirs}self_attn.{name}_proj.weight"] = block.reshape(-1, d)
+        found[f"{theirs}self_attn.o_proj.weight"] = tensors[f"{ours}self_attention.dense.weight"]
+        up = tensors[f"{ours}mlp.dense_h_to_4h.weight"]
+        if values["activation"] == "fast-swiglu":
+            found[f"{theirs}mlp.gate_proj.weight"] = up[:f]
+            up = up[f:]
+        found[f"{theirs}mlp.up_proj.weight"] = up
+        found[f"{theirs}mlp.down_proj.weight"] = tensors[f"{ours}mlp.dense_4h_to_h.weight"]
+    return found
+
+
 def forward(values: dict[str, Any], tensors: Tensors, ids: list[int]) -> torch.Tensor:
     """Logits [len(ids), vocab] in float64, written from NeMo's formulas."""
     t = {n: x.double() for n, x in tensors.items()}

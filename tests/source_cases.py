@@ -10,9 +10,11 @@ import pytest
 
 import fastertransformer_writer
 import megatron_writer
+import nemo_writer
 import openai_writer
 from porttool.errors import SourceError, UsageError
 from porttool.plugins import choose_converter
+from porttool.testing import REFERENCE, FamilyConformance, transformers_logits
 from porttool.testing.family import UNKNOWN_KEY
 from porttool_gpt2.conformance import GPT2Conformance
 from porttool_gpt_next.conformance import NemoConformance
@@ -70,6 +72,36 @@ class FasterTransformer(GPT2Conformance):
     def add_config_key(self, path, key):
         file = path / "2-gpu" / "config.ini"
         file.write_text(file.read_text().replace("[gpt]", f"[gpt]\n{key} = 1"))
+
+
+class GPT2B(FamilyConformance):
+    """GPT-2B-001's YAML in a plain archive of two ranks; transformers has it as StableLM."""
+
+    family = "gpt_next"
+    values: ClassVar = {**nemo_writer.GPT_2B, "tensor_model_parallel_size": 2}
+
+    def write_source(self, path, seed):
+        from transformers import StableLmConfig, StableLmForCausalLM
+
+        tensors = nemo_writer.draw(self.values, seed=seed)
+        nemo_writer.write(path, self.values, tensors)
+        config = StableLmConfig(
+            vocab_size=nemo_writer.VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=40,
+            layer_norm_eps=1e-5, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                             "partial_rotary_factor": 0.5},
+        )  # fmt: skip
+        model = StableLmForCausalLM(config).double()
+        theirs = nemo_writer.llama_names(self.values, tensors, plus=1.0)
+        model.load_state_dict({name: tensor.double() for name, tensor in theirs.items()})
+        model.save_pretrained(path.with_name(REFERENCE))
+
+    def reference_logits(self, path, ids):
+        return transformers_logits(path.with_name(REFERENCE), ids)
+
+    def add_config_key(self, path, key):
+        nemo_writer.write(path, {**self.values, key: 1}, nemo_writer.draw(self.values))
 
 
 class CompressedNemo(NemoConformance):

@@ -6,7 +6,7 @@ from porttool_camel5b.conformance import Camel5bConformance
 from porttool_gpt2.conformance import GPT2Conformance
 from porttool_gpt_next.conformance import NemoConformance
 from porttool_santacoder.conformance import BigCodeConformance, SantaCoderConformance
-from source_cases import CompressedNemo, FasterTransformer, Megatron, MegatronRanks, OpenAI
+from source_cases import GPT2B, CompressedNemo, FasterTransformer, Megatron, MegatronRanks, OpenAI
 
 
 class TestGPT2(GPT2Conformance):
@@ -42,6 +42,10 @@ class TestSantaCoder(SantaCoderConformance):
 
 
 class TestGPTNext(NemoConformance):
+    pass
+
+
+class TestGPT2B(GPT2B):
     pass
 
 

@@ -97,33 +97,6 @@ def filled(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> torch.nn.
     return model
 
 
-def llama_names(values: dict[str, Any], tensors: nemo.Tensors, *, plus: float) -> nemo.Tensors:
-    """Return NeMo's tensors under the names that StableLM and Nemotron share."""
-    d, h, g, k, f = nemo.sizes(values)
-    found = {
-        "model.embed_tokens.weight": tensors["embedding.word_embeddings.weight"],
-        "lm_head.weight": tensors["output_layer.weight"],
-        "model.norm.weight": tensors["final_layernorm.weight"].double() + plus,
-        "model.norm.bias": tensors["final_layernorm.bias"],
-    }
-    for i in range(values["num_layers"]):
-        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            found[f"{theirs}{norm}.weight"] = tensors[f"{ours}{norm}.weight"].double() + plus
-            found[f"{theirs}{norm}.bias"] = tensors[f"{ours}{norm}.bias"]
-        grouped = tensors[f"{ours}self_attention.query_key_value.weight"].view(g, h // g + 2, k, d)
-        for name, block in {"q": grouped[:, :-2], "k": grouped[:, -2], "v": grouped[:, -1]}.items():
-            found[f"{theirs}self_attn.{name}_proj.weight"] = block.reshape(-1, d)
-        found[f"{theirs}self_attn.o_proj.weight"] = tensors[f"{ours}self_attention.dense.weight"]
-        up = tensors[f"{ours}mlp.dense_h_to_4h.weight"]
-        if values["activation"] == "fast-swiglu":
-            found[f"{theirs}mlp.gate_proj.weight"] = up[:f]
-            up = up[f:]
-        found[f"{theirs}mlp.up_proj.weight"] = up
-        found[f"{theirs}mlp.down_proj.weight"] = tensors[f"{ours}mlp.dense_4h_to_h.weight"]
-    return found
-
-
 def transformers_config(kind: type, values: dict[str, Any], **more: Any):
     config = kind(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=4,
@@ -152,7 +125,7 @@ def test_gpt_2b_against_stablelm(tmp_path, registry, groups):
     values = made(num_query_groups=groups)
     tensors = nemo.draw(values)
     config = transformers_config(StableLmConfig, values, hidden_act="silu", layer_norm_eps=1e-5)
-    model = filled(StableLmForCausalLM(config), llama_names(values, tensors, plus=1.0))
+    model = filled(StableLmForCausalLM(config), nemo.llama_names(values, tensors, plus=1.0))
     double_rotary(model)
     assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
 
@@ -163,7 +136,7 @@ def test_squared_relu_against_nemotron(tmp_path, registry):
     values = made(activation="squared-relu")
     tensors = nemo.draw(values)
     config = transformers_config(NemotronConfig, values, hidden_act="relu2", norm_eps=1e-5)
-    model = filled(NemotronForCausalLM(config), llama_names(values, tensors, plus=0.0))
+    model = filled(NemotronForCausalLM(config), nemo.llama_names(values, tensors, plus=0.0))
     double_rotary(model)
     assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
 

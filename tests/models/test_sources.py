@@ -32,6 +32,7 @@ CASES = {
     "santacoder": SantaCoderConformance,
     "santacoder/bigcode": BigCodeConformance,
     "gpt_next": NemoConformance,
+    "gpt_next, two ranks": foreign.GPT2B,
     "gpt_next, gzipped": foreign.CompressedNemo,
 }
 PROMPTS = [[5, 9, 2], [7], [1, 50, 33, 4, 8, 19, 2]]
