@@ -295,8 +295,9 @@ def test_on_a_gpu_all_three_take_turns(folder, tmp_path):
     build = ["build", "--dummy", "--config", str(folder / "hf"), "--dtype", "float16"]
     assert invoke([*build, "--output", str(tmp_path / "half")]) == 0
     asked = ["--batch-size", "1,3", "--input-len", "9", "--output-len", "20", "--repeats", "2",
-             "--hf-model", str(folder / "hf"), "--output-json", str(tmp_path / "o.json")]  # fmt: skip
-    assert invoke(["bench", str(tmp_path / "half"), *asked]) == 0
+             "--hf-model", str(folder / "hf")]  # fmt: skip
+    written = ["--output-json", str(tmp_path / "o.json")]
+    assert invoke(["bench", str(tmp_path / "half"), *asked, *written]) == 0
     found = BenchmarkResult.model_validate_json((tmp_path / "o.json").read_text())
     assert found.failures == () and len(found.measurements) == 6
     assert {(s.device, s.memory_counter) for s in found.sides} == {("cuda", "torch's allocator")}
