@@ -8,6 +8,7 @@ class of the same arithmetic: GPTBigCode, Nemotron, StableLM.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 import tiny
 from porttool.cli import invoke
+from porttool.config import ModelConfig
 from porttool.engine import Engine
 from porttool.evaluators.damage import Damage
 from porttool.testing import REFERENCE, TransformersConformance, redraw
@@ -25,11 +27,21 @@ from porttool_gpt2.conformance import GPT2Conformance
 from porttool_gpt_next.conformance import NemoConformance, nemo_tensors
 from porttool_santacoder.conformance import BigCodeConformance, SantaCoderConformance
 
-DAMAGES = (
-    "scrambled layer", "swapped norms", "other gelu", "other activation", "shifted positions",
-    "wrong rotary fraction", "transposed projection", "another group's head",
-    "keys and values swapped", "gate and linear swapped", "noise of 2 %",
-)  # fmt: skip
+PLACES = {
+    "scrambled layer": "layers.1.attention.qkv.out",
+    "swapped norms": "layers.0.norm1.out",
+    "other gelu": "layers.0.mlp.down.in",
+    "other activation": "layers.0.mlp.down.in",
+    "shifted positions": "position.out",
+    "wrong rotary fraction": "layers.0.attention.out.in",
+    "transposed projection": "layers.0.attention.out.out",
+    "another group's head": "layers.0.attention.qkv.out",
+    "keys and values swapped": "layers.0.attention.qkv.out",
+    "gate and linear swapped": "layers.0.mlp.up.out",
+    "noise of 2 %": "embedding.out",
+}
+"""Damage → the first operation that it changes."""
+
 SMALL = ("--set", "n_prompts", "3", "--set", "prompt_len", "12", "--set", "new_tokens", "4")
 """Options of `verify` for a quick run."""
 
@@ -137,6 +149,13 @@ FAMILIES: dict[str, type[TransformersConformance]] = {
 """Name → its case, whose source lies beside a folder that transformers reads."""
 
 
+def place_of(damage: str, config: ModelConfig) -> str:
+    """Return the first operation that a damage changes in a model."""
+    if damage == "shifted positions" and config.position == "rotary":
+        return "layers.0.attention.qkv.out"
+    return PLACES[damage]
+
+
 def engines(family: str, work: Path, dtypes: tuple[str, ...]) -> Iterator[Engine]:
     """Write a family's source, convert it once and build it in each type."""
     FAMILIES[family]().write_source(work / "source", 0)
@@ -169,13 +188,26 @@ def damaged(
 ) -> Iterator[tuple[str, Outcome | str]]:
     """Verify an engine as it is, and with each damage; of one that cannot be, say why."""
     yield "nothing", outcome(engine, reference, work / "sound", *options)
-    for name in DAMAGES:
+    for name in PLACES:
         damage = Damage(name)
         if reason := damage.obstacle(engine.manifest.config):
             yield name, reason
             continue
         hurt = damage.apply(engine, work / name.replace(" ", "_"))
         yield name, outcome(hurt, reference, work / f"{name} report", *options)
+
+
+def summarized(engine: Engine, output: Path, reference: Path, *options: str) -> dict[str, Any]:
+    """Run `porttool summarize --check-accuracy` on an engine beside the reference's results."""
+    output.mkdir()
+    shutil.copy(reference, output)
+    status = invoke(
+        ["summarize", str(engine.path), "--test-engine", "--check-accuracy", "--json",
+         "--output", str(output), "--runner-set", "device", "cpu", *options]
+    )  # fmt: skip
+    report = json.loads((output / "report.json").read_bytes())
+    verdicts = [v for v in report["verdicts"] if v["passed"] is not True]
+    return {"status": status, "failed": {v["name"]: [v["found"], v["bound"]] for v in verdicts}}
 
 
 def as_json(found: Outcome | str) -> dict[str, Any]:

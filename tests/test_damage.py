@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import damage_matrix
 import tiny
+from porttool.checkpoint import Checkpoint
+from porttool.cli import invoke as porttool
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed
 from porttool.evaluators.damage import Damage
@@ -87,6 +90,42 @@ def test_summarize_catches_damage(summarized, engine, tmp_path, damage, caught):
     assert caught <= failures(report)
     with pytest.raises(CheckFailed, match="log-probability drift"):
         report.require_pass()
+
+
+RUN = ("--dataset", RECIPE["dataset"], "--max-articles", "12", "--max-new-tokens", "40",
+       "--max-input-len", "412")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def kept(engine, tmp_path_factory):
+    """The reference's results, as `porttool summarize --test-hf` leaves them."""
+    folder = tmp_path_factory.mktemp("kept")
+    asked = ["summarize", str(engine.path), "--test-hf", "--hf-model", str(SOURCE)]
+    assert porttool([*asked, "--output", str(folder), *RUN]) == 0
+    return folder / "reference.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "dtype"),
+    [
+        ("nothing", "float16"),
+        ("swapped norms", "float32"),
+        ("other gelu", "float32"),
+        ("other gelu", "float16"),
+        ("shifted positions", "float32"),
+        ("transposed projection", "float32"),
+        ("another group's head", "float32"),
+    ],
+)
+def test_the_command_exits_with_1(engine, kept, tmp_path, capsys, damage, dtype):
+    built = tiny.built(Checkpoint.open(engine.path.parent / "checkpoint"), tmp_path / "engine",
+                       dtype=dtype)  # fmt: skip
+    subject = Damage(damage).apply(built, tmp_path / "damaged")
+    found = damage_matrix.summarized(subject, tmp_path / "out", kept, *RUN)
+    capsys.readouterr()
+    assert found["status"] == int(damage != "nothing"), found
+    if (damage, dtype) == ("other gelu", "float16"):
+        assert set(found["failed"]) == {"arithmetic in float32"}
 
 
 @pytest.mark.parametrize(

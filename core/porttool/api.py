@@ -250,7 +250,7 @@ def port_of(
         tokenizer=loaded.tokenizer,
         source=reference if test_hf else None,
         converter=converter if reads or origin.exists() else None,
-        origin=origin if origin.exists() and not reads else None,
+        origin=origin if origin.exists() and not (reads and test_hf) else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,21 @@ class Derivation:
         layer = ".".join(name.split(".")[:2])
         others = [n for n in self.shapes if n != name and self.shapes[n] == self.shapes[name]]
         yield from sorted(others, key=lambda n: not n.startswith(f"{layer}."))
+
+
+@contextmanager
+def derived(
+    converter: Converter | None, source: Path, scratch: Path, progress: Progress
+) -> Iterator[Derivation | None]:
+    """Index what an engine was converted from; None without the family's rules.
+
+    A compressed source is unpacked into `scratch` for as long as it is needed.
+    """
+    if converter is None:
+        yield None
+        return
+    with converter.prepare(source, scratch, progress) as readable:
+        yield Derivation(converter, readable)
 
 
 @dataclass(frozen=True)

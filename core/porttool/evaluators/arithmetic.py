@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from porttool.config import ModelConfig
 from porttool.evaluator import Verdict
+from porttool.evaluators.agreement import TOLERANCES
 from porttool.evaluators.logits import judge_logits, measure
 
 if TYPE_CHECKING:
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
     from porttool.evaluators.accounting import Derivation
     from porttool.evaluators.logits import LogitError
     from porttool.evaluators.probe import Probe
+    from porttool.evaluators.results import Continuation
 
 NAME = "arithmetic in float32"
-"""Name of the rung."""
+"""Name of the rung, and of the verdict of `summarize`."""
+
+N_ARTICLES = 4
+"""Articles whose chosen tokens are computed once more; each costs a pass through every layer."""
 
 
 def check_arithmetic(probe: Probe, derivation: Derivation) -> tuple[Verdict, LogitError | None]:
@@ -52,26 +57,54 @@ def source_logits(
 
     from porttool.nn import Step, meta_decoder
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = meta_decoder(config).eval()
-    step = Step.prefill(list(prompts))
+    step = Step.prefill(list(prompts)).to(device)
     with torch.inference_mode():
         for name, module in decoder.named_children():
             if name != "layers":
-                fill(module, f"{name}.", derivation)
+                fill(module, f"{name}.", derivation, device)
         x = decoder.embed(step.tokens, step.positions)  # [n, width, d_model]
         for i, layer in enumerate(decoder.layers):
-            fill(layer, f"layers.{i}.", derivation)
+            fill(layer, f"layers.{i}.", derivation, device)
             x = layer(x, step.positions, None, step.slots)
             layer.to("meta")
         return [
-            decoder.logits(decoder.norm(row[: len(prompt)]))
+            decoder.logits(decoder.norm(row[: len(prompt)])).cpu()
             for row, prompt in zip(x, prompts, strict=True)
         ]
 
 
-def fill(module: nn.Module, prefix: str, derivation: Derivation) -> None:
+def fill(module: nn.Module, prefix: str, derivation: Derivation, device: str) -> None:
     """Give a module made without memory its weights of the source, in float32."""
     names = module.state_dict()
-    module.load_state_dict(
-        {name: derivation.tensor(f"{prefix}{name}").float() for name in names}, assign=True
+    weights = {name: derivation.tensor(f"{prefix}{name}").float().to(device) for name in names}
+    module.load_state_dict(weights, assign=True)
+
+
+def judge_chosen(
+    derivation: Derivation,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    reference: Sequence[Continuation],
+) -> Verdict:
+    """Hold what an engine's config makes of the reference's own tokens to the drift of float32."""
+    import numpy as np
+
+    pairs = [(list(p), c) for p, c in zip(prompts, reference, strict=True) if c.tokens]
+    few = [(p, list(c.tokens), c.logprobs) for p, c in pairs[:N_ARTICLES] if c.logprobs]
+    bound = TOLERANCES["float32"].drift
+    drift: list[float] = []
+    logits = source_logits(derivation, config, [p + t for p, t, _ in few]) if few else []
+    for row, (prompt, tokens, wanted) in zip(logits, few, strict=True):
+        chosen = row[len(prompt) - 1 : -1].log_softmax(-1)[range(len(tokens)), tokens]
+        drift += [abs(a - b) for a, b in zip(chosen.tolist(), wanted, strict=True)]
+    p99 = float(np.quantile(drift, 0.99)) if drift else 0.0
+    return Verdict(
+        name=NAME,
+        passed=p99 <= bound if drift else None,
+        found=f"{p99:.2g}",
+        bound=f"99 % ≤ {bound:.2g}",
+        detail=f"the engine's config on the source's weights, {len(drift)} tokens of {len(few)} "
+        "articles",
     )

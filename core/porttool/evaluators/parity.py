@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -86,6 +85,7 @@ class ParityEvaluator(Evaluator):
 
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Climb the ladder; both sides and the source's converter are needed."""
+        from porttool.evaluators.accounting import derived
         from porttool.evaluators.probe import Probe
 
         options = cast("ParityOptions", self.options)
@@ -122,23 +122,6 @@ class ParityEvaluator(Evaluator):
                 notes=tuple(findings.notes),
                 measurements={"options": options.model_dump(mode="json"), **findings.measurements},
             )
-
-
-@contextmanager
-def derived(
-    converter: Converter | None, source: Path, scratch: Path, progress: Progress
-) -> Iterator[Derivation | None]:
-    """Index what an engine was converted from; None without the family's rules.
-
-    A compressed source is unpacked into `scratch` for as long as it is needed.
-    """
-    from porttool.evaluators.accounting import Derivation
-
-    if converter is None:
-        yield None
-        return
-    with converter.prepare(source, scratch, progress) as readable:
-        yield Derivation(converter, readable)
 
 
 def judge_config(engine: ModelConfig, source: ModelConfig) -> Verdict:

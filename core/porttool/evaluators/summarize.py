@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.errors import UsageError
-from porttool.evaluator import Evaluator, Port, Report, evaluate
+from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate
 from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
 from porttool.evaluators.results import (
     SideResult,
@@ -72,11 +72,12 @@ class SummarizeEvaluator(Evaluator):
         engine, reference = run_sides(options, port, work, output, progress)
         comparison = compare_sides(work.articles, engine, reference, bounds_of(options))
         notes += outcome_notes(comparison, output)
+        wide = judge_wide(port, work, reference, output, progress)
         report = Report(
             evaluator=self.name,
             engine=engine.description if engine else "not run",
             reference=reference.description if reference else "not run",
-            verdicts=judge(comparison),
+            verdicts=(*judge(comparison), *wide),
             tables=tables_of(comparison),
             notes=tuple(notes),
             measurements={
@@ -88,6 +89,26 @@ class SummarizeEvaluator(Evaluator):
         parity = options.parity_report or output.parent / "parity" / "report.json"
         write_page(output, report, comparison, n_examples=options.n_examples, parity=parity)
         return report
+
+
+def judge_wide(
+    port: Port, work: Assignment, reference: SideResult | None, output: Path, progress: Progress
+) -> Iterator[Verdict]:
+    """Yield what a half-precision engine hides, if the source is there to compute it in float32."""
+    from porttool.evaluators.accounting import derived
+    from porttool.evaluators.arithmetic import judge_chosen, shapes_of
+    from porttool.evaluators.probe import HALF
+
+    where = port.origin or port.source
+    if port.runner is None or reference is None or where is None:
+        return
+    half = port.runner.engine.manifest.dtype in HALF
+    if not half or reference.dtype != "float32" or work.task.decoding.num_beams > 1:
+        return
+    config = port.runner.config
+    with derived(port.converter, where, output, progress) as derivation:
+        if derivation is not None and shapes_of(config) == derivation.shapes:
+            yield judge_chosen(derivation, config, work.prompts, reference.continuations)
 
 
 def bounds_of(options: SummarizeOptions) -> Bounds:
