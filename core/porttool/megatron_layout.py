@@ -47,11 +47,16 @@ def read_megatron_config(
     check_layers(found, args, shapes)
     n_head = choose_heads(found, args, n_head)
     rows, d_model = shapes["embedding.weight"]
-    if vocab_size is None or vocab_size > rows:
+    if vocab_size is None:
         raise SourceError(
-            f"{found.file}: the embedding has {rows} rows, with padding, and the number of ids is "
-            f"{'not known' if vocab_size is None else vocab_size}; give it with --vocab-size "
-            "(50257 for GPT-2's vocabulary)"
+            f"{found.file}: the embedding has {rows} rows, with padding, and nothing says how many "
+            "ids there are; give their number with --vocab-size (50257 for GPT-2's vocabulary), "
+            "or the tokenizer's folder with --set tokenizer DIR"
+        )
+    if vocab_size > rows:
+        raise SourceError(
+            f"{found.file}: the embedding has {rows} rows, fewer than the {vocab_size} ids of "
+            "--vocab-size or of the tokenizer; they belong to different models"
         )
     if d_model % n_head:
         raise SourceError(f"{found.file}: its width {d_model} is not a multiple of {n_head} heads")
@@ -75,9 +80,12 @@ def read_megatron_config(
 def check_layers(
     found: MegatronCheckpoint, args: SourceConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse a checkpoint without the tensors that tell its sizes, or with layers missing."""
+    """Refuse a checkpoint without the tensors that tell its sizes, or with ranks missing.
+
+    The oldest files do not say how many ranks there were; their tensors do, put together.
+    """
     for name in ("embedding.weight", "position.weight", "layers.0.attention.qkv.weight",
-                 "layers.0.mlp.up.weight"):  # fmt: skip
+                 "layers.0.attention.out.weight", "layers.0.mlp.up.weight"):  # fmt: skip
         if len(shapes.get(name, ())) != 2:
             raise SourceError(f"{found.file}: there is no {name} in it; not a GPT of Megatron-LM")
     n_layer = count_layers(shapes)
@@ -85,6 +93,17 @@ def check_layers(
         raise SourceError(
             f"{found.file}: its arguments say {args.integer('num_layers')} layers, the files hold "
             f"{n_layer}; a pipeline stage is missing, or of another checkpoint"
+        )
+    if "norm.weight" not in shapes:
+        raise SourceError(
+            f"{found.file}: the norm after the last layer is in none of the files; the last "
+            "pipeline stage is missing, fetch it"
+        )
+    width, columns = shapes["layers.0.attention.out.weight"]
+    if columns != width:
+        raise SourceError(
+            f"{found.file}: the files hold {columns} of the {width} columns of "
+            "layers.0.attention.out.weight; a tensor-parallel rank is missing, fetch all of them"
         )
 
 

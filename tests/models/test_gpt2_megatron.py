@@ -120,8 +120,8 @@ def test_the_tokenizer_gives_the_ids(tmp_path, monkeypatch, model):
 def test_what_a_file_cannot_tell_is_asked_for(tmp_path, model):
     source = write_source(tmp_path / "megatron", model)
     refused(source, tmp_path, r"model_optim_rng\.pt: does not say how many heads.*--n-head")
-    refused(source, tmp_path, "72 rows.*not known.*--vocab-size", n_head=4)
-    refused(source, tmp_path, "72 rows.*is 80", n_head=4, vocab_size=80)
+    refused(source, tmp_path, "72 rows.*--vocab-size.*tokenizer", n_head=4)
+    refused(source, tmp_path, "72 rows, fewer than the 80 ids", n_head=4, vocab_size=80)
     refused(source, tmp_path, "32 is not a multiple of 5", n_head=5, vocab_size=67)
     refused(source, tmp_path, "options are: n_head, vocab_size", n_heads=4)
     known = write_source(tmp_path / "known", model, version=2)
@@ -148,6 +148,16 @@ def test_a_missing_rank_is_named(tmp_path, model):
     shutil.rmtree(source / "release" / "mp_rank_02")
     refused(source, tmp_path, "tensor rank 2 of stage 0 are missing", **ASKED)
     refused(source / "release", tmp_path, "tensor rank 2 of stage 0 are missing", **ASKED)
+
+
+def test_the_last_rank_is_missed_where_nothing_counts_them(tmp_path, model):
+    asked = {"n_head": 4, "vocab_size": 30}
+    source = write_source(tmp_path / "tensor", model, tp=2)
+    shutil.rmtree(source / "release" / "mp_rank_01")
+    refused(source, tmp_path, "hold 16 of the 32 columns.*tensor-parallel rank is miss", **asked)
+    source = write_source(tmp_path / "stage", model, pp=2, name="mp_rank_{:02}_{:03}")
+    shutil.rmtree(source / "release" / "mp_rank_00_001")
+    refused(source, tmp_path, "the last pipeline stage is missing", **asked)
 
 
 def test_files_of_other_kinds_are_refused(tmp_path, model):
