@@ -60,6 +60,8 @@ class ModelConfig(Closed):
             raise ValueError(
                 f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
             )
+        if self.n_head * self.head_dim > MAX_DIMENSION:
+            raise ValueError(f"n_head {self.n_head} times head_dim {self.head_dim} is no dimension")
         if self.position == "rotary" and self.rotary_dim % 2:
             raise ValueError(f"rotary dimension {self.rotary_dim} is odd")
         if self.norm == "rmsnorm" and self.norm_bias:
@@ -141,11 +143,11 @@ class PromptTableConfig(Closed):
 class Limits(Closed):
     """What an engine is built for; a request beyond any of these is refused before it runs."""
 
-    max_batch_size: PositiveInt = 8
-    max_input_len: PositiveInt
-    max_output_len: PositiveInt
-    max_beam_width: PositiveInt = 8
-    max_prompt_rows: int = Field(default=0, ge=0)
+    max_batch_size: PositiveInt = Field(default=8, le=MAX_DIMENSION)
+    max_input_len: PositiveInt = Field(le=MAX_DIMENSION)
+    max_output_len: PositiveInt = Field(le=MAX_DIMENSION)
+    max_beam_width: PositiveInt = Field(default=8, le=MAX_DIMENSION)
+    max_prompt_rows: int = Field(default=0, ge=0, le=MAX_DIMENSION)
 
     @property
     def max_len(self) -> int:

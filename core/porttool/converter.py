@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -43,6 +43,7 @@ from porttool.weights import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+MAX_TOKENIZER = 1 << 28
 FLOATS: tuple[Dtype, ...] = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -183,7 +184,7 @@ def convert(
     )
     scratch = output.absolute().parent
     scratch.mkdir(parents=True, exist_ok=True)
-    with converter.prepare(source_path, scratch, progress) as readable:
+    with naming(source_path), converter.prepare(source_path, scratch, progress) as readable:
         source = converter.open(readable)
         weight_map = source.weight_map or converter.weight_map(source.config)
         jobs = plan_jobs(converter, source, weight_map, dtype, allow_nonfinite)
@@ -216,6 +217,17 @@ def convert(
             folder.finish(MANIFEST, finished.sealed())
             progress.finish()
     return Checkpoint.open(output, verify=False)
+
+
+@contextmanager
+def naming(source: Path) -> Iterator[None]:
+    """Begin a refusal with the source's path, where it does not name it itself."""
+    try:
+        yield
+    except SourceError as error:
+        if str(source) in str(error):
+            raise
+        raise SourceError(f"{source}: {error}") from error
 
 
 def plan_jobs(
@@ -290,6 +302,9 @@ def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> No
 
 def read_tokenizer(source: Source) -> dict[str, bytes]:
     """Return the tokenizer's files by name; one with more ids than the embedding is refused."""
+    for file in source.tokenizer:
+        if file.stat().st_size > MAX_TOKENIZER:
+            raise SourceError(f"{file}: {file.stat().st_size} bytes is no tokenizer's file")
     files = {file.name: file.read_bytes() for file in source.tokenizer}
     files.update(source.tokenizer_data)
     check_tokenizer(files, source.config.vocab_size)

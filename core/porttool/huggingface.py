@@ -70,7 +70,9 @@ class SourceConfig:
         """Return a positive integer."""
         value = self.take(key, *defaults)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SourceError(f"{self.file}: {key!r} should be a positive integer, not {value!r}")
+            raise SourceError(
+                f"{self.file}: {key!r} should be a positive integer, not {value!r:.80}"
+            )
         return value
 
     def quotient(self, key: str, divisor: str) -> int:
@@ -84,14 +86,14 @@ class SourceConfig:
         """Return a boolean."""
         value = self.take(key, default)
         if not isinstance(value, bool):
-            raise SourceError(f"{self.file}: {key!r} should be true or false, not {value!r}")
+            raise SourceError(f"{self.file}: {key!r} should be true or false, not {value!r:.80}")
         return value
 
     def number(self, key: str, default: float) -> float:
         """Return a number."""
         value = self.take(key, default)
         if isinstance(value, bool) or not (isinstance(value, int | float) and isfinite(value)):
-            raise SourceError(f"{self.file}: {key!r} should be a number, not {value!r}")
+            raise SourceError(f"{self.file}: {key!r} should be a number, not {value!r:.80}")
         return float(value)
 
     def one_of(self, key: str, choices: Mapping[str, T], *defaults: str) -> T:
@@ -99,7 +101,7 @@ class SourceConfig:
         value = self.take(key, *defaults)
         if not isinstance(value, str) or value not in choices:
             known = ", ".join(sorted(choices))
-            raise SourceError(f"{self.file}: {key!r} is {value!r}; porttool knows: {known}")
+            raise SourceError(f"{self.file}: {key!r} is {value!r:.80}; porttool knows: {known}")
         return choices[value]
 
     def section(self, key: str) -> SourceConfig:
@@ -118,7 +120,9 @@ class SourceConfig:
         """Refuse every key that nothing read."""
         for key, wanted in MUST_BE.items():
             if (value := self.values.get(key)) not in (None, wanted):
-                raise SourceError(f"{self.file}: {key!r} is {value!r}, which porttool cannot port")
+                raise SourceError(
+                    f"{self.file}: {key!r} is {value!r:.80}, which porttool cannot port"
+                )
         unread = sorted(self.values.keys() - self._read - MUST_BE.keys())
         if unread:
             raise SourceError(
@@ -245,7 +249,7 @@ def open_indexed(source: Path, index: str) -> TensorSource:
     files = sorted(set(weight_map.values()))
     for file in files:
         if Path(file).name != file:
-            raise SourceError(f"{source / index}: names a file outside the folder: {file!r}")
+            raise SourceError(f"{source / index}: names a file outside the folder: {file!r:.200}")
         if not (source / file).is_file():
             raise SourceError(f"{source / file}: the shard is missing; fetch it again")
     tensors = ShardedTensors({file: open_weight_file(source / file) for file in files})
@@ -274,7 +278,7 @@ def check_special_ids(ids: Mapping[str, Any], vocab_size: int, source: Path) -> 
     for value in (*ends, ids["bos"], ids["pad"]):
         if value is not None and not (isinstance(value, int) and 0 <= value < vocab_size):
             raise SourceError(
-                f"{source}: the special token id {value!r} is outside the vocabulary of "
+                f"{source}: the special token id {value!r:.80} is outside the vocabulary of "
                 f"{vocab_size}; correct config.json or generation_config.json"
             )
     return SpecialTokens(bos=ids["bos"], eos=ends, pad=ids["pad"])

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from porttool.checkpoint import Manifest, PluginRecord, SourceRecord, read_manifest
 from porttool.component import Component
 from porttool.config import Dtype, ModelConfig, PromptTableConfig
-from porttool.converter import FLOATS
+from porttool.converter import FLOATS, naming
 from porttool.errors import CheckpointError, SourceError, UsageError
 from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
 from porttool.progress import SILENT
@@ -187,6 +187,20 @@ def convert_table(
 
     Raises SourceError for tables that cannot be used, by task.
     """
+    with naming(source):
+        return write_table(converter, source, output, plugin=plugin, dtype=dtype, replace=replace)
+
+
+def write_table(
+    converter: TableConverter,
+    source: Path,
+    output: Path,
+    *,
+    plugin: PluginRecord,
+    dtype: Dtype | None,
+    replace: bool,
+) -> PromptTable:
+    """Read every task's table, check it, and write them all."""
     record = SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source))
     tables = converter.open(source)
     for task, table in tables.items():

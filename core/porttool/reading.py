@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from porttool.sources.megatron import flatten, is_megatron, open_megatron
     from porttool.sources.nemo import CONFIG, WEIGHTS, locate_model, read_nemo_config
     from porttool.sources.nemo_keys import accounted_keys
+    from porttool.sources.npy_file import read_npy
     from porttool.sources.ranks import Renamed
     from porttool.sources.tf_bundle import TensorBundle, find_bundle
     from porttool.sources.tokenizer_files import renamed_files, special_tokens
@@ -92,6 +93,7 @@ _HOMES = {
     "read_json": "sources.json_file",
     "read_megatron_config": "megatron_layout",
     "read_nemo_config": "sources.nemo",
+    "read_npy": "sources.npy_file",
     "renamed_files": "sources.tokenizer_files",
     "special_ids": "huggingface",
     "special_tokens": "sources.tokenizer_files",
@@ -144,6 +146,7 @@ __all__ = [
     "read_json",
     "read_megatron_config",
     "read_nemo_config",
+    "read_npy",
     "renamed_files",
     "special_ids",
     "special_tokens",

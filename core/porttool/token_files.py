@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.errors import UsageError
+from porttool.sources import npy_file
 
 if TYPE_CHECKING:
     from porttool.generate import Completion
@@ -26,27 +27,20 @@ def read_tokens(path: Path) -> list[list[int]]:
 
 def read_csv(path: Path) -> list[list[int]]:
     """Read one prompt a line; a value that is no integer is named with its line."""
-    prompts = []
     with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), start=1):
-            values = [v.strip() for v in row if v.strip()]
-            if not values:
-                continue
-            try:
-                prompts.append([int(v) for v in values])
-            except ValueError as error:
-                raise UsageError(f"{path}, line {number}: {error}") from error
-    return prompts
+        reader = csv.reader(file)
+        try:
+            rows = [[int(value) for value in row if value.strip()] for row in reader]
+        except (ValueError, csv.Error) as error:
+            raise UsageError(f"{path}, line {reader.line_num}: {error!s:.200}") from error
+    return [row for row in rows if row]
 
 
 def read_npy(path: Path) -> list[list[int]]:
     """Read a one- or two-dimensional integer array."""
     import numpy as np
 
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{path}: not an array of numbers: {error}") from error
+    array = npy_file.read_npy(path)
     if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
         raise UsageError(f"{path}: should be a 2-D array of integers, is {array.dtype}, "
                          f"{array.ndim}-D")  # fmt: skip

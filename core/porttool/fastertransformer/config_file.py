@@ -22,9 +22,12 @@ from porttool.converter import validated
 from porttool.errors import SourceError
 from porttool.gpt2_layout import ACTIVATIONS, read_gpt2_config
 from porttool.huggingface import SourceConfig, check_special_ids
+from porttool.sources.json_file import MAX_DIGITS, parse_json
 
 CONFIG = "config.ini"
 MAX_CONFIG = 1 << 20
+MAX_VALUE = 1000
+"""Characters of a value that is more than text."""
 
 DTYPES: dict[str, Dtype] = {
     "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "float64": "float64",
@@ -139,7 +142,7 @@ def read_model(source: SourceConfig, *, tied: bool) -> ModelConfig:
 def read_own(file: Path, section: Mapping[str, str], gpt: Mapping[str, Any]) -> FolderConfig:
     """Read our section, and hold the other to it: someone may have edited that one."""
     try:
-        own = OwnSection.model_validate({key: json.loads(text) for key, text in section.items()})
+        own = OwnSection.model_validate({key: parse_json(text) for key, text in section.items()})
     except ValidationError as error:
         raise SourceError(f"{file}: [porttool] is damaged: {explain(error)}") from error
     except ValueError as error:
@@ -221,10 +224,13 @@ def read_ini(file: Path) -> configparser.ConfigParser:
 
 def literal(text: str) -> Any:
     """Return what a value was before `str` made text of it; text stays text."""
+    if len(text) > MAX_VALUE:
+        return text
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+    return text if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS else value
 
 
 def product(file: Path, values: Mapping[str, Any], *keys: str) -> int:

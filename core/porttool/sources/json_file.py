@@ -10,6 +10,8 @@ from porttool.errors import SourceError
 from porttool.sources.safetensors_file import unique_pairs
 
 MAX_JSON = 64_000_000
+MAX_DIGITS = 100
+"""Digits of an integer that means anything; longer ones are no floats, and may not be printed."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -19,9 +21,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise SourceError(f"{path}: {path.stat().st_size} bytes is no config")
     try:
-        values = json.loads(path.read_bytes(), object_pairs_hook=unique_pairs)
+        values = parse_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: damaged JSON: {error}") from error
     if not isinstance(values, dict):
         raise SourceError(f"{path}: should hold a JSON object")
     return values
+
+
+def parse_json(data: str | bytes) -> Any:
+    """Parse JSON with each key once and no number that cannot be one; ValueError otherwise."""
+    return json.loads(data, object_pairs_hook=unique_pairs, parse_int=parse_integer)
+
+
+def parse_integer(digits: str) -> int:
+    """Return an integer; ValueError for one of more than MAX_DIGITS digits."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 from porttool.errors import SourceError
 from porttool.sources.megatron_names import join_ranks
 from porttool.sources.ranks import RANK, find_ranks, require_ranks
-from porttool.sources.torch_file import TensorTree, load_tree, only_tensors
+from porttool.sources.torch_file import (
+    TensorTree,
+    check_zip,
+    is_zip,
+    load_tree,
+    only_tensors,
+    unpickling,
+)
 
 if TYPE_CHECKING:
     from porttool.weights import TensorSource
@@ -133,8 +139,10 @@ def harmless(file: Path) -> list[Any]:
         for function in ("_reconstruct", "scalar")
         for core in ("core", "_core")
     ]
-    if zipfile.is_zipfile(file):
-        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    if is_zip(file, str(file)):
+        check_zip(file)
+        with unpickling(str(file)):
+            wanted = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         safe += [
             (type("Placeholder", (Placeholder,), {}), name)
             for name in wanted

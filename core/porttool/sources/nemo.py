@@ -13,6 +13,7 @@ from typing import Any
 
 from porttool.errors import MissingExtra, SourceError
 from porttool.sources.archive import Archive, Member, peek
+from porttool.sources.json_file import MAX_DIGITS
 from porttool.sources.ranks import find_ranks, require_ranks
 from porttool.sources.torch_zip import TorchZip
 from porttool.weights import TensorSource
@@ -22,7 +23,9 @@ WEIGHTS = "model_weights.ckpt"
 STACKED = ("metadata.json", "common.pt", ".metadata")
 """Files of Megatron's distributed checkpoints, whose tensors each hold a whole stack of layers."""
 
-MAX_CONFIG = 1 << 20
+MAX_CONFIG = 1 << 18
+MAX_NODES = 50_000
+"""Values in the YAML when every alias is written out: a few lines can stand for a billion."""
 MAX_TOKENIZER = 1 << 27
 _SIBLING = re.compile(r"^\$\{\.(\w+)\}$")
 _EXPONENT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
@@ -85,7 +88,7 @@ class NemoFiles:
             return None
         name = PurePosixPath(value.removeprefix("nemo:")).name
         if name not in self.names:
-            raise SourceError(f"{self.path}: {CONFIG} names {value!r}, which is not there")
+            raise SourceError(f"{self.path}: {CONFIG} names {value!r:.200}, which is not there")
         return self.read(name, MAX_TOKENIZER)
 
 
@@ -117,12 +120,37 @@ def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise MissingExtra("gpt-next", "yaml") from error
     try:
-        values = yaml.safe_load(data)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        values = construct(yaml.SafeLoader(data))
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise SourceError(f"{path}: {CONFIG} is damaged: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SourceError(f"{path}: {CONFIG} should hold a mapping")
     return values
+
+
+def construct(loader: Any) -> Any:
+    """Return what a YAML loader's document holds, once it is known to be small."""
+    try:
+        node = loader.get_single_node()
+        require_small(node)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def require_small(root: Any) -> None:
+    """Raise ValueError for a document that aliases blow up, or with numbers that cannot be any."""
+    waiting = [root]
+    for _ in range(MAX_NODES):
+        if not waiting:
+            return
+        node = waiting.pop()
+        if isinstance(node.value, list):
+            children = (child if isinstance(child, tuple) else (child,) for child in node.value)
+            waiting.extend(each for child in children for each in child)
+        elif node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
+            raise ValueError(f"a number of {len(node.value)} digits")
+    raise ValueError(f"more than {MAX_NODES} values")
 
 
 def resolved(values: Mapping[str, Any], key: str, path: Path) -> Any:
@@ -136,7 +164,9 @@ def resolved(values: Mapping[str, Any], key: str, path: Path) -> Any:
         if sibling is None:
             break
         if sibling[1] not in values:
-            raise SourceError(f"{path}: {key!r} in {CONFIG} refers to {value}, which is not there")
+            raise SourceError(
+                f"{path}: {key!r} in {CONFIG} refers to {value:.200}, which is not there"
+            )
         value = values[sibling[1]]
     else:
         raise SourceError(f"{path}: {key!r} in {CONFIG} refers to itself")

@@ -64,7 +64,8 @@ def accounted_keys(values: Mapping[str, Any], where: str) -> list[str]:
     for key, wanted in FIXED.items():
         if (value := values.get(key, wanted)) not in (wanted, None, {}, []):
             raise SourceError(
-                f"{where}: {key!r} is {value!r}, which porttool cannot port; it needs {wanted!r}"
+                f"{where}: {key!r} is {value!r:.80}, which porttool cannot port; "
+                f"it needs {wanted!r}"
             )
     known = (*FIXED, *TRAINING, *KERNELS)
     return [key for key in values if any(fnmatchcase(key, pattern) for pattern in known)]

@@ -38,7 +38,9 @@ def ids_of(name: str, data: bytes) -> Iterable[int]:
         if isinstance(vocabulary, list):  # a unigram model lists its pieces
             return [*added, len(vocabulary) - 1]
         return [*added, *map(int, vocabulary.values())]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError,
+    ) as error:  # fmt: skip
         raise SourceError(f"{name}: the tokenizer's file is damaged: {error}") from error
 
 
@@ -91,7 +93,7 @@ def added_tokens(folder: Path) -> Mapping[str, int]:
         file = folder / "added_tokens.json"
         more = read_json(file) if file.is_file() else {}
         return found | {token: int(i) for token, i in more.items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SourceError(f"{file}: the tokenizer's file is damaged: {error}") from error
 
 

@@ -126,7 +126,7 @@ def load_tree(path: Path, safe: Sequence[Any] = ()) -> Any:
     require_safe_torch(torch.__version__)
     if not path.is_file():
         raise SourceError(f"{path}: the file is missing")
-    zipped = zipfile.is_zipfile(path)
+    zipped = is_zip(path, str(path))
     if zipped:
         check_zip(path)
     with unpickling(str(path)), torch.serialization.safe_globals(list(safe)):
@@ -143,7 +143,7 @@ def load_bytes(data: bytes, label: str) -> Any:
 
     require_safe_torch(torch.__version__)
     file = io.BytesIO(data)
-    if zipfile.is_zipfile(file):
+    if is_zip(file, label):
         check_entries(zip_entries(file, label), len(data), label)
     file.seek(0)
     with unpickling(label):
@@ -186,6 +186,14 @@ def require_safe_torch(version: str) -> None:
         )
 
 
+def is_zip(file: Path | IO[bytes], label: str) -> bool:
+    """Tell a zip by its last bytes; one that says impossible things there is a SourceError."""
+    try:
+        return zipfile.is_zipfile(file)
+    except (zipfile.BadZipFile, ValueError, OSError, struct.error) as error:
+        raise SourceError(f"{label}: the archive is truncated or damaged: {error}") from error
+
+
 def check_zip(path: Path) -> None:
     """Refuse archives with compressed, doubled or overlapping entries before torch sees them."""
     with path.open("rb") as file:
@@ -197,7 +205,7 @@ def zip_entries(file: IO[bytes], label: str) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             return sorted(archive.infolist(), key=lambda e: e.header_offset)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
         raise SourceError(f"{label}: the archive is truncated or damaged: {error}") from error
 
 

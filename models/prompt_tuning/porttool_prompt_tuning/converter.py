@@ -23,6 +23,7 @@ from porttool.reading import (
     open_weight_file,
     read_json,
     read_nemo_config,
+    read_npy,
 )
 
 if TYPE_CHECKING:
@@ -170,19 +171,15 @@ class ArrayConverter(TableConverter):
 
     def open(self, source: Path) -> Mapping[str, Tensor]:
         """Read the array without unpickling; rows of zeros at a task's end are its padding."""
-        import numpy as np
         import torch
 
-        try:
-            array = np.load(source, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise SourceError(f"{source}: not an array of numbers: {error}") from error
+        array = read_npy(source)
         if array.ndim not in (2, 3) or array.dtype.kind != "f":
             raise SourceError(
                 f"{source}: should be numbers [tasks, virtual tokens, width], it is {array.dtype} "
                 f"{list(array.shape)}"
             )
-        stacked = torch.from_numpy(np.array(array).reshape(-1, *array.shape[-2:]))
+        stacked = torch.from_numpy(array.reshape(-1, *array.shape[-2:]))
         names = self.options.tasks or tuple(map(str, range(len(stacked))))
         if len(names) != len(stacked) or len(set(names)) != len(names):
             raise SourceError(f"{source}: {len(stacked)} tasks, but the names {list(names)}")
