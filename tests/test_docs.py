@@ -149,7 +149,7 @@ def typed_commands() -> list[str]:
     """Every command line of porttool's in the documents, without what is said behind it."""
     pages = [*DOCS.rglob("*.md"), ROOT / "README.md"]
     found = [a or b for page in pages for a, b in COMMAND.findall(page.read_text())]
-    return [re.split(r" {2,}(?=[#\w(])|\\$| · ", line)[0].strip() for line in found]
+    return [re.split(r"(?<!\\n)(?<! ) {2,}|\\$| · ", line)[0].strip() for line in found]
 
 
 def options_are_known(line: str) -> None:
