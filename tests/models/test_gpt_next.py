@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +255,15 @@ def test_a_compressed_archive_is_said_to_cost_a_pass(tmp_path):
         tiny.converted(source, tmp_path / form, progress=progress)
         assert len(progress.notes) == n_notes
         assert all("one pass unpacks it to a temporary file" in note for note in progress.notes)
+
+
+def test_the_disk_is_asked_before_an_archive_is_unpacked(tmp_path, monkeypatch):
+    values = made()
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), form="gz")
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 1000))
+    assert "GB are needed" in refusal(source, tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["a.nemo"]
 
 
 def test_sentencepiece_travels_and_trims(tmp_path):
