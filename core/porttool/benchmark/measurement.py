@@ -105,14 +105,7 @@ class Benchmark:
     def measure(self, cell: Cell) -> None:
         """Warm every side up, then let them take turns."""
         prompts = draw_prompts(cell, self.config.vocab_size, self.method.seed)
-        running = []
-        for entry in self.entries:
-            entry.timings, entry.rounds = [], []
-            if entry.meter is not None:
-                entry.meter.reset()
-            entry.side.prepare()
-            if all(self._run(entry, prompts, cell) for _ in range(self.method.warmup)):
-                running.append(entry)
+        running = [entry for entry in self.entries if self._warm_up(entry, prompts, cell)]
         for _ in range(self.method.repeats):
             places = {(e.record.device, e.record.dtype) for e in running}
             ceilings = {place: measure_ceiling(*place) for place in places}
@@ -128,6 +121,13 @@ class Benchmark:
                     time.sleep(PAUSE)
         base = next((e.rounds for e in running if e.record.name == BASE), None)
         self.measurements += [summarize(entry, cell, base) for entry in running]
+
+    def _warm_up(self, entry: Entry, prompts: Prompts, cell: Cell) -> bool:
+        entry.timings, entry.rounds = [], []
+        if entry.meter is not None:
+            entry.meter.reset()
+        entry.side.prepare()
+        return all(self._run(entry, prompts, cell) for _ in range(self.method.warmup))
 
     def _run(self, entry: Entry, prompts: Prompts, cell: Cell) -> Timing | None:
         with ExitStack() as watching:
