@@ -71,5 +71,5 @@ def examine_source(path: Path) -> dict[str, Any]:
         "types": sorted({i.dtype for i in infos.values()}),
         "config": source.config.model_dump(mode="json"),
         "tokens": source.tokens.model_dump(mode="json"),
-        "tokenizer": [f.name for f in source.tokenizer],
+        "tokenizer": [*(f.name for f in source.tokenizer), *source.tokenizer_data],
     }
