@@ -69,9 +69,8 @@ def cases_in(module: str) -> list[type[FamilyConformance]]:
         found = inspect.getmembers(import_module(module), inspect.isclass)
     except Exception as error:
         raise PluginError(f"{module}: {type(error).__name__}: {error}") from error
-    return [
-        case for _, case in found if issubclass(case, FamilyConformance) and hasattr(case, "family")
-    ]
+    cases = [case for _, case in found if issubclass(case, FamilyConformance)]
+    return [case for case in cases if not inspect.isabstract(case) and hasattr(case, "family")]
 
 
 def find_plugin(registry: Registry, name: str) -> str:
