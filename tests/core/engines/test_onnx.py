@@ -11,10 +11,12 @@ import torch
 import drawn
 import tiny
 from drawn import prompts, step_of
+from porttool import api
 from porttool.config import Limits, Sampling
 from porttool.engine import Engine
 from porttool.engines.onnx.rows import RowMap
 from porttool.errors import CheckpointError, EngineError, MissingExtra, UsageError
+from porttool.folder import hash_file
 from porttool.generate import generate
 from porttool.nn import KVCache
 from porttool.nn.trace import traced
@@ -139,10 +141,42 @@ def test_trace_names_every_module(tmp_path, shape, dtype):
     pair = Pair(tmp_path, shape, dtype=dtype)
     step = step_of(prompts(4, 4), [0, 1], [0, 0])
     mine, wanted = pair.runner.trace(step), traced(pair.reference, step)
-    assert mine.keys() == wanted.keys()
+    assert list(mine) == list(wanted)  # verify names the first that differs
     for name, value in wanted.items():
         atol = pair.tolerance * max(1.0, float(value.double().std()))
         torch.testing.assert_close(mine[name].double(), value.double(), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_verify_says_where_a_graph_goes_wrong(tmp_path, cache):
+    """The second layer's attention has another scale; the manifest knows the altered file."""
+    tiny.write_source(tmp_path / "source", tiny.gpt2())
+    checkpoint = tiny.converted(tmp_path / "source", tmp_path / "checkpoint")
+    engine = drawn.engine(
+        checkpoint, tmp_path / "engine", kind="onnx", dtype="float32", options={"cache": cache}
+    )
+    path = engine.rank_path() / "model.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    model.graph.initializer.append(onnx.helper.make_tensor("wrong", 1, (), [0.5]))
+    for node in model.graph.node:
+        if node.name == "layers.1.attention.mixed" and cache == "scatter":
+            node.attribute[0].f = 0.5
+        if node.name == "layers.1.attention.scores":
+            node.input[1] = "wrong"
+    path.write_bytes(model.SerializeToString())
+    files = {
+        **engine.manifest.model_dump()["files"],
+        "rank0/model.onnx": hash_file(path).model_dump(),
+    }
+    tiny.edit_manifest(engine.path / "engine.json", files=files)
+    runner_options = {"device": "cpu"}
+    report = api.evaluate(
+        "parity", engine.path, hf_model=tmp_path / "source", runner_options=runner_options
+    )
+    assert not report.passed
+    notes = " ".join(report.notes)
+    assert "first differs at layers.1.attention.out.in" in notes
+    assert "layers.1.attention.qkv.out still agrees" in notes
 
 
 def graph_of(pair):

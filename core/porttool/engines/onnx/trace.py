@@ -19,7 +19,7 @@ from porttool.nn import Step
 
 
 def traced(folder: Path, settings: SessionSettings, step: Step, table: Tensor) -> dict[str, Tensor]:
-    """Run a step over an empty cache; return `<module>.in` and `.out`, and `logits`.
+    """Run a step over an empty cache; return `<module>.in` and `.out` in order, then `logits`.
 
     Floating-point values are float32 on the CPU. The last norm and the head see rows
     [n * width, …] in the graph; they come back as [n, width, …] like everything else.
@@ -36,11 +36,11 @@ def traced(folder: Path, settings: SessionSettings, step: Step, table: Tensor) -
         name: by_row(torch.from_numpy(value.numpy()), step)
         for name, value in zip(names, found, strict=True)
     }
-    record = {"logits": values["logits"]}
+    record = {}
     for module, ends in modules.items():
         for end, value in zip(("in", "out"), ends, strict=True):
             record[f"{module}.{end}"] = values[seen[value]]
-    return record
+    return {**record, "logits": values["logits"]}
 
 
 def by_row(value: Tensor, step: Step) -> Tensor:
