@@ -30,7 +30,7 @@ RECIPE = (
 RUNGS = {
     "config": "config", "weights": "weights", "prefill": "logits", "decode": "logits",
     "decode, several tokens a step": "logits", "greedy tokens": "tokens",
-    "arithmetic in float32": "arithmetic",
+    "arithmetic in float32": "arithmetic", "prompt table": "prompt table",
 }  # fmt: skip
 """Name of a verdict → what the table calls it."""
 
@@ -92,7 +92,24 @@ def measure_demo(work: Path) -> dict[str, Any]:
     return found
 
 
-PARTS = {"families": measure_families, "demo": measure_demo}
+def measure_tables(work: Path) -> dict[str, Any]:
+    """Verify GPT-2 with a prompt table in every type: sound, damaged, and the table damaged."""
+    import damage_matrix as matrix
+
+    found: dict[str, Any] = {}
+    for engine, dtype in zip(matrix.tuned(work, DTYPES), DTYPES, strict=True):
+        here = work / f"{dtype} damaged"
+        (here / "tables").mkdir(parents=True)
+        table, reference = work / "table", work / matrix.REFERENCE
+        with silence():
+            outcomes = dict(matrix.damaged(engine, reference, here, "--prompt-table", str(table)))
+            tables = dict(matrix.damaged_tables(engine, reference, table, here / "tables"))
+        found[dtype] = {n: matrix.as_json(o) for n, o in (outcomes | tables).items()}
+        print(f"prompt_tuning, {dtype}: {[o.get('status') for o in found[dtype].values()]}")
+    return found
+
+
+PARTS = {"families": measure_families, "demo": measure_demo, "prompt_tuning": measure_tables}
 
 
 def measure(parts: list[str], output: Path) -> dict[str, Any]:
@@ -122,13 +139,14 @@ def silence() -> Iterator[None]:
 
 
 def tables(results: Results) -> str:
-    """Return the recorded result as three tables in Markdown."""
-    return "\n\n".join((status_table(results), rung_table(results), demo_table(results))) + "\n"
+    """Return the recorded result as tables in Markdown."""
+    shown = [status_table(results), rung_table(results), prompt_table(results), demo_table(results)]
+    return "\n\n".join(shown) + "\n"
 
 
 def status_table(results: Results) -> str:
     """Exit statuses by damage and family, of all types together, and the places named."""
-    families = results["families"]
+    families = {**results["families"], "prompt_tuning, on gpt2": results["prompt_tuning"]}
     lines = [row(["damage", *families, "place named"]), row(["---"] * (len(families) + 2))]
     for damage in damages(results):
         cells, places = [], set()
@@ -157,6 +175,20 @@ def rung_table(results: Results) -> str:
                 for rung, n in counts.items() if n
             ))  # fmt: skip
         lines.append(row([damage, *cells]))
+    return "\n".join(lines)
+
+
+def prompt_table(results: Results) -> str:
+    """What is done to the table of virtual tokens itself, and which rungs say no to it."""
+    names = [n for n in results["prompt_tuning"][DTYPES[0]] if n not in damages(results)]
+    lines = [row(["damage", *DTYPES, "place named", "rungs"]), row(["---"] * 6)]
+    for name in names:
+        found = [results["prompt_tuning"][dtype][name] for dtype in DTYPES]
+        places = {f"`{o['place']}`" for o in found if o["place"]}
+        rungs = [{RUNGS[f] for f in o["failed"]} for o in found]
+        common = [r for r in dict.fromkeys(RUNGS.values()) if all(r in f for f in rungs)]
+        statuses = [str(o["status"]) for o in found]
+        lines.append(row([name, *statuses, ", ".join(sorted(places)) or "-", ", ".join(common)]))
     return "\n".join(lines)
 
 

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import save_file
 
 import tiny
+from porttool import api
 from porttool.cli import invoke
 from porttool.config import ModelConfig
-from porttool.engine import Engine
+from porttool.engine import Engine, choose_limits
 from porttool.evaluators.damage import Damage
+from porttool.folder import hash_file
+from porttool.prompt_table import MANIFEST, TENSOR, PromptTable
 from porttool.testing import REFERENCE, TransformersConformance, redraw
 from porttool_camel5b.conformance import Camel5bConformance
 from porttool_gpt2.conformance import GPT2Conformance
@@ -69,8 +73,6 @@ class MultiHeadSantaCoder(MultiHeadBigCode):
 
     def write_layout(self, path: Path, model: Any) -> None:
         """Write GPT-2's layout with the key that only SantaCoder has."""
-        from safetensors.torch import save_file
-
         found = {}
         for name, tensor in model.state_dict().items():
             turned = tensor.t() if tensor.dim() == 2 and ".h." in name else tensor
@@ -154,6 +156,88 @@ def place_of(damage: str, config: ModelConfig) -> str:
     if damage == "shifted positions" and config.position == "rotary":
         return "layers.0.attention.qkv.out"
     return PLACES[damage]
+
+
+PROMPT_TUNING = "prompt_tuning, on gpt2"
+TASKS = {"email": 5, "boolq": 3}
+
+
+def rolled(rows: torch.Tensor) -> torch.Tensor:
+    """Give every virtual token the row before its own."""
+    return rows.roll(1, 0)
+
+
+def borrowed(rows: torch.Tensor) -> torch.Tensor:
+    """Give the second task the first one's rows."""
+    first, second = TASKS.values()
+    return torch.cat((rows[:first], rows[:second]))
+
+
+def shuffled(rows: torch.Tensor) -> torch.Tensor:
+    """Shuffle every entry."""
+    return rows.flatten()[torch.randperm(rows.numel())].view_as(rows)
+
+
+def noisy(rows: torch.Tensor) -> torch.Tensor:
+    """Add noise of 2 % of the standard deviation."""
+    return rows + 0.02 * rows.std() * torch.randn(rows.shape)
+
+
+TABLE_DAMAGES = {
+    "scrambled table": shuffled,
+    "shifted virtual tokens": rolled,
+    "another task's rows": borrowed,
+    "noise of 2 % on the table": noisy,
+}
+
+
+def write_prompts(path: Path) -> Path:
+    """Write NeMo's unpacked prompt-learning archive for the tiny GPT-2."""
+    generator = torch.Generator().manual_seed(0)
+    tree = {}
+    for task, n in TASKS.items():
+        rows = torch.randn(n, GPT2Conformance.sizes["n_embd"], generator=generator) * 0.2
+        tree[f"prompt_table.{task}.prompt_embeddings.weight"] = rows
+        tree[f"prompt_table.{task}.indices"] = torch.arange(n)
+    templates = [{"taskname": t, "total_virtual_tokens": n} for t, n in TASKS.items()]
+    path.mkdir()
+    yaml = {"virtual_prompt_style": "p-tuning", "task_templates": templates}
+    (path / "model_config.yaml").write_text(json.dumps(yaml))
+    torch.save({"prompt_table": tree}, path / "model_weights.ckpt")
+    return path
+
+
+def damage_table(name: str, table: Path, output: Path) -> Path:
+    """Write a copy of a prompt table with damaged rows, whose hashes are right."""
+    shutil.copytree(table, output)
+    opened = PromptTable.open(output)
+    file = f"{TENSOR}.safetensors"
+    torch.manual_seed(0)
+    save_file({TENSOR: TABLE_DAMAGES[name](opened.tensor()).contiguous()}, output / file)
+    files = {**opened.manifest.files, file: hash_file(output / file)}
+    manifest = opened.manifest.model_copy(update={"files": files})
+    (output / MANIFEST).write_text(manifest.sealed())
+    return output
+
+
+def tuned(work: Path, dtypes: tuple[str, ...]) -> Iterator[Engine]:
+    """Build the tiny GPT-2 with room for a prompt table, which is written to `work`/table."""
+    api.convert_prompts(write_prompts(work / "prompts"), work / "table")
+    GPT2Conformance().write_source(work / "source", 0)
+    checkpoint = tiny.converted(work / "source", work / "checkpoint")
+    limits = choose_limits(checkpoint.config, max_batch_size=4, max_prompt_rows=sum(TASKS.values()))
+    for dtype in dtypes:
+        yield tiny.built(checkpoint, work / dtype, dtype=dtype, limits=limits)
+
+
+def damaged_tables(
+    engine: Engine, reference: Path, table: Path, work: Path, *options: str
+) -> Iterator[tuple[str, Outcome]]:
+    """Verify a sound engine with each damage to its prompt table."""
+    for name in TABLE_DAMAGES:
+        hurt = damage_table(name, table, work / name.replace(" ", "_"))
+        with_it = ("--prompt-table", str(hurt))
+        yield name, outcome(engine, reference, work / f"{name} report", *with_it, *options)
 
 
 def engines(family: str, work: Path, dtypes: tuple[str, ...]) -> Iterator[Engine]:

@@ -112,6 +112,7 @@ def kept(engine, tmp_path_factory):
         ("swapped norms", "float32"),
         ("other gelu", "float32"),
         ("other gelu", "float16"),
+        ("epsilon of 1e-3", "bfloat16"),
         ("shifted positions", "float32"),
         ("transposed projection", "float32"),
         ("another group's head", "float32"),
@@ -124,7 +125,7 @@ def test_the_command_exits_with_1(engine, kept, tmp_path, capsys, damage, dtype)
     found = damage_matrix.summarized(subject, tmp_path / "out", kept, *RUN)
     capsys.readouterr()
     assert found["status"] == int(damage != "nothing"), found
-    if (damage, dtype) == ("other gelu", "float16"):
+    if damage != "nothing" and dtype != "float32":
         assert set(found["failed"]) == {"arithmetic in float32"}
 
 

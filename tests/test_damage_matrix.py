@@ -36,3 +36,25 @@ def test_a_family(tmp_path, capsys, family):
             assert outcome.status == 1, name
             assert {"prefill", "decode"} <= set(outcome.failed), f"{name}: {outcome.failed}"
             assert outcome.place == matrix.place_of(name, config), name
+
+
+def test_prompt_tuning(tmp_path, capsys):
+    """With a prompt table before every prompt; the table itself is damaged too."""
+    [engine] = matrix.tuned(tmp_path, ("float32",))
+    config = engine.manifest.config
+    (tmp_path / "tables").mkdir()
+    table, reference = tmp_path / "table", tmp_path / matrix.REFERENCE
+    with_table = ("--prompt-table", str(table), *matrix.SMALL)
+    found = dict(matrix.damaged(engine, reference, tmp_path, *with_table))
+    tables = dict(
+        matrix.damaged_tables(engine, reference, table, tmp_path / "tables", *matrix.SMALL)
+    )
+    capsys.readouterr()
+    assert found.pop("nothing").status == 0
+    for name, outcome in found.items():
+        if isinstance(outcome, Outcome):
+            assert (outcome.status, outcome.place) == (1, matrix.place_of(name, config))
+    for name, outcome in tables.items():
+        assert outcome.status == 1, name
+        assert {"prompt table", "prefill"} <= set(outcome.failed), name
+        assert outcome.place == "embedding.out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +194,7 @@ def evaluate(
     test_engine: bool = True,
     test_hf: bool = True,
     tokenizer: Path | None = None,
+    prompt_table: Path | None = None,
     options: Mapping[str, Any] | None = None,
     runner_options: Mapping[str, Any] | None = None,
     workspace: Workspace | None = None,
@@ -204,6 +205,7 @@ def evaluate(
 
     `hf_model` defaults to what the checkpoint of the same model was converted from. With
     `test_engine` or `test_hf` false that side is not loaded, and must have been saved before.
+    The virtual tokens of a `prompt_table` precede every prompt, on both sides.
     """
     from porttool.evaluator import evaluate as run_evaluator
 
@@ -218,6 +220,8 @@ def evaluate(
         loaded = load(engine, model=model, tokenizer=tokenizer, options=runner_options,
                       workspace=space, registry=registry)  # fmt: skip
         port = port_of(loaded, source, registry, test_hf=test_hf)
+        if prompt_table is not None:
+            port = with_table(port, prompt_table, registry)
     else:
         source = source or recorded_source(space, label, registry)
         port = Port(tokenizer=source_tokenizer(tokenizer or source), source=source,
@@ -252,6 +256,17 @@ def port_of(
         converter=converter if reads or origin.exists() else None,
         origin=origin if origin.exists() and not (reads and test_hf) else None,
     )
+
+
+def with_table(port: Port, path: Path, registry: Registry) -> Port:
+    """Add a prompt table, and what it was made of, which must still be there."""
+    table = PromptTable.open(path)
+    made = table.manifest
+    source = Path(made.source.path)
+    if not source.exists():
+        raise UsageError(f"{path} was made of {source}, which is not there to compare it with")
+    converter = registry.tables.get(made.plugin.component)(made.source.options)
+    return replace(port, prompt_table=table, taught=converter.open(source))
 
 
 def limits_of(engine: Path) -> Limits | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,10 @@ from porttool.errors import CheckFailed
 from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from porttool.converter import Converter
+    from porttool.prompt_table import PromptTable
     from porttool.runner import Runner
     from porttool.text import Tokenizer
 
@@ -78,7 +82,8 @@ class Port:
     `source` is the Hugging Face folder. `converter` reads it, or reads `origin` where the engine
     was converted from something that transformers cannot run, such as a .nemo archive.
     `tokenizer` defaults to the source's own. `limits` are the engine's, also where it does not run
-    itself, so that a reference that runs alone cuts its prompts as the engine will.
+    itself, so that a reference that runs alone cuts its prompts as the engine will. The virtual
+    tokens of a `prompt_table` precede every prompt; `taught` are each task's rows in its source.
     """
 
     runner: Runner | None = None
@@ -87,6 +92,8 @@ class Port:
     converter: Converter | None = None
     origin: Path | None = None
     limits: Limits | None = None
+    prompt_table: PromptTable | None = None
+    taught: Mapping[str, Tensor] | None = None
 
 
 class Evaluator(Component):

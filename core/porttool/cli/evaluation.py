@@ -61,6 +61,7 @@ def run_evaluation(
         test_engine=asked["test_engine"],
         test_hf=asked["test_hf"],
         tokenizer=asked["tokenizer"],
+        prompt_table=asked.get("prompt_table"),
         options=options,
         runner_options=as_settings(asked["runner_set"]),
         workspace=Workspace.choose(asked["workdir"]),

@@ -17,11 +17,15 @@ from porttool.cli.options import (
 )
 
 OPTIONS: OptionTable = ()
+TABLE: OptionTable = (
+    ("--prompt-table", {"type": FOLDER,
+                        "help": "Prompt table whose virtual tokens precede every prompt."}),
+)  # fmt: skip
 
 
 @click.command("verify")
 @click.argument("engine", type=FOLDER, required=False)
-@table_options(OPTIONS, SHARED)
+@table_options(OPTIONS, TABLE, SHARED)
 @model_options
 @json_option
 @click.pass_context

@@ -37,7 +37,7 @@ def check_arithmetic(probe: Probe, derivation: Derivation) -> tuple[Verdict, Log
             name=NAME, passed=False, found="other shapes", bound="the source's",
             detail="the engine's config and the source's weights do not fit together",
         ), None  # fmt: skip
-    ours = source_logits(derivation, config, probe.prompts)
+    ours = source_logits(derivation, config, probe.prompts, probe.rows)
     error = measure(ours, probe.of_prompts(probe.logits))
     return judge_logits(NAME, error, "float32"), error
 
@@ -50,7 +50,10 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def source_logits(
-    derivation: Derivation, config: ModelConfig, prompts: Sequence[list[int]]
+    derivation: Derivation,
+    config: ModelConfig,
+    prompts: Sequence[list[int]],
+    rows: Tensor | None = None,
 ) -> list[Tensor]:
     """Logits [len(prompt), vocab_size] of each prompt, with one layer in memory at a time."""
     import torch
@@ -59,6 +62,7 @@ def source_logits(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = meta_decoder(config).eval()
+    decoder.prompt_table = None if rows is None else rows.to(device)
     step = Step.prefill(list(prompts)).to(device)
     with torch.inference_mode():
         for name, module in decoder.named_children():

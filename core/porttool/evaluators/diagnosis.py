@@ -42,7 +42,7 @@ class Subject:
     @classmethod
     def of_config(cls, probe: Probe, derivation: Derivation) -> Self:
         """Take what the engine's config makes of the source."""
-        logits = source_logits(derivation, probe.runner.config, probe.prompts)
+        logits = source_logits(derivation, probe.runner.config, probe.prompts, probe.rows)
         return cls(probe, derivation, logits, "source")
 
     @property
@@ -59,9 +59,15 @@ class Subject:
         """Trace the canonical decoder as the engine's config says."""
         from porttool.nn import Step
 
+        probe, virtual = self.probe, self.probe.virtual
         if self.weights == "engine":
-            return self.probe.runner.trace(Step.prefill([tokens]))
-        return trace_source(self.derivation, self.probe.runner.config, tokens)
+            found = probe.runner.trace(Step.prefill([tokens]))
+        else:
+            found = trace_source(self.derivation, probe.runner.config, tokens, probe.rows)
+        if virtual is not None:
+            taught, embedded = self.weights == "source", found["embedding.out"]
+            found["embedding.out"] = virtual.fill(embedded, tokens, taught=taught)
+        return found
 
 
 def locate(subject: Subject, *, named: bool = True) -> tuple[Parting | None, str]:
@@ -70,7 +76,7 @@ def locate(subject: Subject, *, named: bool = True) -> tuple[Parting | None, str
     `named` says that the family's rules name the reference's modules; else weights tell them.
     """
     probe, derivation = subject.probe, subject.derivation
-    wide = ReferenceModel(probe.source, device=probe.device)
+    wide = probe.reference()
     stage_map = (
         StageMap.of(derivation.rules) if named else match_by_weights(derivation, wide.weights())
     )
@@ -86,7 +92,7 @@ def locate(subject: Subject, *, named: bool = True) -> tuple[Parting | None, str
 
     own = None
     if probe.own is not None and subject.weights == "engine":
-        own = trace(ReferenceModel(probe.source, dtype=subject.dtype, device=probe.device))
+        own = trace(probe.reference(subject.dtype))
     stages = compare_stages(subject.trace(tokens), trace(wide), subject.dtype, own)
     parting = find_parting(stages)
     if parting is not None:
@@ -99,7 +105,7 @@ def locate(subject: Subject, *, named: bool = True) -> tuple[Parting | None, str
 
 
 def trace_source(
-    derivation: Derivation, config: ModelConfig, tokens: list[int]
+    derivation: Derivation, config: ModelConfig, tokens: list[int], rows: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Trace the canonical decoder on weights made of the source; its own config if they need it."""
     from porttool.nn import Step, meta_decoder
@@ -108,6 +114,7 @@ def trace_source(
     fits = shapes_of(config) == derivation.shapes
     decoder = meta_decoder(config if fits else derivation.config).eval()
     decoder.load_state_dict(source_weights(derivation), assign=True)
+    decoder.prompt_table = rows
     return traced(decoder, Step.prefill([tokens]))
 
 
@@ -124,7 +131,8 @@ def suspect(subject: Subject) -> str | None:
     if sum(math.prod(s) for s in derivation.shapes.values()) > MAX_PARAMETERS:
         return None
     row, weights = subject.worst, source_weights(derivation)
-    return find_mistake(derivation.config, weights, subject.probe.prompts[row], subject.logits[row])
+    tokens, engine = subject.probe.prompts[row], subject.logits[row]
+    return find_mistake(derivation.config, weights, tokens, engine, rows=subject.probe.rows)
 
 
 def explain_decode(probe: Probe) -> str:

@@ -172,20 +172,26 @@ def interleaved(config: ModelConfig) -> Callable[[Weights], Weights]:
 
 
 def find_mistake(
-    config: ModelConfig, weights: Weights, tokens: list[int], engine: Tensor
+    config: ModelConfig,
+    weights: Weights,
+    tokens: list[int],
+    engine: Tensor,
+    *,
+    rows: Tensor | None = None,
 ) -> str | None:
     """Return the mistake that explains an engine's logits [len(tokens), vocab_size], if one does.
 
-    `weights` are the source's own under canonical names, in float32 or wider.
+    `weights` are the source's own under canonical names, in float32 or wider, `rows` those of a
+    prompt table.
     """
     from porttool.evaluators.stages import relative_error
 
-    right = logits_with(config, weights, tokens, Mistake("none"))
+    def logits(mistake: Mistake) -> Tensor:
+        return logits_with(config, weights, tokens, mistake, rows)
+
+    right = logits(Mistake("none"))
     error = relative_error(engine, right)
-    left = {
-        mistake.text: relative_error(engine, logits_with(config, weights, tokens, mistake))
-        for mistake in mistakes(config)
-    }
+    left = {mistake.text: relative_error(engine, logits(mistake)) for mistake in mistakes(config)}
     best = min(left, key=lambda text: left[text])
     if left[best] > EXPLAINED * error:
         return None
@@ -193,7 +199,11 @@ def find_mistake(
 
 
 def logits_with(
-    config: ModelConfig, weights: Weights, tokens: list[int], mistake: Mistake
+    config: ModelConfig,
+    weights: Weights,
+    tokens: list[int],
+    mistake: Mistake,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Run the canonical decoder with a mistake; logits [len(tokens), vocab_size]."""
     import torch
@@ -203,6 +213,7 @@ def logits_with(
     with torch.device("meta"):
         decoder = Decoder(config.model_copy(update=dict(mistake.config))).eval()
     decoder.load_state_dict(dict(mistake.weights(weights)), assign=True)
+    decoder.prompt_table = rows
     with torch.inference_mode():
         logits: Tensor = decoder(Step.prefill([tokens]))[0]
     return logits

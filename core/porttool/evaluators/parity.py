@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from porttool.evaluators.accounting import Derivation
     from porttool.evaluators.diagnosis import Subject
     from porttool.evaluators.probe import Probe
+    from porttool.evaluators.virtual import VirtualTokens
     from porttool.runner import Runner
     from porttool.text import Tokenizer
 
@@ -105,7 +106,8 @@ class ParityEvaluator(Evaluator):
             else:
                 findings.verdicts.append(judge_config(port.runner.config, derivation.config))
                 climb_weights(port.runner, derivation, findings, progress)
-            probe = Probe.make(port.runner, port.tokenizer, port.source, options)
+            virtual = climb_table(port, port.runner, findings)
+            probe = Probe.make(port.runner, port.tokenizer, port.source, options, virtual)
             climb_logits(probe, findings, progress)
             climb_tokens(probe, findings)
             if derivation is not None:
@@ -163,6 +165,19 @@ def climb_weights(
         return
     findings.verdicts.append(check.verdict)
     findings.measurements["differing_weights"] = dict(check.differing)
+
+
+def climb_table(port: Port, runner: Runner, findings: Findings) -> VirtualTokens | None:
+    """Compare a prompt table with its source, and load it into the engine."""
+    from porttool.evaluators.virtual import VirtualTokens
+
+    if port.prompt_table is None or port.taught is None:
+        return None
+    port.prompt_table.check(runner.config)
+    virtual = VirtualTokens(port.prompt_table, port.taught, runner.config.vocab_size)
+    findings.verdicts.append(virtual.judge())
+    runner.load_prompt_table(port.prompt_table.tensor())
+    return virtual
 
 
 def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from porttool.config import Dtype
     from porttool.evaluators.parity import ParityOptions
+    from porttool.evaluators.virtual import VirtualTokens
     from porttool.runner import Runner
     from porttool.text import Tokenizer
 
@@ -32,6 +33,7 @@ class Probe:
 
     logits  one tensor [prompt + continuation, vocab_size] a prompt, float32 or wider
     own     the same from the reference in the engine's type, where that is asked for
+    virtual a prompt table, if its tokens precede the prompts
     """
 
     runner: Runner
@@ -42,18 +44,27 @@ class Probe:
     continuations: list[Continuation]
     logits: list[Tensor]
     own: list[Tensor] | None
+    virtual: VirtualTokens | None = None
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
     """Logits that the engine gave: in prefill (0), and in decode by width."""
 
     @classmethod
     def make(
-        cls, runner: Runner, tokenizer: Tokenizer | None, source: Path, options: ParityOptions
+        cls,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+        source: Path,
+        options: ParityOptions,
+        virtual: VirtualTokens | None = None,
     ) -> Probe:
-        """Choose prompts and run the reference."""
-        prompts = choose_prompts(runner, tokenizer, options)
+        """Choose prompts and run the reference; `virtual` tokens come before each prompt."""
+        prompts = choose_prompts(runner, tokenizer, options, virtual.longest if virtual else 0)
+        prompts = virtual.before(prompts) if virtual else prompts
+        rows = virtual.rows if virtual else None
         dtype = runner.engine.manifest.dtype
         wide: Dtype = "float64" if dtype == "float64" else "float32"
-        model = ReferenceModel(source, dtype=wide, device=options.reference_device)
+        device = options.reference_device
+        model = ReferenceModel(source, dtype=wide, device=device, rows=rows)
         decoding = Decoding(max_new_tokens=new_tokens(runner, options))
         continuations = model.generate(prompts, decoding)
         sequences = join(prompts, continuations)
@@ -62,10 +73,20 @@ class Probe:
         del model
         own = None
         if options.yardstick and dtype in HALF:
-            narrow = ReferenceModel(source, dtype=dtype, device=options.reference_device)
+            narrow = ReferenceModel(source, dtype=dtype, device=device, rows=rows)
             own = [narrow.logits(s) for s in sequences]
-        return cls(runner, source, options.reference_device, description, prompts,
-                   continuations, logits, own)  # fmt: skip
+        return cls(
+            runner, source, device, description, prompts, continuations, logits, own, virtual
+        )
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Rows of a prompt table, as its source has them: [n_rows, d_model]."""
+        return self.virtual.rows if self.virtual else None
+
+    def reference(self, dtype: Dtype = "float32") -> ReferenceModel:
+        """Load the reference once more."""
+        return ReferenceModel(self.source, dtype=dtype, device=self.device, rows=self.rows)
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -119,12 +140,20 @@ def new_tokens(runner: Runner, options: ParityOptions) -> int:
 
 
 def choose_prompts(
-    runner: Runner, tokenizer: Tokenizer | None, options: ParityOptions
+    runner: Runner, tokenizer: Tokenizer | None, options: ParityOptions, n_virtual: int = 0
 ) -> list[list[int]]:
-    """Return the texts' ids, or random ids in prompts of very different lengths."""
+    """Return the texts' ids, or random ids in prompts of very different lengths.
+
+    There is room for `n_virtual` tokens before each.
+    """
     limits, config = runner.engine.manifest.limits, runner.config
-    room = config.n_positions - new_tokens(runner, options)
-    longest = min(options.prompt_len, limits.max_input_len, max(room, 1))
+    room = config.n_positions - new_tokens(runner, options) - n_virtual
+    longest = min(options.prompt_len, limits.max_input_len - n_virtual, max(room, 1))
+    if longest < 1 or (n_virtual and room < 1):
+        raise UsageError(
+            f"{n_virtual} virtual tokens leave no room for a prompt; build the engine with a "
+            "greater --max-input-len"
+        )
     if options.texts:
         if tokenizer is None:
             raise UsageError("texts need a tokenizer; name one with --tokenizer")

@@ -33,17 +33,30 @@ EDGE = 1 << 20
 class ReferenceModel:
     """The source in transformers, of the given type, on one device.
 
+    Ids from the vocabulary's size on are `rows` of a prompt table, [n_rows, d_model].
+
     Raises MissingExtra without transformers, SourceError for a folder that it cannot load whole.
     """
 
-    def __init__(self, folder: Path, *, dtype: Dtype = "float32", device: Device = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: Dtype = "float32",
+        device: Device = "auto",
+        rows: Tensor | None = None,
+    ) -> None:
         import torch
+
+        from porttool.evaluators.virtual import extend_embedding
 
         has_gpu = torch.cuda.is_available()
         self.device = ("cuda" if has_gpu else "cpu") if device == "auto" else device
         self.dtype = dtype
         self.folder = folder
         self._model = load_model(folder, getattr(torch, dtype)).to(self.device)
+        if rows is not None:
+            extend_embedding(self._model, rows)
 
     @property
     def description(self) -> str:
@@ -100,12 +113,10 @@ class ReferenceModel:
         return {**record, "logits": logits.cpu()}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every module's own weight by the module's name, but for a head's."""
-        head = self._model.get_output_embeddings()
-        for name, module in self._model.named_modules():
-            weight = dict(module.named_parameters(recurse=False)).get("weight")
-            if weight is not None and module is not head:
-                yield name, weight
+        """Yield every module's own weight by its name; a tied head's is the embedding's."""
+        for name, weight in self._model.named_parameters():
+            if name.endswith(".weight"):
+                yield name.removesuffix(".weight"), weight
 
     def find_modules(self, names: Mapping[str, str]) -> dict[str, nn.Module]:
         """Return the modules whose full name is, or ends in, the name given."""
@@ -235,7 +246,9 @@ def load_model(folder: Path, dtype: Any) -> Any:
     except ImportError as error:
         raise MissingExtra("reference", "transformers") from error
     if not (folder / "config.json").is_file():
-        raise SourceError(f"{folder}: there is no config.json; name a Hugging Face model folder")
+        raise SourceError(
+            f"{folder}: there is no config.json; name a Hugging Face folder with --hf-model"
+        )
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -45,6 +45,7 @@ class TorchRunner(Runner):
             )
         self.device = choose_device(cast("TorchOptions", self.options).device)
         self._decoder = self._make_decoder()
+        self._table: Tensor | None = None
 
     @property
     def description(self) -> str:
@@ -78,13 +79,16 @@ class TorchRunner(Runner):
                 f"build it with --max-prompt-embedding-table-size {table.shape[0]}"
             )
         self._decoder.load_prompt_table(table)
+        self._table = table
         self.prompt_rows = 0 if table is None else len(table)
 
     def trace(self, step: Step) -> dict[str, Tensor]:
         """Run the engine's weights through the canonical decoder and record every operation."""
         from porttool.nn.trace import traced
 
-        return traced(self._canonical().module, step)
+        canonical = self._canonical()
+        canonical.load_prompt_table(self._table)
+        return traced(canonical.module, step)
 
     def _canonical(self) -> CanonicalDecoder:
         import torch
