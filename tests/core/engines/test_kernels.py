@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import cuda_cases as cases
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_launch import (
+    Projected,
     activation,
     attend,
     merge,
@@ -49,7 +50,7 @@ def decoder(case: str, n_slots: int = 20, **changes: object) -> CudaDecoder:
     tuning = default_tuning(shape, "cpu")
     streams = dict.fromkeys(tuning.stream, StreamTile(8, 32, held=1))
     wides = {
-        rows: {name: WideTile(16, 16, 4, 2, 2 if name in ("out", "down") else 1) for name in tiles}
+        rows: {name: WideTile(16, 16, 4, 2, 1 if name in ("up", "head") else 2) for name in tiles}
         for rows, tiles in tuning.wide.items()
     }
     tuning = replace(tuning, stream=streams, wide=wides, attention=AttentionTile(3, 8),
@@ -184,7 +185,8 @@ def test_attention_over_a_cache(case: str, splits: int) -> None:
     made.rows.slots[:2] = torch.tensor([0, 1])
     made.rows.positions[:2] = torch.tensor(lengths)
     scratch.qkv[:2] = torch.randn(2, c.qkv_dim)
-    attend(model, made.rows, 0, scratch, AttentionTile(splits, 16), 2)
+    attend(model, made.rows, 0, scratch, AttentionTile(splits, 16, stages=splits), 2,
+           Projected(scratch.qkv))  # fmt: skip
     if splits > 1:
         merge(model, scratch, splits, 2)
     attention = cases.drawn(c, torch.float32).layers[0].attention

@@ -82,13 +82,13 @@ def measured(request: BuildRequest, rank: Rank) -> Mapping[str, Any]:
 
     if not torch.cuda.is_available():
         raise UsageError("tune was asked for, but torch sees no GPU; build without it")
-    from porttool.engines.torch.cuda_tune import tune
+    from porttool.engines.torch.cuda_tune import tune, tuned_rows
 
     limits = request.limits
     return tune(
         rank_config(request.config, rank.world_size),
         dtype=getattr(torch, request.dtype),
-        batch_sizes=tuple(sorted({1, limits.max_batch_size})),
+        batch_sizes=tuned_rows(limits.max_batch_size),
         context=limits.max_input_len,
     )
 

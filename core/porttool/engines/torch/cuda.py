@@ -28,6 +28,7 @@ from porttool.engines.torch.cuda_tuning import (
     Tuning,
     default_tuning,
     gpu_name,
+    shapes,
     tile_rows,
 )
 from porttool.engines.torch.cuda_weights import pack_weights
@@ -35,14 +36,23 @@ from porttool.engines.torch.device_decoder import DeviceDecoder
 from porttool.errors import EngineError, UsageError
 from porttool.nn import Step
 
-TOKENS_A_GRAPH = 16
-"""Greedy tokens in the long graph; the rest of a request is replayed one by one."""
+TOKENS_A_GRAPH = (2, 16)
+"""Greedy tokens in the graphs. A short one goes first: a long one's launch hides behind it."""
 
 PREFILL_TOKENS = (4096, 16384)
 """Prompt tokens that go through the layers together: at least, and at most."""
 
 PREFILL_SHARE = 0.04
 """Of the memory for weights and cache, what a prefill's activations may take in between."""
+
+
+def graph_sizes(count: int) -> list[int]:
+    """Cut a number of greedy tokens into graphs: a short one, long ones, the rest in short ones."""
+    short, long = TOKENS_A_GRAPH
+    if count < short:
+        return [1] * count
+    longs, rest = divmod(count - short, long)
+    return [short] + [long] * longs + [short] * (rest // short) + [1] * (rest % short)
 
 
 class CudaDecoder(DeviceDecoder):
@@ -138,9 +148,7 @@ class CudaDecoder(DeviceDecoder):
         while n_tokens > 0:
             count = min(n_tokens, HISTORY)
             self.rows.cursor.zero_()
-            for size in [TOKENS_A_GRAPH] * (count // TOKENS_A_GRAPH) + [1] * (
-                count % TOKENS_A_GRAPH
-            ):
+            for size in graph_sizes(count):
                 self._replay("greedy", n, size)
             pieces.append(self.rows.history[: packed.n_rows, :count].long())
             n_tokens -= count
@@ -211,7 +219,8 @@ class CudaDecoder(DeviceDecoder):
                          wide_attention(self.model, n).splits)  # fmt: skip
             self._scratch[n] = make_scratch(
                 self.config, n, splits=splits,
-                split=max(tiles["out"].split, tiles["down"].split),
+                sums=max(tiles[name].split * shapes(self.config)[name][0]
+                         for name in ("qkv", "out", "down")),
                 n_best=-(-self.config.vocab_size // min(blocks)), dtype=self.dtype,
                 device=self.device,
             )  # fmt: skip

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from porttool.engines.torch.cuda_launch import (
     Model,
+    Projected,
     append,
     attend,
     merge,
@@ -36,7 +37,7 @@ class StreamChain:
         tiles, attention = m.tuning.stream, m.tuning.attention
         for index, layer in enumerate(m.weights.layers):
             stream(m, s, layer.qkv, tiles["qkv"], n, s.x, s.qkv, early=index > 0)
-            attend(m, self.rows, index, s, attention, n)
+            attend(m, self.rows, index, s, attention, n, Projected(s.qkv))
             if attention.splits > 1 and not self.joins_in_out:
                 merge(m, s, attention.splits, n)
             splits = attention.splits if self.joins_in_out else 0
@@ -78,9 +79,12 @@ class WideChain:
         for index, layer in enumerate(m.weights.layers):
             self._norm(n, before, layer.qkv, early=index > 0)
             wide(m, s, layer.qkv, tiles["qkv"], n, s.normed, s.qkv)
+            qkv = Projected(s.qkv)
+            if tiles["qkv"].split > 1:
+                qkv = Projected(s.delta, layer.qkv.bias, tiles["qkv"].split)
             if not self.append:
-                append(m, self.rows, index, s.qkv, s.attended, n)
-            attend(m, self.rows, index, s, attention, n, append=self.append)
+                append(m, self.rows, index, qkv, s.attended, n)
+            attend(m, self.rows, index, s, attention, n, qkv, append=self.append)
             if attention.splits > 1:
                 merge(m, s, attention.splits, n)
             wide(m, s, layer.out, tiles["out"], n, s.attended, None)
@@ -119,12 +123,6 @@ class WideChain:
 
 
 def wide_attention(model: Model, n: int) -> AttentionTile:
-    """Cut the context for n rows: always alike up to SMALL_ROWS, then to fill the GPU."""
+    """Cut the context for n rows: always alike up to SMALL_ROWS, then as measured."""
     t = model.tuning
-    if n <= SMALL_ROWS:
-        return t.attention
-    tile = t.wide_attention[str(tile_rows(n))]
-    splits = tile.splits
-    while splits < 16 and n * model.config.n_kv_head * splits < 264:
-        splits *= 2
-    return AttentionTile(splits, tile.block_t, tile.warps)
+    return t.attention if n <= SMALL_ROWS else t.wide_attention[str(tile_rows(n))]

@@ -34,6 +34,9 @@ from porttool.engines.torch.kernels.wide import wide_linear
 EVICT = "evict_first"
 """Weights pass through the L2 cache first out, so that code, norms and activations stay in it."""
 
+AHEAD = 4
+"""Cache lines of each weight row that a product asks for before its predecessor ends."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -75,28 +78,46 @@ def embed(model: Model, rows: Rows, x: Tensor, n: int, table: Tensor | None) -> 
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Projected:
+    """Queries, keys and values of a step: [rows, qkv_dim], or `parts` float32 sums of them.
+
+    `bias` [qkv_dim] is what is still to be added to the sum of the parts.
+    """
+
+    value: Tensor
+    bias: Tensor | None = None
+    parts: int = 1
+
+    def arguments(self, model: Model, n: int) -> dict[str, Any]:
+        """What a kernel is told of it, for a step of n rows."""
+        return {
+            "bias": self.value if self.bias is None else self.bias, "PARTS": self.parts,
+            "HAS_BIAS": self.bias is not None, "stride": n * model.config.qkv_dim,
+        }  # fmt: skip
+
+
 def attend(
-    model: Model, rows: Rows, layer: int, scratch: Scratch, tile: AttentionTile, n: int, *,
-    append: bool = True,
+    model: Model, rows: Rows, layer: int, scratch: Scratch, tile: AttentionTile, n: int,
+    qkv: Projected, *, append: bool = True,
 ) -> None:  # fmt: skip
     """Attention of n single positions; leaves parts, or the average where nothing is split."""
     c, s = model.config, scratch
     options = dict(
         HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
         BLOCK_D=power_of_two(c.head_dim), BLOCK_T=tile.block_t, SPLITS=tile.splits,
-        APPEND=append, PDL=model.chained, EVICT=EVICT, num_warps=tile.warps, **model.launch,
-    )  # fmt: skip
-    arguments = (
-        s.qkv, model.cache.keys[layer], model.cache.values[layer], rows.slots, rows.positions,
-        model.cosine, model.sine, s.part, s.weight, s.attended, c.layer_scale(layer),
-        model.cache.capacity,
+        STAGES=tile.stages, APPEND=append, PDL=model.chained, EVICT=EVICT, num_warps=tile.warps,
+        keys=model.cache.keys[layer], values=model.cache.values[layer], slots=rows.slots,
+        positions=rows.positions, cosine=model.cosine, sine=model.sine, part=s.part,
+        weight=s.weight, out=s.attended, scale=c.layer_scale(layer),
+        capacity=model.cache.capacity, **qkv.arguments(model, n), **model.launch,
     )  # fmt: skip
     grid = (tile.splits, c.n_kv_head, n)
     if c.n_head == c.n_kv_head:
-        decode_attention[grid](*arguments, **options)
+        decode_attention[grid](qkv.value, **options)
         return
     block_g = max(16, power_of_two(c.n_head // c.n_kv_head))
-    group_attention[grid](*arguments, BLOCK_G=block_g, PRECISION=model.precision, **options)
+    group_attention[grid](qkv.value, BLOCK_G=block_g, PRECISION=model.precision, **options)
 
 
 def merge(model: Model, scratch: Scratch, splits: int, n: int) -> None:
@@ -111,21 +132,22 @@ def merge(model: Model, scratch: Scratch, splits: int, n: int) -> None:
     )  # fmt: skip
 
 
-def append(model: Model, rows: Rows, layer: int, qkv: Tensor, query: Tensor, n: int) -> None:
+def append(model: Model, rows: Rows, layer: int, qkv: Projected, query: Tensor, n: int) -> None:
     """Put n packed tokens' keys and values in the cache, and rotated queries in `query`.
 
-    Without rotation `query` is left alone: the queries in qkv are right as they are.
+    Whole queries without rotation are right as they are: then `query` is left alone.
     """
     c = model.config
     block_d = power_of_two(c.head_dim)
-    first = 0 if model.rotary else c.n_head
+    first = 0 if model.rotary or qkv.parts > 1 else c.n_head
     heads = c.n_head + 2 * c.n_kv_head - first
     block_h = min(max(1, 2048 // block_d), power_of_two(heads))
     append_kernel[(-(-heads // block_h), n)](
-        qkv, query, model.cache.keys[layer], model.cache.values[layer], rows.slots,
-        rows.positions, model.cosine, model.sine, model.cache.capacity,
-        HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
-        FIRST=first, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
+        qkv.value, query=query, keys=model.cache.keys[layer], values=model.cache.values[layer],
+        slots=rows.slots, positions=rows.positions, cosine=model.cosine, sine=model.sine,
+        capacity=model.cache.capacity, HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim,
+        ROTARY=model.rotary, FIRST=first, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4,
+        **qkv.arguments(model, n),
     )  # fmt: skip
 
 
@@ -192,7 +214,10 @@ def wide(
     model: Model, scratch: Scratch, linear: Linear, tile: WideTile, n: int, x: Tensor,
     out: Tensor | None, *, act: str = "none", best: bool = False,
 ) -> None:  # fmt: skip
-    """Multiply n rows; without `out` and `best` leaves tile.split sums in scratch.delta."""
+    """Multiply n rows. With a split, or without `out` and `best`, sums stay in scratch.delta.
+
+    Those are tile.split sums [n, columns] in float32, without the bias.
+    """
     s = scratch
     if tile.block_n == 0:
         library(s, linear, n, x, out, act)
@@ -200,16 +225,15 @@ def wide(
     columns, inner = linear.weight.shape
     columns //= 2 if linear.gated else 1
     block_m = tile_rows(n)
-    delta = out is None and not best
+    delta = tile.split > 1 or (out is None and not best)
     biased = linear.bias is not None and not delta
     wide_linear[(-(-columns // tile.block_n), tile.split, -(-n // block_m))](
         x, linear.weight, linear.bias if biased else s.x, s.delta if out is None else out,
         s.delta, s.best, s.where, n, N=columns, K=inner, GATED=linear.gated, ACT=act,
         HAS_BIAS=biased, STORE=delta or out is not None, BEST=best,
-        SPLIT=tile.split if delta else 1, BLOCK_M=block_m, BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k, STAGES=tile.stages, PRECISION=model.precision,
-        PDL=model.chained, EVICT=EVICT, num_warps=tile.warps,
-        **model.launch,
+        SPLIT=tile.split, BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        STAGES=tile.stages, AHEAD=AHEAD, PRECISION=model.precision, PDL=model.chained,
+        EVICT=EVICT, num_warps=tile.warps, **model.launch,
     )  # fmt: skip
 
 
@@ -222,10 +246,19 @@ def library(
         target = scratch.gates[:n]
     if linear.bias is None or out is None:
         torch.mm(x[:n], linear.weight.t(), out=target)
+    elif in_epilogue(linear, act, x):
+        torch._addmm_activation(linear.bias, x[:n], linear.weight.t(), use_gelu=True, out=target)
+        return
     else:
         torch.addmm(linear.bias, x[:n], linear.weight.t(), out=target)
     if act != "none" and out is not None:
         activation(target, out[:n], act, gated=linear.gated)
+
+
+def in_epilogue(linear: Linear, act: str, x: Tensor) -> bool:
+    """Whether the library applies this activation within its product (GELU's tanh form)."""
+    whole = linear.bias is not None and not linear.gated
+    return whole and act == "gelu_tanh" and x.is_cuda and x.dtype != torch.float32
 
 
 def activation(hidden: Tensor, out: Tensor, kind: str, *, gated: bool) -> None:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from porttool.engines.torch.cuda_launch import Model, activation, append, residual_norm
+from porttool.engines.torch.cuda_launch import (
+    Model,
+    Projected,
+    activation,
+    append,
+    in_epilogue,
+    residual_norm,
+)
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import power_of_two
 from porttool.engines.torch.cuda_weights import Linear
@@ -45,7 +52,7 @@ def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:
         norm(w.qkv)
         qkv = F.linear(normed, w.qkv.weight, w.qkv.bias)
         query = qkv.new_empty(qkv.shape[0], c.n_head * c.head_dim) if model.rotary else qkv
-        append(model, prompt.rows, index, qkv, query, qkv.shape[0])
+        append(model, prompt.rows, index, Projected(qkv), query, qkv.shape[0])
         del qkv
         delta = F.linear(_attend(model, index, query, prompt), w.out.weight, w.out.bias)
         norm(w.up)
@@ -58,8 +65,8 @@ def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:
 
 def _up(normed: Tensor, up: Linear, kind: str) -> Tensor:
     """The MLP's first projection and its activation, in the product's epilogue where it has one."""
-    few = normed.is_cuda and normed.dtype != torch.float32 and normed.shape[0] <= _EPILOGUE_TOKENS
-    if few and kind == "gelu_tanh" and not up.gated and up.bias is not None:
+    few = normed.shape[0] <= _EPILOGUE_TOKENS
+    if few and up.bias is not None and in_epilogue(up, kind, normed):
         return torch._addmm_activation(up.bias, normed, up.weight.t(), use_gelu=True)
     hidden = F.linear(normed, up.weight, up.bias)
     out = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2) if up.gated else hidden

@@ -33,7 +33,7 @@ class Scratch:
     qkv: Tensor  # [rows, qkv_dim]
     attended: Tensor  # [rows, n_head * head_dim]
     hidden: Tensor  # [rows, d_ff]
-    delta: Tensor  # [split * rows * d_model] float32: sums that the next norm adds
+    delta: Tensor  # float32 sums [split, rows, columns] that the next kernel adds
     sum: Tensor  # [rows, d_model]: the same from the library's products
     gates: Tensor  # [rows, up_dim] of a gated MLP, before its activation
     part: Tensor  # [rows, n_head, splits, head_dim] float32
@@ -53,10 +53,10 @@ def make_rows(n: int, device: str) -> Rows:
 
 
 def make_scratch(
-    config: ModelConfig, n: int, *, splits: int, split: int, n_best: int, dtype: torch.dtype,
+    config: ModelConfig, n: int, *, splits: int, sums: int, n_best: int, dtype: torch.dtype,
     device: str,
 ) -> Scratch:  # fmt: skip
-    """Allocate scratch for n rows, `splits` parts of attention and `split` parts of a product."""
+    """Allocate scratch for n rows, `splits` parts of attention and `sums` elements a row."""
     c = config
 
     def new(*shape: int, kind: torch.dtype = torch.float32) -> Tensor:
@@ -68,7 +68,7 @@ def make_scratch(
         qkv=new(c.qkv_dim, kind=dtype),
         attended=new(c.n_head * c.head_dim, kind=dtype),
         hidden=new(c.d_ff, kind=dtype),
-        delta=new(split * c.d_model),
+        delta=new(sums),
         sum=new(c.d_model, kind=dtype),
         gates=new(c.up_dim if c.gated else 1, kind=dtype),
         part=new(c.n_head, splits, c.head_dim),

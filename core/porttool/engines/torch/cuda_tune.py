@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,11 @@ import torch
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
+from porttool.engines.torch.cuda_candidates import (
+    attention_candidates,
+    stream_candidates,
+    wide_candidates,
+)
 from porttool.engines.torch.cuda_launch import stream, wide
 from porttool.engines.torch.cuda_measure import (
     captured,
@@ -21,12 +26,9 @@ from porttool.engines.torch.cuda_measure import (
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
 from porttool.engines.torch.cuda_tuning import (
     SMALL_ROWS,
-    AttentionTile,
     StreamTile,
     Tuning,
     WideTile,
-    default_stream,
-    default_wide,
     shapes,
     tile_rows,
 )
@@ -36,51 +38,8 @@ from porttool.nn import Step
 _COLD_BYTES = 400 << 20
 """Weights that one measurement passes through: several times the L2 cache."""
 
-_SHARED_BYTES = 220 << 10
-"""Shared memory of one program, at most."""
-
-_STREAM = (
-    (2, 512, 2, 4), (2, 1024, 2, 2), (2, 1024, 4, 2), (2, 1024, 4, 3), (2, 2048, 8, 1),
-    (2, 2048, 8, 2), (4, 512, 2, 2), (4, 512, 4, 4), (4, 1024, 4, 1), (4, 1024, 4, 2),
-    (4, 1024, 4, 3), (4, 1024, 8, 4), (4, 2048, 8, 2), (8, 512, 4, 2), (8, 512, 8, 4),
-    (8, 2048, 16, 1), (8, 1024, 8, 2), (4, 256, 2, 2), (4, 256, 2, 4), (8, 256, 2, 1),
-    (8, 256, 2, 2), (8, 256, 2, 3), (8, 256, 4, 2), (8, 256, 4, 4), (16, 256, 4, 2),
-    (16, 256, 4, 3), (16, 256, 8, 2), (16, 256, 8, 4), (32, 256, 8, 2), (32, 256, 16, 3),
-)  # fmt: skip
-
-_WIDE = (
-    (16, 128, 4, 4), (16, 256, 4, 4), (16, 256, 4, 6), (32, 128, 4, 4), (32, 128, 4, 6),
-    (32, 256, 4, 3), (64, 64, 4, 4), (64, 64, 4, 6), (64, 128, 4, 4), (64, 128, 8, 3),
-    (128, 64, 4, 4), (128, 64, 8, 5), (128, 128, 8, 3), (256, 64, 8, 4),
-)  # fmt: skip
-
-
-def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
-    """Tiles worth trying for a single row of a matrix [n, k], the rule's choices among them."""
-    for residual in (False, True):
-        yield default_stream(n, k, gated=gated, residual=residual)
-    for block_n, block_k, warps, held in _STREAM:
-        block_n //= 2 if gated else 1
-        tiles = -(-k // block_k)
-        if block_n and n // block_n >= 48 and block_k < 2 * k and held <= tiles <= 64:
-            yield StreamTile(block_n, block_k, warps, held)
-
-
-def wide_candidates(n: int, k: int, rows: int, name: str, *, gated: bool) -> Iterator[WideTile]:
-    """Tiles worth trying for several rows, with programs for every multiprocessor."""
-    yield default_wide(n, k, rows, name, gated=gated)
-    if rows > SMALL_ROWS and name != "head":
-        yield WideTile(0, 0)
-    for block_n, block_k, warps, stages in _WIDE:
-        block_n //= 2 if gated else 1
-        shared = 2 * stages * block_k * (rows + block_n * (2 if gated else 1))
-        if shared > _SHARED_BYTES or block_k >= 2 * k or block_n < 16:
-            continue
-        for split in (1, 2, 4, 8) if name in ("out", "down") else (1,):
-            programs = -(-n // block_n) * split
-            fills = min(90, n // 48) <= programs <= (4000 if split == 1 else 420)
-            if fills and k // (block_k * split) >= 3:
-                yield WideTile(block_n, block_k, warps, stages, split)
+_MEASURED_MS = 200
+"""A step is measured for about this long, more often than three times only within it."""
 
 
 class _Bench:
@@ -96,8 +55,8 @@ class _Bench:
         self.passes = max(2, -(-_COLD_BYTES // nbytes))
         c = decoder.config
         self.scratch: Scratch = make_scratch(
-            c, max(rows, 16), splits=1, split=8, n_best=-(-c.vocab_size // 2),
-            dtype=decoder.dtype, device=decoder.device,
+            c, max(rows, 16), splits=1, sums=8 * max(c.d_model, c.qkv_dim),
+            n_best=-(-c.vocab_size // 2), dtype=decoder.dtype, device=decoder.device,
         )  # fmt: skip
         for buffer in (self.scratch.x, self.scratch.normed, self.scratch.attended,
                        self.scratch.hidden):  # fmt: skip
@@ -139,8 +98,8 @@ def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 
     ones = torch.ones(n, dtype=torch.int64)
     step = Step(torch.arange(n), ones[:, None], ones * context, ones)
     decoder.decode(step, tokens)
-    times = []
-    for _ in range(6):
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 6 and sum(times) * 3 * tokens < _MEASURED_MS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         decoder.rewind(n, context)
@@ -152,20 +111,6 @@ def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 
         end.synchronize()
         times.append(start.elapsed_time(end) / (3 * tokens))
     return float(statistics.median(times[1:]))
-
-
-def attention_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
-    """Cuts of the context worth trying for n rows."""
-    shared = config.n_kv_head < config.n_head
-    for splits in (2, 4, 5, 8, 9, 10, 12, 16) if n == 1 else (1, 2):
-        for block_t in (16, 32, 64, 128, 256, 512):
-            if n == 1 and not 512 <= block_t * splits <= 1024:
-                continue
-            if shared and block_t * config.head_dim > 8192:
-                continue
-            for warps in (1, 2, 4, 8, 16):
-                if 16 <= block_t * config.head_dim // (32 * warps) <= 64:
-                    yield AttentionTile(splits, block_t, warps)
 
 
 def with_tile(tuning: Tuning, name: str, tile: StreamTile | WideTile, n: int) -> Tuning:
@@ -225,7 +170,8 @@ def leaders(
             else list(wide_candidates(n, k, rows, name, gated=gated))
         )
         timed = {tile: bench.microseconds(tile) for tile in dict.fromkeys(tiles)}
-        out[name] = sorted(timed, key=timed.__getitem__)[:count]
+        best = sorted(timed, key=timed.__getitem__)
+        out[name] = best[:count] + [tile for tile in best[count:] if not tile.block_n]
     return out
 
 
@@ -235,17 +181,24 @@ def refine(
     """Try the leaders in the whole step of n rows, where neighbours matter; milliseconds."""
     first = decoder.tuning
     for name, tiles in found.items():
-        first = with_tile(first, name, tiles[0], n)
+        first = with_tile(first, name, next(t for t in tiles if t.block_n), n)
     decoder.use(first)
     search = _Search(decoder, n, context)
-    search.offer_attention()
+    if n == 1 or n > SMALL_ROWS:
+        search.offer_attention()
     for name, tiles in found.items():
-        for tile in tiles[1:]:
+        for tile in tiles:
             search.offer_tile(name, tile)
     if n == 1:
         search.offer(replace(search.best, join_in_out=True))
     decoder.use(search.best)
     return search.time
+
+
+def tuned_rows(max_batch_size: int) -> tuple[int, ...]:
+    """One batch size for every row tile that batches of up to so many rows run in."""
+    tops = {tile_rows(n): n for n in range(2, max_batch_size + 1)}
+    return 1, *(min(top, rows) for rows, top in sorted(tops.items()))
 
 
 def tune(
@@ -260,8 +213,7 @@ def tune(
     """Measure the candidates on this GPU with random weights; the winners as plain data.
 
     Each matrix is first measured alone, then its fastest few in whole steps of each batch size
-    at `context` tokens. 16 rows take the tiles of 32, and 64 those of 128, unless they are asked
-    for.
+    at `context` tokens. Steps of other sizes run in the tiles of the same `tile_rows`.
     """
     found = {
         n: leaders(config, dtype=dtype, rows=1 if n == 1 else tile_rows(n), device=device)
@@ -271,20 +223,10 @@ def tune(
         config, random_weights(config, dtype, device), dtype=dtype,
         limits=limits_of(max(batch_sizes), context + 128), device=device,
     )  # fmt: skip
+    for cached in (decoder.model.cache.keys, decoder.model.cache.values):
+        cached.normal_()  # zeros would draw less power and run faster
     notes = {}
     for n in batch_sizes:
         notes[f"ms at {n} x {context}"] = round(refine(decoder, found[n], n, context), 4)
         report(f"{n} rows: {notes[f'ms at {n} x {context}']} ms a step")
-    tuning = decoder.tuning
-    wide = dict(tuning.wide)
-    asked = {str(tile_rows(n)) for n in batch_sizes if n > 1}
-    for missing, like in (("16", "32"), ("64", "128")):
-        if missing not in asked and like in asked:
-            wide[missing] = {
-                name: tile if tile.block_n or missing != "16" else wide["16"][name]
-                for name, tile in wide[like].items()
-            }
-    attention = dict(tuning.wide_attention)
-    if "64" not in asked:
-        attention["64"] = attention["32"]
-    return replace(tuning, wide=wide, wide_attention=attention, notes=notes).as_dict()
+    return replace(decoder.tuning, notes=notes).as_dict()

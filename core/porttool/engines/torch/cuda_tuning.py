@@ -43,11 +43,12 @@ class WideTile:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Parts of the context, positions a program takes at a time, and its warps."""
+    """Parts of the context, positions a program takes at a time, its warps and tiles in flight."""
 
     splits: int
     block_t: int
     warps: int = 4
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -160,5 +161,8 @@ def default_tuning(config: ModelConfig, device: str) -> Tuning:
     block_t = 128 if c.head_dim <= 64 else 64 if c.head_dim <= 128 else 32
     if c.n_kv_head < c.n_head:
         block_t = min(block_t, 64)
-    several = dict.fromkeys(wide, AttentionTile(1, 16, 1))
+    several = {
+        rows: AttentionTile(power_of_two(-(-128 // (int(rows) * c.n_kv_head))), 16, 2)
+        for rows in wide
+    }
     return Tuning(gpu_name(device), stream, wide, AttentionTile(splits, block_t, 8), several)

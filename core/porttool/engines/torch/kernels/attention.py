@@ -9,24 +9,105 @@ from porttool.engines.torch.kernels.chain import announce, await_predecessor
 
 
 @triton.jit
-def rotated(base, head, at, d, position, cosine, sine, DIM: tl.constexpr, ROTARY: tl.constexpr,
-            live):  # fmt: skip
-    """Read element d of a head at `base`, rotated by its position (Su et al. 2021).
+def projected(qkv, bias, at, live, stride, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Elements `at` of a token's queries, keys and values, in float32.
+
+    qkv [(HEADS + 2 KV) DIM] is the token's row. With PARTS > 1 it is the first of so many sums in
+    float32, `stride` apart, that a cut inner dimension left, and the bias is still to be added.
+    """
+    value = tl.load(qkv + at, mask=live, other=0.0).to(tl.float32)
+    for p in tl.static_range(1, PARTS):
+        value += tl.load(qkv + p * stride + at, mask=live, other=0.0)
+    if PARTS > 1 and HAS_BIAS:
+        value += tl.load(bias + at, mask=live, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def rotated(
+    qkv, bias, head, d, live, position, cosine, sine, stride, DIM: tl.constexpr,
+    ROTARY: tl.constexpr, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Element d of a head, rotated by its position (Su et al. 2021), in float32.
 
     Element i is paired with i + ROTARY / 2; elements from ROTARY on pass through.
     """
-    value = tl.load(base + head * DIM + d, mask=live, other=0.0).to(tl.float32)
+    value = projected(qkv, bias, head * DIM + d, live, stride, PARTS, HAS_BIAS)
     if ROTARY > 0:
         HALF: tl.constexpr = ROTARY // 2
         turns = live & (d < ROTARY)
         low = d < HALF
-        partner = tl.where(low, d + HALF, d - HALF)
-        other = tl.load(base + head * DIM + partner, mask=turns, other=0.0).to(tl.float32)
+        partner = head * DIM + tl.where(low, d + HALF, d - HALF)
+        other = projected(qkv, bias, partner, turns, stride, PARTS, HAS_BIAS)
         angle = position * HALF + d % HALF
         c = tl.load(cosine + angle, mask=turns, other=1.0)
         s = tl.load(sine + angle, mask=turns, other=0.0)
         value = value * c + tl.where(low, -other, other) * s
     return value
+
+
+@triton.jit
+def _cut(position, SPLITS: tl.constexpr):
+    """First and one past the last position of this program's part of the context."""
+    chunk = tl.cdiv(tl.cdiv(position + 1, SPLITS), 16) * 16
+    low = tl.program_id(0) * chunk
+    return low, tl.minimum(low + chunk, position + 1)
+
+
+@triton.jit
+def _read(keys, values, first, end, t, d, DIM: tl.constexpr, EVICT: tl.constexpr):
+    """Keys and values [len(t), len(d)] from `first` on; zeros from `end` on."""
+    inside = ((first + t) < end)[:, None] & (d < DIM)[None, :]
+    at = first * DIM + t[:, None] * DIM + d[None, :]
+    key = tl.load(keys + at, mask=inside, other=0.0, eviction_policy=EVICT)
+    value = tl.load(values + at, mask=inside, other=0.0, eviction_policy=EVICT)
+    return key, value
+
+
+@triton.jit
+def _own(
+    qkv, bias, keys, values, d, slot, position, cosine, sine, stride, HEADS: tl.constexpr,
+    KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The token's own key and value [len(d)]; the part that holds its position stores them."""
+    kv = tl.program_id(1)
+    kind = keys.dtype.element_ty
+    whole = d < DIM
+    key = rotated(qkv, bias, HEADS + kv, d, whole, position, cosine, sine, stride, DIM, ROTARY,
+                  PARTS, HAS_BIAS).to(kind)  # fmt: skip
+    value = projected(qkv, bias, (HEADS + KV + kv) * DIM + d, whole, stride, PARTS, HAS_BIAS)
+    value = value.to(kind)
+    low, high = _cut(position, SPLITS)
+    if (high == position + 1) & (low <= position) & (slot >= 0):
+        tl.store(keys + position * DIM + d, key, mask=whole)
+        tl.store(values + position * DIM + d, value, mask=whole)
+    return key, value
+
+
+@triton.jit
+def _fold_alone(key, value, query, at, high, scale, top, total, acc):
+    """Take positions `at` in; every thread keeps a running softmax of its own positions."""
+    score = tl.sum(key.to(tl.float32) * query[None, :], 1) * scale
+    score = tl.where(at < high, score, float("-inf"))
+    above = tl.maximum(top, score)
+    safe = tl.where(above == float("-inf"), 0.0, above)
+    chance = tl.exp(score - safe)
+    shrink = tl.exp(top - safe)
+    acc = acc * shrink[:, None] + chance[:, None] * value.to(tl.float32)
+    return above, total * shrink + chance, acc
+
+
+@triton.jit
+def _fold_group(key, value, query, at, high, scale, top, total, acc, PRECISION: tl.constexpr):
+    """Take positions `at` in, for all heads of the group (Milakov and Gimelshein 2018)."""
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    score = tl.where((at < high)[None, :], score, float("-inf"))
+    above = tl.maximum(top, tl.max(score, 1))
+    chance = tl.exp(score - above[:, None])
+    shrink = tl.exp(top - above)
+    acc = tl.dot(chance.to(key.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+    return above, total * shrink + tl.sum(chance, 1), acc
 
 
 @triton.jit
@@ -36,170 +117,136 @@ def _add2(a, b, x, y):
 
 @triton.jit
 def decode_attention(
-    qkv, keys, values, slots, positions, cosine, sine, part, weight, out, scale, capacity,
-    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, APPEND: tl.constexpr,
-    EVICT: tl.constexpr, PDL: tl.constexpr,
+    qkv, bias, keys, values, slots, positions, cosine, sine, part, weight, out, scale, capacity,
+    stride, HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, APPEND: tl.constexpr, EVICT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One head of its own keys: softmax(scale q k^T) v over positions 0 .. positions[row].
 
-    qkv [rows, (HEADS + 2 KV) DIM]; keys, values [slots, KV, capacity, DIM] of one layer; grid
-    (SPLITS, KV, rows). With APPEND the row's own key and value are taken from qkv and stored;
-    without, the cache holds them already (several tokens of a row in one step), and the sums
-    are the same ones in the same order. A negative slot is a padding row: nothing is stored.
-    Every thread keeps a running softmax of its own positions; they are joined at the end.
+    qkv [rows, (HEADS + 2 KV) DIM] or PARTS sums of it; keys, values [slots, KV, capacity, DIM] of
+    one layer; grid (SPLITS, KV, rows). With APPEND the row's own key and value are taken from qkv
+    and stored; without, the cache holds them already (several tokens of a row in one step), and
+    the sums are the same ones in the same order. A negative slot is a padding row: nothing is
+    stored. With STAGES 1 a tile of keys and values is held in registers ahead of its use, the
+    first before the wait; else STAGES - 1 of them are in flight to shared memory: slower to start,
+    4.1 of the memory's 4.3 TB/s once many rows are in flight.
     """
-    split, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv, row = tl.program_id(1), tl.program_id(2)
     announce(PDL)
     position = tl.load(positions + row)
     slot = tl.load(slots + row)
-    chunk = tl.cdiv(tl.cdiv(position + 1, SPLITS), 16) * 16
-    low = split * chunk
-    high = tl.minimum(low + chunk, position + 1)
+    low, high = _cut(position, SPLITS)
     stored = high
     if APPEND:
         stored = tl.minimum(high, position)
     d = tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
-    whole = d < DIM
     start = (tl.maximum(slot, 0).to(tl.int64) * KV + kv) * capacity * DIM
-    inner = t[:, None] * DIM + d[None, :]
-    inside = ((low + t) < stored)[:, None] & whole[None, :]
-    key_tile = tl.load(keys + start + low * DIM + inner, mask=inside, other=0.0,
-                       eviction_policy=EVICT)  # fmt: skip
-    value_tile = tl.load(values + start + low * DIM + inner, mask=inside, other=0.0,
-                         eviction_policy=EVICT)  # fmt: skip
+    keys += start
+    values += start
+    if STAGES < 2:
+        next_key, next_value = _read(keys, values, low, stored, t, d, DIM, EVICT)
     await_predecessor(PDL)
-    base = qkv + row.to(tl.int64) * ((HEADS + 2 * KV) * DIM)
-    kind = keys.dtype.element_ty
-    query = rotated(base, kv, d, d, position, cosine, sine, DIM, ROTARY, whole)
-    query = query.to(kind).to(tl.float32)
+    qkv += row.to(tl.int64) * ((HEADS + 2 * KV) * DIM)
+    query = rotated(qkv, bias, kv, d, d < DIM, position, cosine, sine, stride, DIM, ROTARY, PARTS,
+                    HAS_BIAS).to(keys.dtype.element_ty).to(tl.float32)  # fmt: skip
     if APPEND:
-        new_key = rotated(base, HEADS + kv, d, d, position, cosine, sine, DIM, ROTARY, whole)
-        new_key = new_key.to(kind)
-        new_value = tl.load(base + (HEADS + KV + kv) * DIM + d, mask=whole, other=0.0).to(kind)
-        if (high == position + 1) & (low <= position) & (slot >= 0):
-            tl.store(keys + start + position * DIM + d, new_key, mask=whole)
-            tl.store(values + start + position * DIM + d, new_value, mask=whole)
-    high_t = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-    total_t = tl.zeros((BLOCK_T,), tl.float32)
+        new_key, new_value = _own(qkv, bias, keys, values, d, slot, position, cosine, sine, stride,
+                                  HEADS, KV, DIM, ROTARY, PARTS, HAS_BIAS, SPLITS)  # fmt: skip
+    top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for first in range(low, high, BLOCK_T):
-        key, value = key_tile, value_tile
-        ahead = first + BLOCK_T
-        inside = ((ahead + t) < stored)[:, None] & whole[None, :]
-        key_tile = tl.load(keys + start + ahead * DIM + inner, mask=inside, other=0.0,
-                           eviction_policy=EVICT)  # fmt: skip
-        value_tile = tl.load(values + start + ahead * DIM + inner, mask=inside, other=0.0,
-                             eviction_policy=EVICT)  # fmt: skip
+    for first in tl.range(low, high, BLOCK_T, num_stages=STAGES):
+        if STAGES < 2:
+            key, value = next_key, next_value
+            next_key, next_value = _read(keys, values, first + BLOCK_T, stored, t, d, DIM, EVICT)
+        else:
+            key, value = _read(keys, values, first, stored, t, d, DIM, EVICT)
         at = first + t
         if APPEND:
             own = (at == position)[:, None]
             key = tl.where(own, new_key[None, :], key)
             value = tl.where(own, new_value[None, :], value)
-        score = tl.sum(key.to(tl.float32) * query[None, :], 1) * scale
-        score = tl.where(at < high, score, float("-inf"))
-        above = tl.maximum(high_t, score)
-        safe = tl.where(above == float("-inf"), 0.0, above)
-        chance = tl.exp(score - safe)
-        shrink = tl.exp(high_t - safe)
-        total_t = total_t * shrink + chance
-        acc = acc * shrink[:, None] + chance[:, None] * value.to(tl.float32)
-        high_t = above
-    highest = tl.max(high_t, 0)
-    share = tl.exp(high_t - tl.where(highest == float("-inf"), 0.0, highest))
-    shares = tl.broadcast_to((total_t * share)[:, None], (BLOCK_T, BLOCK_D))
+        top, total, acc = _fold_alone(key, value, query, at, high, scale, top, total, acc)
+    highest = tl.max(top, 0)
+    share = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
+    shares = tl.broadcast_to((total * share)[:, None], (BLOCK_T, BLOCK_D))
     joined, weight_sum = tl.reduce((acc * share[:, None], shares), 0, _add2)
     average = tl.where(weight_sum > 0, joined / weight_sum, 0.0)
+    head = row.to(tl.int64) * HEADS + kv
     if SPLITS == 1:
-        at = (row.to(tl.int64) * HEADS + kv) * DIM + d
-        tl.store(out + at, average.to(out.dtype.element_ty), mask=whole)
+        tl.store(out + head * DIM + d, average.to(out.dtype.element_ty), mask=d < DIM)
     else:
-        at = (row.to(tl.int64) * HEADS + kv) * SPLITS + split
-        tl.store(part + at * DIM + d, average, mask=whole)
+        at = head * SPLITS + tl.program_id(0)
+        tl.store(part + at * DIM + d, average, mask=d < DIM)
         tl.store(weight + at + 0 * d, highest + tl.log(weight_sum), mask=d == 0)
 
 
 @triton.jit
 def group_attention(
-    qkv, keys, values, slots, positions, cosine, sine, part, weight, out, scale, capacity,
-    HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr, SPLITS: tl.constexpr,
-    APPEND: tl.constexpr, PRECISION: tl.constexpr, EVICT: tl.constexpr, PDL: tl.constexpr,
+    qkv, bias, keys, values, slots, positions, cosine, sine, part, weight, out, scale, capacity,
+    stride, HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, APPEND: tl.constexpr, EVICT: tl.constexpr,
+    PDL: tl.constexpr, BLOCK_G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `decode_attention`, with the query heads that share a key as rows of a matrix product.
 
     BLOCK_G is HEADS / KV rounded up to a power of two of at least 16; grid (SPLITS, KV, rows).
     """
-    split, kv, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv, row = tl.program_id(1), tl.program_id(2)
     announce(PDL)
     GROUP: tl.constexpr = HEADS // KV
     position = tl.load(positions + row)
     slot = tl.load(slots + row)
-    chunk = tl.cdiv(tl.cdiv(position + 1, SPLITS), 16) * 16
-    low = split * chunk
-    high = tl.minimum(low + chunk, position + 1)
+    low, high = _cut(position, SPLITS)
     stored = high
     if APPEND:
         stored = tl.minimum(high, position)
     d = tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
     g = tl.arange(0, BLOCK_G)
-    whole = d < DIM
     start = (tl.maximum(slot, 0).to(tl.int64) * KV + kv) * capacity * DIM
-    inner = t[:, None] * DIM + d[None, :]
-    inside = ((low + t) < stored)[:, None] & whole[None, :]
-    key_tile = tl.load(keys + start + low * DIM + inner, mask=inside, other=0.0,
-                       eviction_policy=EVICT)  # fmt: skip
-    value_tile = tl.load(values + start + low * DIM + inner, mask=inside, other=0.0,
-                         eviction_policy=EVICT)  # fmt: skip
+    keys += start
+    values += start
+    if STAGES < 2:
+        next_key, next_value = _read(keys, values, low, stored, t, d, DIM, EVICT)
     await_predecessor(PDL)
-    base = qkv + row.to(tl.int64) * ((HEADS + 2 * KV) * DIM)
-    kind = keys.dtype.element_ty
-    both = (g < GROUP)[:, None] & whole[None, :]
+    qkv += row.to(tl.int64) * ((HEADS + 2 * KV) * DIM)
+    both = (g < GROUP)[:, None] & (d < DIM)[None, :]
     line = tl.broadcast_to(d[None, :], (BLOCK_G, BLOCK_D))
-    query = rotated(base, kv * GROUP + g[:, None], line, line, position, cosine, sine, DIM,
-                    ROTARY, both).to(kind)  # fmt: skip
+    query = rotated(qkv, bias, kv * GROUP + g[:, None], line, both, position, cosine, sine, stride,
+                    DIM, ROTARY, PARTS, HAS_BIAS).to(keys.dtype.element_ty)  # fmt: skip
     if APPEND:
-        new_key = rotated(base, HEADS + kv, d, d, position, cosine, sine, DIM, ROTARY, whole)
-        new_key = new_key.to(kind)
-        new_value = tl.load(base + (HEADS + KV + kv) * DIM + d, mask=whole, other=0.0).to(kind)
-        if (high == position + 1) & (low <= position) & (slot >= 0):
-            tl.store(keys + start + position * DIM + d, new_key, mask=whole)
-            tl.store(values + start + position * DIM + d, new_value, mask=whole)
-    highest = tl.full((BLOCK_G,), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((BLOCK_G,), tl.float32)
+        new_key, new_value = _own(qkv, bias, keys, values, d, slot, position, cosine, sine, stride,
+                                  HEADS, KV, DIM, ROTARY, PARTS, HAS_BIAS, SPLITS)  # fmt: skip
+    top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_G,), tl.float32)
     acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    for first in range(low, high, BLOCK_T):
-        key, value = key_tile, value_tile
-        ahead = first + BLOCK_T
-        inside = ((ahead + t) < stored)[:, None] & whole[None, :]
-        key_tile = tl.load(keys + start + ahead * DIM + inner, mask=inside, other=0.0,
-                           eviction_policy=EVICT)  # fmt: skip
-        value_tile = tl.load(values + start + ahead * DIM + inner, mask=inside, other=0.0,
-                             eviction_policy=EVICT)  # fmt: skip
+    for first in tl.range(low, high, BLOCK_T, num_stages=STAGES):
+        if STAGES < 2:
+            key, value = next_key, next_value
+            next_key, next_value = _read(keys, values, first + BLOCK_T, stored, t, d, DIM, EVICT)
+        else:
+            key, value = _read(keys, values, first, stored, t, d, DIM, EVICT)
         at = first + t
         if APPEND:
             own = (at == position)[:, None]
             key = tl.where(own, new_key[None, :], key)
             value = tl.where(own, new_value[None, :], value)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-        score = tl.where((at < high)[None, :], score, float("-inf"))
-        above = tl.maximum(highest, tl.max(score, 1))
-        chance = tl.exp(score - above[:, None])
-        shrink = tl.exp(highest - above)
-        weight_sum = weight_sum * shrink + tl.sum(chance, 1)
-        acc = tl.dot(chance.to(kind), value, acc * shrink[:, None], input_precision=PRECISION)
-        highest = above
+        top, total, acc = _fold_group(key, value, query, at, high, scale, top, total, acc,
+                                      PRECISION)  # fmt: skip
     head = row.to(tl.int64) * HEADS + kv * GROUP + g
-    average = tl.where((weight_sum > 0)[:, None], acc / weight_sum[:, None], 0.0)
+    average = tl.where((total > 0)[:, None], acc / total[:, None], 0.0)
     if SPLITS == 1:
         average = average.to(out.dtype.element_ty)
         tl.store(out + head[:, None] * DIM + d[None, :], average, mask=both)
     else:
-        at = head * SPLITS + split
+        at = head * SPLITS + tl.program_id(0)
         tl.store(part + at[:, None] * DIM + d[None, :], average, mask=both)
-        tl.store(weight + at, highest + tl.log(weight_sum), mask=g < GROUP)
+        tl.store(weight + at, top + tl.log(total), mask=g < GROUP)
 
 
 @triton.jit

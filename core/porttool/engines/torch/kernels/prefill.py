@@ -9,19 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from porttool.engines.torch.kernels.attention import rotated
+from porttool.engines.torch.kernels.attention import projected, rotated
 
 
 @triton.jit
 def append_kernel(
-    qkv, query, keys, values, slots, positions, cosine, sine, capacity,
+    qkv, bias, query, keys, values, slots, positions, cosine, sine, capacity, stride,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    FIRST: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Store the rotated keys and the values of packed tokens in the cache, queries in `query`.
 
-    qkv [tokens, (HEADS + 2 KV) DIM]; query [tokens, HEADS * DIM]; grid (head blocks from FIRST
-    on, tokens).
+    qkv [tokens, (HEADS + 2 KV) DIM] or PARTS sums of it; query [tokens, HEADS * DIM]; grid
+    (head blocks from FIRST on, tokens).
     """
     token = tl.program_id(1)
     head = FIRST + tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
@@ -30,9 +31,10 @@ def append_kernel(
     position = tl.load(positions + token)
     slot = tl.load(slots + token)
     base = qkv + token.to(tl.int64) * ((HEADS + 2 * KV) * DIM)
-    plain = tl.load(base + head * DIM + d, mask=live, other=0.0)
+    plain = projected(base, bias, head * DIM + d, live, stride, PARTS, HAS_BIAS)
     kind = keys.dtype.element_ty
-    turned = rotated(base, head, d, d, position, cosine, sine, DIM, ROTARY, live).to(kind)
+    turned = rotated(base, bias, head, d, live, position, cosine, sine, stride, DIM, ROTARY, PARTS,
+                     HAS_BIAS).to(kind)  # fmt: skip
     own = query + token.to(tl.int64) * (HEADS * DIM)
     tl.store(own + head * DIM + d, turned, mask=live & (head < HEADS))
     kv = head - HEADS

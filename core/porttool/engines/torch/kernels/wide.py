@@ -20,12 +20,24 @@ def _tile(base, row, k, rows, K: tl.constexpr, WHOLE: tl.constexpr, EVICT: tl.co
 
 
 @triton.jit
+def _fetch(w, row, k, rows, K: tl.constexpr, LINES: tl.constexpr):
+    """Ask for LINES cache lines (128 bytes) of each row from k on; they wait in the L2 cache."""
+    line: tl.constexpr = 128 // (w.dtype.element_ty.primitive_bitwidth // 8)
+    at = tl.minimum(k + tl.arange(0, LINES) * line, K - 1)
+    where = tl.minimum(row, rows - 1).to(tl.int64)[:, None] * K + at[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [(w + where).to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def wide_linear(
     x, w, bias, out, part, best, where, M,
     N: tl.constexpr, K: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
     HAS_BIAS: tl.constexpr, STORE: tl.constexpr, BEST: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, EVICT: tl.constexpr,
+    AHEAD: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(x[m] . w[n] + bias[n]) for x [M, K]; w [N, K], or [2N, K] gate | linear.
 
@@ -41,6 +53,10 @@ def wide_linear(
     WHOLE: tl.constexpr = K % BLOCK_K == 0
     low = tl.program_id(1) * SHARE
     high = tl.minimum(low + SHARE, TILES)
+    if AHEAD > 0 and PDL:
+        _fetch(w, n, low * BLOCK_K, N, K, AHEAD)
+        if GATED:
+            _fetch(w + N * K, n, low * BLOCK_K, N, K, AHEAD)
     await_predecessor(PDL)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     twin = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

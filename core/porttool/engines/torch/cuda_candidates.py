@@ -1,0 +1,96 @@
+"""Tile shapes worth measuring: within shared memory, with work for every multiprocessor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from porttool.config import ModelConfig
+from porttool.engines.torch.cuda_tuning import (
+    SMALL_ROWS,
+    AttentionTile,
+    StreamTile,
+    WideTile,
+    default_stream,
+    default_wide,
+    power_of_two,
+)
+
+_SHARED_BYTES = 220 << 10
+"""Shared memory of one program, at most."""
+
+_STREAM = (
+    (2, 512, 2, 4), (2, 1024, 2, 2), (2, 1024, 4, 2), (2, 1024, 4, 3), (2, 2048, 8, 1),
+    (2, 2048, 8, 2), (4, 512, 2, 2), (4, 512, 4, 4), (4, 1024, 4, 1), (4, 1024, 4, 2),
+    (4, 1024, 4, 3), (4, 1024, 8, 4), (4, 2048, 8, 2), (8, 512, 4, 2), (8, 512, 8, 4),
+    (8, 2048, 16, 1), (8, 1024, 8, 2), (4, 256, 2, 2), (4, 256, 2, 4), (8, 256, 2, 1),
+    (8, 256, 2, 2), (8, 256, 2, 3), (8, 256, 4, 2), (8, 256, 4, 4), (16, 256, 4, 2),
+    (16, 256, 4, 3), (16, 256, 8, 2), (16, 256, 8, 4), (32, 256, 8, 2), (32, 256, 16, 3),
+)  # fmt: skip
+
+_WIDE = (
+    (32, 128, 4, 4), (32, 128, 4, 6), (32, 256, 4, 3), (64, 64, 4, 6), (64, 128, 4, 4),
+    (64, 128, 4, 6), (64, 128, 8, 4), (64, 256, 8, 4), (128, 64, 4, 4), (128, 64, 4, 6),
+    (128, 64, 8, 6), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (256, 64, 8, 3),
+    (256, 64, 8, 4),
+)  # fmt: skip
+
+
+def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
+    """Tiles worth trying for a single row of a matrix [n, k], the rule's choices among them."""
+    for residual in (False, True):
+        yield default_stream(n, k, gated=gated, residual=residual)
+    for block_n, block_k, warps, held in _STREAM:
+        block_n //= 2 if gated else 1
+        tiles = -(-k // block_k)
+        if block_n and n // block_n >= 48 and block_k < 2 * k and held <= tiles <= 64:
+            yield StreamTile(block_n, block_k, warps, held)
+
+
+def wide_candidates(n: int, k: int, rows: int, name: str, *, gated: bool) -> Iterator[WideTile]:
+    """Tiles worth trying for several rows, with programs for every multiprocessor."""
+    yield default_wide(n, k, rows, name, gated=gated)
+    if rows > SMALL_ROWS and name != "head":
+        yield WideTile(0, 0)
+    for block_n, block_k, warps, stages in _WIDE:
+        block_n //= 2 if gated else 1
+        shared = 2 * stages * block_k * (rows + block_n * (2 if gated else 1))
+        if shared > _SHARED_BYTES or block_k >= 2 * k:
+            continue
+        for split in (1, 2, 4, 8) if name in ("qkv", "out", "down") else (1,):
+            programs = -(-n // block_n) * split
+            fills = min(60, n // 48) <= programs <= (4000 if split == 1 else 560)
+            if fills and k // (block_k * split) >= 2:
+                yield WideTile(block_n, block_k, warps, stages, split)
+
+
+def attention_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
+    """Cuts of the context worth trying for n rows."""
+    if n > 1:
+        yield from _several_candidates(config, n)
+        return
+    shared = config.n_kv_head < config.n_head
+    for splits in (2, 4, 5, 8, 9, 10, 12, 16):
+        for block_t in (16, 32, 64, 128, 256, 512):
+            if not 512 <= block_t * splits <= 1024:
+                continue
+            if shared and block_t * config.head_dim > 8192:
+                continue
+            for warps in (1, 2, 4, 8, 16):
+                if 16 <= block_t * config.head_dim // (32 * warps) <= 64:
+                    yield AttentionTile(splits, block_t, warps)
+
+
+def _several_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
+    """16 or 32 elements of a tile a thread, and programs for about every multiprocessor."""
+    for splits in (1, 2, 4, 8):
+        programs = n * config.n_kv_head * splits
+        if programs < 100 or (splits > 1 and programs > 1100):
+            continue
+        for block_t in (16, 32, 64, 128):
+            for each in (16, 32):
+                warps = block_t * power_of_two(config.head_dim) // (32 * each)
+                if warps not in (1, 2, 4, 8):
+                    continue
+                yield AttentionTile(splits, block_t, warps)
+                if 12 * block_t * power_of_two(config.head_dim) <= _SHARED_BYTES // 2:
+                    yield AttentionTile(splits, block_t, warps, stages=4)
