@@ -145,19 +145,21 @@ def tables(results: Results) -> str:
 
 
 def status_table(results: Results) -> str:
-    """Exit statuses by damage and family, of all types together, and the places named."""
+    """Exit statuses by damage and family in each type, the places named, and why there are none."""
     families = {**results["families"], "prompt_tuning, on gpt2": results["prompt_tuning"]}
-    lines = [row(["damage", *families, "place named"]), row(["---"] * (len(families) + 2))]
+    heads = ["damage", *families, "place named", "does not apply (-) where"]
+    lines = [row(heads), row(["---"] * len(heads))]
     for damage in damages(results):
-        cells, places = [], set()
+        cells, places, reasons = [], set(), set()
         for by_type in families.values():
             found = [by_type[dtype][damage] for dtype in DTYPES]
             if "does_not_apply" in found[0]:
-                cells.append(found[0]["does_not_apply"])
+                cells.append("-")
+                reasons.add(found[0]["does_not_apply"])
                 continue
             cells.append(" ".join(str(o["status"]) for o in found))
             places |= {f"`{o['place']}`" for o in found if o["place"]}
-        lines.append(row([damage, *cells, ", ".join(sorted(places)) or "-"]))
+        lines.append(row([damage, *cells, ", ".join(sorted(places)), ", ".join(sorted(reasons))]))
     return "\n".join(lines)
 
 
@@ -198,7 +200,7 @@ def demo_table(results: Results) -> str:
     lines = [row(["damage", *heads]), row(["---"] * (len(heads) + 1))]
     for damage, sample in results["demo"][DTYPES[0]].items():
         if "does_not_apply" in sample:
-            lines.append(row([damage, *[sample["does_not_apply"]] * len(heads)]))
+            lines.append(row([damage, f"does not apply: {sample['does_not_apply']}", *["-"] * 5]))
             continue
         cells = []
         for dtype in DTYPES:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 
 import damage_matrix as matrix
@@ -58,3 +62,19 @@ def test_prompt_tuning(tmp_path, capsys):
         assert outcome.status == 1, name
         assert {"prompt table", "prefill"} <= set(outcome.failed), name
         assert outcome.place == "embedding.out"
+
+
+def test_the_page_shows_what_was_recorded():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("bench_damage", root / "bench" / "damage.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    recorded = json.loads((root / "bench" / "results" / "damage.json").read_bytes())
+    page = (root / "docs" / "reliability.md").read_text()
+    assert all(table in page for table in bench.tables(recorded).strip().split("\n\n"))
+    entries = [e for by_type in recorded["families"].values() for e in by_type.values()]
+    assert set(recorded["families"]) == set(matrix.FAMILIES)
+    for found in (*entries, *recorded["demo"].values(), *recorded["prompt_tuning"].values()):
+        for name, outcome in found.items():
+            statuses = [outcome.get("status"), outcome.get("summarize", {}).get("status")]
+            assert set(statuses) <= {None, int(name != "nothing")}, name
