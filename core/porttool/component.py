@@ -11,6 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from porttool.errors import UsageError
 
+MAX_PROBLEMS = 10
+"""Problems of one input that are told; a damaged one may have thousands."""
+
 
 class Options(BaseModel):
     """Options of a component: closed, frozen, settable as `--set NAME VALUE`."""
@@ -50,6 +53,6 @@ class Component(ABC):
 def explain(error: ValidationError) -> str:
     """Return a validation error as one line: field, what is wrong with it, what it was."""
     return "; ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']} (got {e['input']!r:.80})"
-        for e in error.errors()
+        f"{'.'.join(map(str, e['loc'])) or 'value':.200}: {e['msg']:.200} (got {e['input']!r:.80})"
+        for e in error.errors()[:MAX_PROBLEMS]
     )

@@ -32,7 +32,7 @@ class ModelConfig(Closed):
 
     vocab_size: PositiveInt = Field(le=MAX_DIMENSION)
     n_positions: PositiveInt = Field(le=MAX_DIMENSION)
-    n_layer: PositiveInt = Field(le=4096)
+    n_layer: PositiveInt = Field(le=1024)
     n_head: PositiveInt = Field(le=MAX_DIMENSION)
     n_kv_head: PositiveInt = Field(le=MAX_DIMENSION)
     head_dim: PositiveInt = Field(le=MAX_DIMENSION)

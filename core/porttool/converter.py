@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from porttool.checkpoint import (
 )
 from porttool.component import Component, explain
 from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, SpecialTokens
-from porttool.errors import SourceError
+from porttool.errors import SourceError, naming
 from porttool.folder import fingerprint, pending_folder, require_space
 from porttool.progress import SILENT, Progress
 from porttool.shards import MAX_SHARD_BYTES, TensorJob, digest, plan_shards, write_shards
@@ -217,17 +217,6 @@ def convert(
             folder.finish(MANIFEST, finished.sealed())
             progress.finish()
     return Checkpoint.open(output, verify=False)
-
-
-@contextmanager
-def naming(source: Path) -> Iterator[None]:
-    """Begin a refusal with the source's path, where it does not name it itself."""
-    try:
-        yield
-    except SourceError as error:
-        if str(source) in str(error):
-            raise
-        raise SourceError(f"{source}: {error}") from error
 
 
 def plan_jobs(

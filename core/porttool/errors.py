@@ -1,5 +1,11 @@
 """Every error that a user can cause: what happened, in which file or tensor, what to do next."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class PorttoolError(Exception):
     """Base of all errors that the command line shows as one message, without a traceback."""
@@ -15,6 +21,17 @@ class UsageError(PorttoolError):
 
 class SourceError(PorttoolError):
     """A source checkpoint is missing, damaged, hostile or of another family."""
+
+
+@contextmanager
+def naming(source: Path) -> Iterator[None]:
+    """Begin a SourceError with the source's path, where it does not name it itself."""
+    try:
+        yield
+    except SourceError as error:
+        if str(source) in str(error):
+            raise
+        raise SourceError(f"{source}: {error}") from error
 
 
 class CheckpointError(PorttoolError):

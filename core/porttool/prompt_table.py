@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from porttool.checkpoint import Manifest, PluginRecord, SourceRecord, read_manifest
 from porttool.component import Component
 from porttool.config import Dtype, ModelConfig, PromptTableConfig
-from porttool.converter import FLOATS, naming
-from porttool.errors import CheckpointError, SourceError, UsageError
+from porttool.converter import FLOATS
+from porttool.errors import CheckpointError, SourceError, UsageError, naming
 from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
 from porttool.progress import SILENT
 from porttool.shards import TensorJob, plan_shards, write_shards

@@ -125,5 +125,11 @@ class Runner(Component):
 def load_runner(
     engine: Engine, registry: Registry, options: Mapping[str, Any] | None = None
 ) -> Runner:
-    """Load an opened engine with the runner of its kind."""
-    return registry.runners.get(engine.manifest.kind)(engine, options)
+    """Load an opened engine with the runner of its kind; an EngineError names the engine."""
+    runner = registry.runners.get(engine.manifest.kind)
+    try:
+        return runner(engine, options)
+    except EngineError as error:
+        if str(engine.path) in str(error):
+            raise
+        raise EngineError(f"{engine.path}: {error}") from error

@@ -148,7 +148,7 @@ def resolve_rules(
 def listing(names: Sequence[str], most: int = 6) -> str:
     """Return names as text, the first few and a count of the rest."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    return ", ".join(f"{name:.200}" for name in names[:most]) + rest
 
 
 def map_tensor(

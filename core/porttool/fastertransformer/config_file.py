@@ -100,6 +100,8 @@ def read_folder_config(file: Path, *, has_head: bool) -> FolderConfig:
         values["n_embd"] = product(file, values, "head_num", "size_per_head")
     values = {RENAMES.get(key, key): value for key, value in values.items()}
     ranks = values.pop("tensor_para_size", None) or values.pop("tensor_parallelism", None)
+    if ranks is not None and (type(ranks) is not int or ranks < 1):
+        raise SourceError(f"{file}: {ranks!r:.80} tensor-parallel ranks cannot be")
     source = SourceConfig(values, file)
     source.ignore(*INERT, "tensor_parallelism", *(k for k in values if k.startswith("_")))
     if not has_head and not source.flag("tie_word_embeddings", True):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from porttool.config import ModelConfig
+from porttool.errors import EngineError
 
 
 class KVCache:
@@ -25,8 +28,17 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (config.n_layer, n_slots, config.n_kv_head, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        try:
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            size = 2 * math.prod(shape) * dtype.itemsize
+            raise EngineError(
+                f"there is no memory for the caches of {n_slots} rows of {capacity} tokens, "
+                f"{size / 1e9:.1f} GB; build the engine for fewer or shorter ones"
+            ) from error
 
     def update(
         self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor

@@ -162,7 +162,8 @@ def unpickling(label: str) -> Iterator[None]:
             f"{reason(error)}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError,
-            IndexError, OverflowError, MemoryError, OSError, struct.error) as error:  # fmt: skip
+            AssertionError, IndexError, OverflowError, MemoryError, OSError,
+            struct.error) as error:  # fmt: skip
         raise SourceError(
             f"{label}: cannot be read, it is truncated or damaged: {reason(error)}"
         ) from error
