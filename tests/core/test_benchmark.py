@@ -149,6 +149,19 @@ def test_memory_is_what_is_held_and_the_rise_above_it():
     assert (meter.held, meter.peak) == (25, 80)
 
 
+def test_shared_weights_count_for_both(monkeypatch):
+    """The second side loads nothing, and holds what the first one loaded all the same."""
+    run = Benchmark(CONFIG, Method(), SILENT)
+    first, second = Pretender("first", []), Pretender("second", [])
+    second.shares_with, other = "first", Pretender("other", [])
+    kept = []
+    first.load = lambda: kept.append(torch.ones(64 << 18))
+    for side in (first, second, other):
+        run.load(side)
+    held = [entry.meter.held for entry in run.entries]
+    assert held[0] > 60e6 and held[1] > 60e6 and held[2] < 5e6
+
+
 def test_resident_memory_sees_an_allocation():
     meter = Meter(ResidentMemory())
     with meter.watch():

@@ -81,6 +81,9 @@ class Benchmark:
         seconds = time.perf_counter() - began
         counter = choose_counter(cuda=side.device == "cuda", through_torch=side.through_torch)
         chosen = meters[counter.name] if counter else None
+        for entry in self.entries:
+            if chosen and entry.meter and entry.record.name == side.shares_with:
+                chosen.held += entry.meter.held
         self.entries.append(Entry(side, chosen, record_of(side, seconds, counter)))
 
     def measure_all(self, cells: Sequence[Cell]) -> BenchmarkResult:

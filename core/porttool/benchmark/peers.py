@@ -180,6 +180,7 @@ class CompiledSide(TransformersSide):
     """
 
     name = "HF compiled"
+    shares_with = TransformersSide.name
 
     def load(self) -> None:
         """Find the model, and ask for compilation on a CPU too."""

@@ -31,6 +31,8 @@ class Side(ABC):
     through_torch: bool
     """True if torch allocates the device memory that it uses."""
     tokens_a_sample: int = 1
+    shares_with: str | None = None
+    """Another side, loaded before, whose weights this one runs too: it holds them as well."""
     random_weights: bool = False
     bytes_on_disk: int = 0
 
