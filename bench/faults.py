@@ -29,21 +29,17 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from faults.cases import (
-    CHANGES,
     Case,
     all_files,
-    change_source,
     flip_bit,
     fresh,
-    full_disk,
     kill_at_event,
     kill_at_moment,
-    read_only,
-    too_small_disk,
     two_at_once,
 )
 from faults.sources import with_pickled_weights, write_large
 from faults.stage import Stage
+from faults.surroundings import CHANGES, change_source, full_disk, read_only, too_small_disk
 from faults.works import DEMO, WORKS, Place, Work
 
 LARGE = ("convert", "build torch", "build onnx")

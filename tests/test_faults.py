@@ -1,0 +1,126 @@
+"""A few of each fault of bench/faults.py: nothing that looks whole may be left that is not."""
+
+from __future__ import annotations
+
+import shutil
+from random import Random
+
+import pytest
+
+from faults.cases import Case, all_files, flip_bit, kill_at_event, kill_at_moment, two_at_once
+from faults.stage import Stage
+from faults.surroundings import change_source, full_disk, read_only, too_small_disk
+from faults.works import WORKS, Place, judge_left, partial_of, taken_for_whole
+from porttool.checkpoint import Checkpoint
+from porttool.engine import Engine
+from porttool.errors import CheckpointError
+
+CONVERT, TORCH = WORKS["convert"], WORKS["build torch"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    with Stage(folder / "logs") as stage:
+        yield Place(folder, stage, prove_readers=False)
+
+
+def events(place, work):
+    place.undisturbed(work)
+    return place.events[work.name]
+
+
+@pytest.mark.parametrize("name", ["convert", "build torch", "build onnx"])
+def test_killed_in_the_middle_and_while_it_finishes(place, name):
+    work = WORKS[name]
+    n_events = events(place, work)
+    middle = Random(name).randint(5, n_events - 12)
+    for at in (middle, n_events - 2, n_events) if work is CONVERT else (middle, n_events - 2):
+        case = kill_at_event(place, work, at)
+        assert case.then == "killed"
+        assert not case.findings
+
+
+def test_the_command_line_killed(place):
+    place.undisturbed(CONVERT)
+    assert not kill_at_moment(place, CONVERT, 1.5).findings
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_one_flipped_bit_in_every_file(place, name):
+    """Opened as every command opens it; two of the files also through the commands."""
+    work = WORKS[name]
+    files = all_files(place, work)
+    opens = Checkpoint.open if work is CONVERT else Engine.open
+    output = next(p for p in files[0].parents if p.name == "out")
+    opens(output)
+    rng = Random(name)
+    for file in files:
+        data = file.read_bytes()
+        at = rng.randrange(len(data))
+        file.unlink()
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+        with pytest.raises(CheckpointError, match=file.name):
+            opens(output)
+        file.write_bytes(data)
+    opens(output)
+    for file in (files[0], rng.choice(files[1:])):
+        assert not flip_bit(place, work, file, rng).findings
+
+
+@pytest.mark.parametrize("work", [CONVERT, TORCH], ids=lambda work: work.name)
+def test_two_at_once(place, work):
+    case = two_at_once(place, work, 0.05)
+    assert not case.findings
+    assert "refused: error: " in case.then
+
+
+@pytest.mark.parametrize("how", ["rewritten, its time set back", "cut to half", "replaced"])
+def test_a_source_that_changes_while_it_is_read(place, how):
+    """When the second shard begins; the first one has been read already."""
+    events(place, CONVERT)
+    case = change_source(place, CONVERT, 12, how, "model.safetensors")
+    assert not case.findings
+    assert case.then.startswith("refused")
+    assert "model.safetensors" in case.then or "changed while it was read" in case.then
+
+
+@pytest.mark.parametrize("name", ["build torch", "build torch, shared files"])
+def test_a_checkpoint_that_changes_while_it_is_built(place, name):
+    work = WORKS[name]
+    events(place, work)
+    file = "model-00008-of-00008.safetensors"
+    case = change_source(place, work, 6, "rewritten, its time set back", file)
+    assert not case.findings
+    assert case.then.startswith("refused")
+    assert file in case.then
+
+
+def test_disks_that_are_full_or_read_only(place):
+    try:
+        cases = [
+            full_disk(place, CONVERT, events(place, CONVERT) // 2),
+            too_small_disk(place, CONVERT),
+            read_only(place, TORCH),
+        ]
+    except PermissionError:
+        pytest.skip("mounting is not allowed here; tests/core/test_folder.py has a stand-in")
+    assert [case.findings for case in cases] == [[], [], []]
+    said = [case.then.replace("\n", " ") for case in cases]
+    assert "the disk is full; the complete files are kept in" in said[0]
+    assert "MB are needed" in said[1] or "GB are needed" in said[1]
+    assert "Read-only file system" in said[2]
+    assert (cases[0].again, cases[2].again) == ("completed", "completed")
+
+
+def test_the_judge_sees_what_is_not_whole(place):
+    files = all_files(place, CONVERT)
+    output = files[0].parent
+    assert len(taken_for_whole(place, CONVERT, output)) == len(CONVERT.readers)
+    shutil.copytree(output, partial_of(output))
+    assert judge_left(place, CONVERT, output) == []
+    (output / "tokenizer" / "merges.txt").unlink()
+    assert judge_left(place, CONVERT, output) == [
+        "out is there and is not what an undisturbed run makes"
+    ]
+    assert Case("", "", "").findings == []
