@@ -124,6 +124,11 @@ def test_damaged_and_foreign_plans(tmp_path, library, monkeypatch):
         type(engine).open(engine.path, load_registry())
     with pytest.raises(EngineError, match=r"cannot load .*magic tag"):
         load_runner(engine, load_registry())
+    (tmp_path / "other").mkdir()
+    _, other = build(tmp_path / "other", cache="concat")
+    plan.write_bytes((other.rank_path() / "decoder.plan").read_bytes())
+    with pytest.raises(EngineError, match=r"not those of the manifest: new_key.0, .*present_key.0"):
+        load_runner(engine, load_registry())
     plan.write_bytes(whole)
     monkeypatch.setattr(double.ICudaEngine, "get_aliased_input_tensor", lambda self, name: None)
     with pytest.raises(EngineError, match="would not be updated in place"):

@@ -72,7 +72,7 @@ class TensorrtBuilder(Builder):
     def _build(
         self, model: Path, plan: Path, version: str, gpu: Gpu, profiles: tuple[Profile, ...]
     ) -> dict[str, Any]:
-        from porttool.engines.tensorrt.limits import input_shapes, require_supported
+        from porttool.engines.tensorrt.limits import require_supported, tensor_shapes
         from porttool.engines.tensorrt.plan import PlanJob, build_plan
 
         options = cast("TensorrtOptions", self.options)
@@ -81,10 +81,11 @@ class TensorrtBuilder(Builder):
             options.timing_cache, version=version, gpu=gpu.name,
             capability="".join(map(str, gpu.capability)), level=options.level,
         )  # fmt: skip
-        inputs = input_shapes(model)
+        inputs, outputs = tensor_shapes(model)
         made = build_plan(PlanJob(model, inputs, profiles, options, timings), plan)
         return {
-            "inputs": {name: list(dims) for name, dims in inputs.items()},
+            "inputs": inputs,
+            "outputs": outputs,
             "profiles": {p.name: [p.batch, p.width, p.rows] for p in profiles},
             "layers": made.n_layers,
             "attention_layers": made.n_attention,

@@ -35,10 +35,15 @@ class Problem:
         return f"{self.operator} {self.node}: {self.reason}"
 
 
-def input_shapes(path: Path) -> dict[str, list[int | str]]:
-    """Return the dimensions of a graph's inputs, a name where one may vary."""
-    model = onnx.load(str(path), load_external_data=False)
-    return {value.name: dimensions(value) for value in model.graph.input}
+Shapes = dict[str, list[int | str]]
+"""Dimensions by name of a tensor, a name where one may vary."""
+
+
+def tensor_shapes(path: Path) -> tuple[Shapes, Shapes]:
+    """Return the dimensions of a graph's inputs and of its outputs."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    inputs, outputs = ({v.name: dimensions(v) for v in vs} for vs in (graph.input, graph.output))
+    return inputs, outputs
 
 
 def require_supported(path: Path, version: Version) -> None:

@@ -15,6 +15,7 @@ from porttool.engines.tensorrt.gpu import Gpu, PlanOrigin, require_same
 from porttool.engines.tensorrt.library import require_tensorrt
 from porttool.engines.tensorrt.options import TensorrtOptions
 from porttool.engines.tensorrt.profiles import ALL_POSITIONS_WIDTH
+from porttool.errors import EngineError
 from porttool.runner import Runner, TimedNode
 
 if TYPE_CHECKING:
@@ -118,4 +119,11 @@ class TensorrtRunner(Runner):
             graph=folder / MODEL if self._options.strip else None,
             budget=cast("TensorrtRunnerOptions", self.options).weight_streaming_budget,
         )
-        return PlanProgram(engine, log, DeviceStream())
+        program = PlanProgram(engine, log, DeviceStream())
+        wanted = {*self._built["inputs"], *self._built["outputs"]}
+        if differ := wanted ^ set(program.names):
+            raise EngineError(
+                f"{folder / PLAN}: its inputs and outputs are not those of the manifest: "
+                f"{', '.join(sorted(differ))}; build it again"
+            )
+        return program
