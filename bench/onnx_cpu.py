@@ -67,6 +67,15 @@ class Ours:
         return int(self.runner.step(step)[0].argmax())
 
 
+class Greedy(Ours):
+    """One of our engines that decodes greedily by itself, without logits on the way."""
+
+    def follow(self, token: int, start: int, n: int) -> list[int]:
+        """Return n tokens behind one that was chosen."""
+        step = Step(*(torch.tensor(v) for v in ([0], [[token]], [start], [1])))
+        return list(self.runner.decode(step, n)[0].tolist())
+
+
 class Theirs:
     """The same model in transformers."""
 
@@ -101,7 +110,10 @@ def make_contenders(folder: Path, arguments: argparse.Namespace) -> dict[str, Ou
         built = folder / name.replace(" ", "-")
         api.build(folder / "checkpoint", built, engine=engine, options=options, **limits)
         settings = {"device": "cpu", **({"threads": arguments.threads} if options else {})}
-        contenders[name] = Ours(api.load(built, options=settings).runner)
+        runner = api.load(built, options=settings).runner
+        contenders[name] = Ours(runner)
+        if runner.decodes_on_device:
+            contenders[f"{name}, greedy by itself"] = Greedy(runner)
     return contenders
 
 
@@ -132,8 +144,11 @@ def measure(
     begin = time.perf_counter()
     tokens = [contender.feed(prompt, 0)]
     filled = time.perf_counter()
-    for _ in range(n_new - 1):
-        tokens.append(contender.feed(torch.tensor(tokens[-1:]), len(prompt) + len(tokens) - 1))
+    if isinstance(contender, Greedy):
+        tokens += contender.follow(tokens[0], len(prompt), n_new - 1)
+    else:
+        for _ in range(n_new - 1):
+            tokens.append(contender.feed(torch.tensor(tokens[-1:]), len(prompt) + len(tokens) - 1))
     end = time.perf_counter()
     return 1e3 * (filled - begin), 1e3 * (end - filled) / (n_new - 1), tokens
 
