@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 import damage_matrix as matrix
+import tiny
 from damage_matrix import Outcome
+from porttool.checkpoint import Checkpoint
+from porttool.cli import invoke
 
 ASKED = {
     "scrambled layer", "swapped norms", "other gelu", "shifted positions", "wrong rotary fraction",
@@ -62,6 +65,18 @@ def test_prompt_tuning(tmp_path, capsys):
         assert outcome.status == 1, name
         assert {"prompt table", "prefill"} <= set(outcome.failed), name
         assert outcome.place == "embedding.out"
+
+
+def test_a_table_needs_its_source_and_room(tmp_path, capsys):
+    [engine] = matrix.tuned(tmp_path, ("float32",))
+    small = tiny.built(Checkpoint.open(tmp_path / "checkpoint"), tmp_path / "small")
+    asked = ["--hf-model", str(tmp_path / matrix.REFERENCE), "--output", str(tmp_path / "out"),
+             "--prompt-table", str(tmp_path / "table")]  # fmt: skip
+    assert invoke(["verify", str(small.path), *asked]) == 2
+    assert "the engine has room for 0" in capsys.readouterr().err
+    (tmp_path / "prompts").rename(tmp_path / "moved")
+    assert invoke(["verify", str(engine.path), *asked]) == 2
+    assert "is not there to compare it with" in capsys.readouterr().err
 
 
 def test_the_page_shows_what_was_recorded():

@@ -54,8 +54,13 @@ def source_logits(
     config: ModelConfig,
     prompts: Sequence[list[int]],
     rows: Tensor | None = None,
+    *,
+    first: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """Logits [len(prompt), vocab_size] of each prompt, with one layer in memory at a time."""
+    """Logits [len(prompt) - first, vocab_size] of each prompt from its position `first` on.
+
+    One layer is in memory at a time, and what one prompt needs. `rows` are a prompt table's.
+    """
     import torch
 
     from porttool.nn import Step, meta_decoder
@@ -63,20 +68,19 @@ def source_logits(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder = meta_decoder(config).eval()
     decoder.prompt_table = None if rows is None else rows.to(device)
-    step = Step.prefill(list(prompts)).to(device)
+    steps = [Step.prefill([prompt]).to(device) for prompt in prompts]
     with torch.inference_mode():
         for name, module in decoder.named_children():
             if name != "layers":
                 fill(module, f"{name}.", derivation, device)
-        x = decoder.embed(step.tokens, step.positions)  # [n, width, d_model]
+        states = [decoder.embed(step.tokens, step.positions) for step in steps]  # [1, n, d_model]
         for i, layer in enumerate(decoder.layers):
             fill(layer, f"layers.{i}.", derivation, device)
-            x = layer(x, step.positions, None, step.slots)
+            pairs = zip(states, steps, strict=True)
+            states = [layer(x, step.positions, None, step.slots) for x, step in pairs]
             layer.to("meta")
-        return [
-            decoder.logits(decoder.norm(row[: len(prompt)])).cpu()
-            for row, prompt in zip(x, prompts, strict=True)
-        ]
+        kept = zip(states, first or [0] * len(states), strict=True)
+        return [decoder.logits(decoder.norm(x[0, start:])).cpu() for x, start in kept]
 
 
 def fill(module: nn.Module, prefix: str, derivation: Derivation, device: str) -> None:
@@ -99,9 +103,10 @@ def judge_chosen(
     few = [(p, list(c.tokens), c.logprobs) for p, c in pairs[:N_ARTICLES] if c.logprobs]
     bound = TOLERANCES["float32"].drift
     drift: list[float] = []
-    logits = source_logits(derivation, config, [p + t for p, t, _ in few]) if few else []
-    for row, (prompt, tokens, wanted) in zip(logits, few, strict=True):
-        chosen = row[len(prompt) - 1 : -1].log_softmax(-1)[range(len(tokens)), tokens]
+    whole, before = [p + t for p, t, _ in few], [len(p) - 1 for p, _, _ in few]
+    logits = source_logits(derivation, config, whole, first=before) if few else []
+    for row, (_, tokens, wanted) in zip(logits, few, strict=True):
+        chosen = row[:-1].log_softmax(-1)[range(len(tokens)), tokens]
         drift += [abs(a - b) for a, b in zip(chosen.tolist(), wanted, strict=True)]
     p99 = float(np.quantile(drift, 0.99)) if drift else 0.0
     return Verdict(

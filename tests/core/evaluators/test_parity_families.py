@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 import tiny
+from porttool.converter import convert
 from porttool.engines.torch.runner import TorchRunner
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.parity import verify
 from porttool.plugins import choose_converter, load_registry
 from porttool.testing import REFERENCE
+from porttool.weights import take
+from porttool_gpt2.conformance import GPT2Conformance
+from porttool_gpt2.converter import GPT2Converter
 from porttool_gpt_next.conformance import NemoConformance
 from porttool_santacoder.conformance import BigCodeConformance
 
@@ -79,3 +85,38 @@ def test_without_the_familys_rules_logits_are_compared_and_the_rest_is_said(nemo
     assert any("config and weights are not" in note for note in report.notes)
     damaged = Damage("swapped norms").apply(engine, tmp_path / "damaged")
     assert not verified(damaged, reference, tmp_path / "out").passed
+
+
+class Untransposed(GPT2Converter):
+    """A family with a rule that is wrong: a square matrix is not turned."""
+
+    def weight_map(self, config):
+        right = super().weight_map(config)
+        wrong = {"layers.{i}.attention.out.weight": take("h.{i}.attn.c_proj.weight")}
+        return replace(right, rules={**right.rules, **wrong})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rule_that_is_wrong_itself_is_caught_by_the_reference_alone(tmp_path, dtype):
+    GPT2Conformance().write_source(tmp_path / "source", 0)
+    registry = load_registry()
+    plugin = registry.record(registry.converters, "gpt2")
+    checkpoint = convert(Untransposed(), tmp_path / "source", tmp_path / "made", plugin=plugin)
+    engine = tiny.built(checkpoint, tmp_path / "engine", dtype=dtype)
+    report = verified(engine, tmp_path / "source", tmp_path / "out", converter=Untransposed())
+    passed = {v.name for v in report.verdicts if v.passed}
+    assert {"config", "weights"} <= passed
+    assert not {"prefill", "decode", "arithmetic in float32"} & passed
+    assert report.measurements["first_difference"] == "layers.0.attention.out.out"
+
+
+def test_a_reference_of_other_weights_has_no_places(nemo, tmp_path):
+    """Then no module can be told by what it holds, and the report says so."""
+    source, engine = nemo
+    other = tmp_path / "other"
+    NemoConformance().write_source(other / "source", 1)
+    sides = {"converter": choose_converter(load_registry(), source), "origin": source}
+    report = verified(engine, other / REFERENCE, tmp_path / "out", **sides)
+    assert not report.passed
+    assert report.measurements["first_difference"] is None
+    assert any("no module of the Hugging Face folder" in note for note in report.notes)
