@@ -67,6 +67,19 @@ def quantize(scale, zero=0):
     return nodes, [("x", F, [4, 8])], [("y", TensorProto.INT8, [4, 8])], constants
 
 
+def quantized_product():
+    """A static scale for the activation, one a column for the weight: W8A8 as it may come."""
+    constants = [("s", np.array(0.1, np.float32)), ("z", np.array(0, np.int8)),
+                 ("w", np.ones((8, 4), np.int8)), ("ws", np.ones(4, np.float32))]  # fmt: skip
+    nodes = [
+        node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
+        node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
+        node("DequantizeLinear", ["w", "ws"], ["wd"], axis=1),
+        node("MatMul", ["xd", "wd"]),
+    ]
+    return nodes, [("x", F, [2, 8])], [("y", F, [2, 4])], constants
+
+
 def topk(k, **attributes):
     nodes = [node("TopK", ["x", "k"], ["y", "i"], **attributes)]
     outputs = [("y", F, None), ("i", INT, None)]
@@ -142,6 +155,7 @@ ACCEPTED = {
     "attention with a mask": attention("m"),
     "cache update": scatter(axis=-2),
     "one scale": quantize([]),
+    "quantised product": quantized_product(),
     "small k": topk(50),
     "known axes": reduction(True),
     "rotary": rotary(INT),
