@@ -160,6 +160,15 @@ def test_the_last_rank_is_missed_where_nothing_counts_them(tmp_path, model):
     refused(source, tmp_path, "the last pipeline stage is missing", **asked)
 
 
+def test_a_distributed_checkpoint_is_refused_by_name(tmp_path):
+    folder = tmp_path / "megatron" / "iter_0000009"
+    folder.mkdir(parents=True)
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("9")
+    for name in (".metadata", "metadata.json", "common.pt", "__0_0.distcp"):
+        (folder / name).write_bytes(b"{}")
+    refused(folder.parent, tmp_path, "metadata: of a distributed checkpoint.*-convert-format torch")
+
+
 def test_files_of_other_kinds_are_refused(tmp_path, model):
     def save(tree, **options):
         torch.save(tree, tmp_path / "model.pt", **options)

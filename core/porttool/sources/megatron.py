@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
 from porttool.sources.megatron_names import join_ranks
-from porttool.sources.ranks import RANK, find_ranks, require_ranks
+from porttool.sources.ranks import RANK, STACKED, find_ranks, require_ranks
 from porttool.sources.torch_file import (
     TensorTree,
     check_zip,
@@ -93,6 +93,13 @@ def find_files(source: Path) -> dict[tuple[int, int], Path]:
         return {(0, 0): weight_file(folder)}
     names = [f.name for f in folder.iterdir() if f.is_dir()] if folder.is_dir() else []
     grid = find_ranks(names, str(folder))
+    stacked = [name for name in STACKED if (folder / name).is_file()]
+    if stacked:
+        raise SourceError(
+            f"{folder / stacked[0]}: of a distributed checkpoint, whose layers are stacked in one "
+            "tensor; porttool does not read these: let Megatron-LM write it again with "
+            "--ckpt-convert-format torch"
+        )
     if not grid:
         raise SourceError(f"{folder}: there are no rank folders (mp_rank_00, …) here")
     return {place: weight_file(folder / name) for place, name in grid.items()}

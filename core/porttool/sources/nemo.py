@@ -14,15 +14,12 @@ from typing import Any
 from porttool.errors import MissingExtra, SourceError
 from porttool.sources.archive import Archive, Member, peek
 from porttool.sources.json_file import MAX_DIGITS
-from porttool.sources.ranks import find_ranks, require_ranks
+from porttool.sources.ranks import STACKED, find_ranks, require_ranks
 from porttool.sources.torch_zip import TorchZip
 from porttool.weights import TensorSource
 
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights.ckpt"
-STACKED = ("metadata.json", "common.pt", ".metadata")
-"""Files of Megatron's distributed checkpoints, whose tensors each hold a whole stack of layers."""
-
 MAX_CONFIG = 1 << 18
 MAX_NODES = 50_000
 """Values in the YAML when every alias is written out: a few lines can stand for a billion."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK = re.compile(r"^(?:mp_rank_(\d+)(?:_(\d+))?|tp_rank_(\d+)_pp_rank_(\d+))$")
+STACKED = ("metadata.json", "common.pt", ".metadata")
+"""Files of Megatron's distributed checkpoints, whose tensors each hold a whole stack of layers."""
+
 LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
 
 Grid = Mapping[tuple[int, int], str]
