@@ -12,7 +12,7 @@ from porttool.config import Dtype, Limits
 from porttool.converter import convert as convert_source
 from porttool.engine import Engine, choose_limits
 from porttool.engine import build as build_engine
-from porttool.errors import UsageError
+from porttool.errors import UsageError, naming
 from porttool.evaluator import Port
 from porttool.hub import resolve_source
 from porttool.plugins import Registry, choose_converter, load_registry, named_converters
@@ -47,7 +47,8 @@ def convert(
     """
     registry = registry or load_registry()
     path = resolve_source(str(source) if source else None, default_hub_id(registry, model))
-    converter = choose_converter(registry, path, model, options)
+    with naming(path):
+        converter = choose_converter(registry, path, model, options)
     target = output or (workspace or Workspace.choose(None)).checkpoint(converter.family)
     return convert_source(
         converter,
@@ -74,7 +75,8 @@ def convert_prompts(
 ) -> PromptTable | None:
     """Turn a source of virtual tokens into a prompt table; None if the source is a model."""
     registry = registry or load_registry()
-    converter = choose_table_converter(registry, source, model, options)
+    with naming(source):
+        converter = choose_table_converter(registry, source, model, options)
     if converter is None:
         return None
     if output is None:

@@ -26,12 +26,13 @@ from porttool.config import (
     PromptTemplate,
     SpecialTokens,
 )
-from porttool.errors import CheckpointError, SourceError
+from porttool.errors import CheckpointError, SourceError, intact
 from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
 
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
+MAX_MANIFEST = 1 << 26
 SEAL = re.compile(rb'"seal": "[0-9a-f]*"')
 UNSEALED = b'"seal": ""'
 
@@ -208,7 +209,10 @@ def read_manifest(path: Path, name: str, model: type[M]) -> M:
         partial = path.with_name(f".{path.name}.partial")
         hint = "; an interrupted run left it half done, run it again" if partial.exists() else ""
         raise CheckpointError(f"{path}: there is no {name} here{hint}")
-    text = file.read_bytes()
+    with intact(path):
+        if (size := file.stat().st_size) > MAX_MANIFEST:
+            raise CheckpointError(f"{file}: {size} bytes is no manifest")
+        text = file.read_bytes()
     try:
         manifest = model.model_validate_json(text)
     except ValidationError as error:

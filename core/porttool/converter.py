@@ -28,13 +28,14 @@ from porttool.errors import SourceError, naming
 from porttool.folder import fingerprint, pending_folder, require_space
 from porttool.progress import SILENT, Progress
 from porttool.shards import MAX_SHARD_BYTES, TensorJob, digest, plan_shards, write_shards
-from porttool.sources.tokenizer_files import check_tokenizer
+from porttool.sources.tokenizer_files import check_tokenizer, read_files
 from porttool.weights import (
     Take,
     TensorInfo,
     TensorSource,
     WeightMap,
     cast,
+    check_shapes,
     identity_rules,
     map_tensor,
     resolve_rules,
@@ -43,7 +44,6 @@ from porttool.weights import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-MAX_TOKENIZER = 1 << 28
 FLOATS: tuple[Dtype, ...] = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -232,6 +232,7 @@ def plan_jobs(
     target = dtype or source_dtype(source.tensors)
     rules = resolve_rules(shapes, weight_map, infos)
     require_floats(infos, {n for rule in rules.values() for n in rule.names})
+    check_shapes(shapes, rules, source.tensors, source.config)
     return [
         TensorJob(
             name,
@@ -291,10 +292,6 @@ def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> No
 
 def read_tokenizer(source: Source) -> dict[str, bytes]:
     """Return the tokenizer's files by name; one with more ids than the embedding is refused."""
-    for file in source.tokenizer:
-        if file.stat().st_size > MAX_TOKENIZER:
-            raise SourceError(f"{file}: {file.stat().st_size} bytes is no tokenizer's file")
-    files = {file.name: file.read_bytes() for file in source.tokenizer}
-    files.update(source.tokenizer_data)
+    files = {**read_files(source.tokenizer), **source.tokenizer_data}
     check_tokenizer(files, source.config.vocab_size)
     return files

@@ -25,17 +25,31 @@ class SourceError(PorttoolError):
 
 @contextmanager
 def naming(source: Path) -> Iterator[None]:
-    """Begin a SourceError with the source's path, where it does not name it itself."""
+    """Begin a SourceError with the source's path, where it does not name it itself.
+
+    What the system says of a file that cannot be read becomes a SourceError, too.
+    """
     try:
         yield
     except SourceError as error:
         if str(source) in str(error):
             raise
         raise SourceError(f"{source}: {error}") from error
+    except OSError as error:
+        raise SourceError(f"{source}: {error.strerror}: {error.filename!s:.300}") from error
 
 
 class CheckpointError(PorttoolError):
     """A porttool checkpoint is incomplete, altered or from an incompatible version."""
+
+
+@contextmanager
+def intact(folder: Path) -> Iterator[None]:
+    """Turn what the system says of files that cannot be read into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error.strerror}: {error.filename!s:.300}") from error
 
 
 class EngineError(PorttoolError):

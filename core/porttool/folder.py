@@ -23,7 +23,7 @@ from typing import IO, Self
 from pydantic import ValidationError
 
 from porttool.config import Closed
-from porttool.errors import CheckpointError, PorttoolError, UsageError
+from porttool.errors import CheckpointError, PorttoolError, UsageError, intact
 
 JOURNAL = "journal.jsonl"
 BLOCK = 1 << 22
@@ -241,10 +241,11 @@ def find_files(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, Stamp
     for name, record in files.items():
         path = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise CheckpointError(f"{folder}: the manifest names a file outside: {name!r}")
-        if not path.is_file():
-            raise CheckpointError(f"{path}: the file is missing; make the folder again")
-        stamps[name] = Stamp.of(path.stat())
+            raise CheckpointError(f"{folder}: the manifest names a file outside: {name!r:.200}")
+        with intact(folder):
+            if not path.is_file():
+                raise CheckpointError(f"{path}: the file is missing; make the folder again")
+            stamps[name] = Stamp.of(path.stat())
         if stamps[name].size != record.bytes:
             raise CheckpointError(
                 f"{path}: has {stamps[name].size} bytes, the manifest says {record.bytes}; "
@@ -259,7 +260,7 @@ def verify_files(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, Sta
     The stamps returned were taken before: a file that has its stamp still is the one verified.
     """
     stamps = find_files(folder, files)
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, intact(folder):
         hashed = pool.map(hash_file, [folder / name for name in files])
         for (name, record), actual in zip(files.items(), hashed, strict=True):
             if actual != record:

@@ -6,6 +6,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -160,12 +161,37 @@ def map_tensor(
         result = rule.via(config, tensors)
     except (RuntimeError, ValueError, IndexError) as error:
         raise SourceError(f"{name} cannot be made of {describe(rule, source)}: {error}") from error
+    require_shape(name, shape, result, describe(rule, source))
+    return result
+
+
+def require_shape(name: str, shape: tuple[int, ...], result: Tensor, made_of: str) -> None:
+    """Refuse a canonical tensor of another shape than the config gives it."""
     if tuple(result.shape) != shape:
         raise SourceError(
             f"{name} should be {list(shape)} but comes out as {list(result.shape)} "
-            f"of {describe(rule, source)}; the config and the weights disagree"
+            f"of {made_of}; the config and the weights disagree"
         )
-    return result
+
+
+def check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: Mapping[str, Take],
+    source: TensorSource,
+    config: ModelConfig,
+) -> None:
+    """Work every rule out on tensors without memory: a wrong shape is told before any is read.
+
+    A rule that needs values to say its shape is left for when it has them.
+    """
+    import torch
+
+    infos = source.infos()
+    for name, rule in rules.items():
+        found = [infos[n] for n in rule.names]
+        metas = [torch.empty(i.shape, dtype=getattr(torch, i.dtype), device="meta") for i in found]
+        with suppress(RuntimeError, ValueError, IndexError, TypeError):
+            require_shape(name, shapes[name], rule.via(config, metas), describe(rule, source))
 
 
 def describe(rule: Take, source: TensorSource) -> str:

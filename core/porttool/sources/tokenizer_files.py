@@ -12,6 +12,7 @@ from porttool.errors import MissingExtra, SourceError
 from porttool.sources.json_file import read_json
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_FILE = 1 << 28
 
 
 def check_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> None:
@@ -42,6 +43,16 @@ def ids_of(name: str, data: bytes) -> Iterable[int]:
         ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError,
     ) as error:  # fmt: skip
         raise SourceError(f"{name}: the tokenizer's file is damaged: {error}") from error
+
+
+def read_files(paths: Iterable[Path]) -> dict[str, bytes]:
+    """Read files by their names; one far too large for a tokenizer is a SourceError."""
+    found = {}
+    for path in paths:
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise SourceError(f"{path}: {size} bytes is no tokenizer's file")
+        found[path.name] = path.read_bytes()
+    return found
 
 
 def renamed_files(folder: Path, names: Mapping[str, str]) -> dict[str, bytes]:
