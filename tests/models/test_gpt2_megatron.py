@@ -166,7 +166,7 @@ def test_a_distributed_checkpoint_is_refused_by_name(tmp_path):
     (folder.parent / "latest_checkpointed_iteration.txt").write_text("9")
     for name in (".metadata", "metadata.json", "common.pt", "__0_0.distcp"):
         (folder / name).write_bytes(b"{}")
-    refused(folder.parent, tmp_path, "metadata: of a distributed checkpoint.*-convert-format torch")
+    refused(folder.parent, tmp_path, "metadata.json: of a distributed.*-convert-format torch")
 
 
 def test_files_of_other_kinds_are_refused(tmp_path, model):
