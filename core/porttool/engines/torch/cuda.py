@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
-from porttool.engines.torch.cuda_chains import StreamChain, WideChain, wide_attention
+from porttool.engines.torch.cuda_chains import StreamChain, WideChain
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_limits import overlaps, require_memory, unsupported
 from porttool.engines.torch.cuda_packed import Packed, arrange
@@ -215,10 +215,9 @@ class CudaDecoder(DeviceDecoder):
         if n not in self._scratch:
             t, tiles = self.tuning, self.tuning.wide[str(tile_rows(n))]
             blocks = [tiles["head"].block_n, t.stream["head"].block_n]
-            splits = max(t.attention.splits if n <= SMALL_ROWS else 1,
-                         wide_attention(self.model, n).splits)  # fmt: skip
+            attention = t.wide_attention[str(tile_rows(n))]
             self._scratch[n] = make_scratch(
-                self.config, n, splits=splits,
+                self.config, n, splits=max(t.attention.splits, attention.splits),
                 sums=max(tiles[name].split * shapes(self.config)[name][0]
                          for name in ("qkv", "out", "down")),
                 n_best=-(-self.config.vocab_size // min(blocks)), dtype=self.dtype,

@@ -82,7 +82,7 @@ def attention_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]
 
 def _several_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
     """16 or 32 elements of a tile a thread, and programs for about every multiprocessor."""
-    for splits in (1, 2, 4, 8):
+    for splits in (1, 2, 4, 8, 16):
         programs = n * config.n_kv_head * splits
         if programs < 100 or (splits > 1 and programs > 1100):
             continue

@@ -16,12 +16,7 @@ from porttool.engines.torch.cuda_launch import (
     wide,
 )
 from porttool.engines.torch.cuda_state import Rows, Scratch
-from porttool.engines.torch.cuda_tuning import (
-    SMALL_ROWS,
-    AttentionTile,
-    power_of_two,
-    tile_rows,
-)
+from porttool.engines.torch.cuda_tuning import power_of_two, tile_rows
 from porttool.engines.torch.cuda_weights import Linear
 
 
@@ -74,7 +69,7 @@ class WideChain:
         """Run n rows of the residual stream through every layer and the final norm."""
         m, s, c = self.model, self.scratch, self.model.config
         tiles = m.tuning.wide[str(tile_rows(n))]
-        attention = wide_attention(m, n)
+        attention = m.tuning.wide_attention[str(tile_rows(n))]
         before: Linear | None = None
         for index, layer in enumerate(m.weights.layers):
             self._norm(n, before, layer.qkv, early=index > 0)
@@ -120,9 +115,3 @@ class WideChain:
             None if before is None else before.bias, after.norm, s.normed, parts=tile.split,
             early=early,
         )  # fmt: skip
-
-
-def wide_attention(model: Model, n: int) -> AttentionTile:
-    """Cut the context for n rows: always alike up to SMALL_ROWS, then as measured."""
-    t = model.tuning
-    return t.attention if n <= SMALL_ROWS else t.wide_attention[str(tile_rows(n))]

@@ -25,7 +25,6 @@ from porttool.engines.torch.cuda_measure import (
 )
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
 from porttool.engines.torch.cuda_tuning import (
-    SMALL_ROWS,
     StreamTile,
     Tuning,
     WideTile,
@@ -184,8 +183,7 @@ def refine(
         first = with_tile(first, name, next(t for t in tiles if t.block_n), n)
     decoder.use(first)
     search = _Search(decoder, n, context)
-    if n == 1 or n > SMALL_ROWS:
-        search.offer_attention()
+    search.offer_attention()
     for name, tiles in found.items():
         for tile in tiles:
             search.offer_tile(name, tile)

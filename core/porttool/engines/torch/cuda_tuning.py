@@ -162,7 +162,7 @@ def default_tuning(config: ModelConfig, device: str) -> Tuning:
     if c.n_kv_head < c.n_head:
         block_t = min(block_t, 64)
     several = {
-        rows: AttentionTile(power_of_two(-(-128 // (int(rows) * c.n_kv_head))), 16, 2)
+        rows: AttentionTile(power_of_two(-(-256 // (int(rows) * c.n_kv_head))), 16, 2)
         for rows in wide
     }
     return Tuning(gpu_name(device), stream, wide, AttentionTile(splits, block_t, 8), several)
