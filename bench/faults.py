@@ -1,7 +1,7 @@
 """Puts faults in the way of conversions and builds, and judges what they leave behind.
 
     python bench/faults.py --seed 1 --output bench/results/faults.json
-    python bench/faults.py --only "full disk" --seed 1
+    python bench/faults.py --only "full disk" --output bench/results/faults.json    one kind again
     python bench/faults.py --tables bench/results/faults.json
 
 The faults are in tests/faults. Those that depend on a moment are drawn from the seed; kills at
@@ -25,6 +25,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -38,9 +39,10 @@ from faults.cases import (
     two_at_once,
 )
 from faults.sources import with_pickled_weights, write_large
-from faults.stage import Stage
+from faults.stage import SHARD_BYTES, Stage
 from faults.surroundings import CHANGES, change_source, full_disk, read_only, too_small_disk
 from faults.works import DEMO, WORKS, Place, Work
+from porttool.shards import MAX_SHARD_BYTES
 
 LARGE = ("convert", "build torch", "build onnx")
 
@@ -155,7 +157,8 @@ def run(kinds: list[str], seed: int) -> dict[str, list[Case]]:
     found: dict[str, list[Case]] = {}
     for kind in kinds:
         make_cases, source = KINDS[kind]
-        with tempfile.TemporaryDirectory() as name, Stage(Path(name) / "logs") as stage:
+        size = MAX_SHARD_BYTES if source == "large" else SHARD_BYTES
+        with tempfile.TemporaryDirectory() as name, Stage(Path(name) / "logs", size) as stage:
             place = make_place(Path(name) / source, stage, source)
             found[kind] = []
             for case in make_cases(place, Random(f"{kind} {seed}")):
@@ -184,7 +187,7 @@ def kind_of_end(text: str) -> str:
     return next((w for w in ("killed", "completed", "refused", "ended") if text.startswith(w)), "")
 
 
-def tables(record: dict[str, list[dict[str, object]]]) -> str:
+def tables(record: dict[str, list[dict[str, Any]]]) -> str:
     """Return the table of docs/reliability.md."""
     lines = [
         "| fault | work | cases | first run: killed / refused / completed "
@@ -192,7 +195,7 @@ def tables(record: dict[str, list[dict[str, object]]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for kind, values in record.items():
-        cases = [Case(**value) for value in values]  # type: ignore[arg-type]
+        cases = [Case(**value) for value in values]
         for work in dict.fromkeys(case.work for case in cases):
             mine = [case for case in cases if case.work == work]
             lines.append(
@@ -208,6 +211,18 @@ def shares(ends: list[str], *before: str) -> str:
     return " / ".join(str(sum(kind_of_end(e) == word for e in ends)) for word in words)
 
 
+def write(output: Path, cases: dict[str, list[dict[str, Any]]], seed: int, seconds: float) -> None:
+    """Write the cases; of an older result the kinds that were not made again are kept."""
+    older = json.loads(output.read_text())["kinds"] if output.exists() else {}
+    facts = {
+        "seed": seed, "python": platform.python_version(), "torch": version("torch"),
+        "system": platform.system(), "minutes": round(seconds / 60, 1),
+    }  # fmt: skip
+    kinds = older | {kind: {**facts, "cases": made} for kind, made in cases.items()}
+    kinds = {kind: kinds[kind] for kind in KINDS if kind in kinds}
+    output.write_text(json.dumps({"script": "bench/faults.py", "kinds": kinds}, indent=1) + "\n")
+
+
 def main() -> int:
     """Run what the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,18 +232,14 @@ def main() -> int:
     parser.add_argument("--tables", type=Path, help="print the tables of a result")
     asked = parser.parse_args()
     if asked.tables:
-        print(tables(json.loads(asked.tables.read_text())["cases"]))
+        kinds = json.loads(asked.tables.read_text())["kinds"]
+        print(tables({kind: found["cases"] for kind, found in kinds.items()}))
         return 0
     began = time.monotonic()
     found = run(asked.only or list(KINDS), asked.seed)
     cases = {kind: [asdict(case) for case in found[kind]] for kind in found}
     if asked.output:
-        facts = {
-            "script": "bench/faults.py", "seed": asked.seed, "python": platform.python_version(),
-            "torch": version("torch"), "system": platform.system(),
-            "minutes": round((time.monotonic() - began) / 60, 1), "cases": cases,
-        }  # fmt: skip
-        asked.output.write_text(json.dumps(facts, indent=1) + "\n")
+        write(asked.output, cases, asked.seed, time.monotonic() - began)
     print(tables(cases))
     return int(any(count_findings(group) for group in found.values()))
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from random import Random
 
 import pytest
 
-from faults.cases import Case, all_files, flip_bit, kill_at_event, kill_at_moment, two_at_once
+from faults.cases import (
+    Case,
+    all_files,
+    flip_bit,
+    fresh,
+    kill_at_event,
+    kill_at_moment,
+    two_at_once,
+)
 from faults.stage import Stage
 from faults.surroundings import change_source, full_disk, read_only, too_small_disk
-from faults.works import WORKS, Place, judge_left, partial_of, taken_for_whole
+from faults.works import WORKS, Place, digests, judge_left, partial_of, taken_for_whole
 from porttool.checkpoint import Checkpoint
 from porttool.engine import Engine
 from porttool.errors import CheckpointError
@@ -39,6 +48,27 @@ def test_killed_in_the_middle_and_while_it_finishes(place, name):
         case = kill_at_event(place, work, at)
         assert case.then == "killed"
         assert not case.findings
+
+
+@pytest.mark.parametrize("before_the_end", [14, 13, 12])
+def test_killed_while_it_replaces_an_older_one(place, before_the_end):
+    """Around the two renames there is the old output, the new one or none; none is half of each."""
+    place.undisturbed(CONVERT)
+    output = fresh(place, CONVERT)
+    arguments = [*place.arguments(CONVERT, output), "--force"]
+    old = [*arguments, "--dtype", "float16"]
+    assert place.stage.run(old).status == 0
+    n_events = place.stage.run(arguments, watch=output.parent).events
+    assert place.stage.run(old).status == 0
+    killed = place.stage.run(arguments, watch=output.parent, at=n_events - before_the_end)
+    assert killed.status == -signal.SIGKILL
+    if output.exists():
+        Checkpoint.open(output)
+    else:
+        assert taken_for_whole(place, CONVERT, output) == []
+    assert place.stage.run(arguments).status == 0
+    assert digests(output) == place.undisturbed(CONVERT)
+    assert [p.name for p in output.parent.iterdir()] == ["out"]
 
 
 def test_the_command_line_killed(place):

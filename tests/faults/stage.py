@@ -54,8 +54,9 @@ class Started:
 class Stage:
     """The server, from the outside. `folder` is for logs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         self.folder = folder
+        self.shard_bytes = shard_bytes
         folder.mkdir(parents=True, exist_ok=True)
         self._count = 0
         server = Path(__file__).with_name("server.py")
@@ -98,7 +99,7 @@ class Stage:
         pid = self.ask({
             "arguments": arguments, "log": str(self.log(self._count)),
             "events": str(self.events(self._count)), "watch": str(watch or self.folder / "none"),
-            "at": at, "action": action, "shard_bytes": SHARD_BYTES,
+            "at": at, "action": action, "shard_bytes": self.shard_bytes,
         })  # fmt: skip
         return Started(self, pid, self._count)
 

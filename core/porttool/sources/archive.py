@@ -6,12 +6,14 @@ members, and again up to a member to read it.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import io
 import os
+import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile
@@ -26,6 +28,8 @@ MAX_GROWTH = 200
 """Weights hardly compress: what unpacks to more than this many times itself is a trap."""
 SMALL = 1 << 30
 """Up to so many bytes unpacked nothing is a trap."""
+ABANDONED = 60
+"""Seconds after which a file that nobody has locked is no longer anybody's."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,10 @@ def unpacked(path: Path, scratch: Path, progress: Progress) -> Iterator[Path]:
     require_space(scratch / path.name, packed_size)
     limit = max_bytes(path, compressed=True)
     progress.start(f"unpack {path.name}", packed_size)
-    with NamedTemporaryFile(dir=scratch, prefix=f".{path.name}.", suffix=".tar") as target:
+    prefix = f".{path.name}."
+    remove_abandoned(scratch, prefix)
+    with NamedTemporaryFile(dir=scratch, prefix=prefix, suffix=".tar") as target:
+        fcntl.flock(target, fcntl.LOCK_EX)
         try:
             with path.open("rb") as packed, gzip.open(packed) as plain:
                 copy_blocks(plain, packed, target, limit, progress)
@@ -223,6 +230,19 @@ def unpacked(path: Path, scratch: Path, progress: Progress) -> Iterator[Path]:
             raise SourceError(f"{path}: cannot be unpacked in {scratch}: {error}") from error
         progress.finish()
         yield Path(target.name)
+
+
+def remove_abandoned(scratch: Path, prefix: str) -> None:
+    """Delete unpacked archives that killed runs left: they are older, and nobody's lock is on them.
+
+    One that another run makes at this moment may not have its lock yet.
+    """
+    for file in scratch.iterdir():
+        if file.name.startswith(prefix) and file.name.endswith(".tar") and file.is_file():
+            with suppress(OSError), file.open("rb") as left:
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - file.stat().st_mtime > ABANDONED:
+                    file.unlink()
 
 
 def copy_blocks(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import gzip
 import io
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from porttool.errors import SourceError
-from porttool.sources.archive import Archive, peek
+from porttool.progress import SILENT
+from porttool.sources.archive import Archive, peek, unpacked
 
 FILES = {"./model_config.yaml": b"a: 1\n", "./mp_rank_00/model_weights.ckpt": bytes(range(256)) * 9}
 
@@ -218,6 +220,26 @@ def test_a_pipe_is_no_archive(tmp_path):
     for read in (Archive, lambda path: peek(path, "model_config.yaml", 100)):
         with pytest.raises(SourceError, match="is not a file"):
             read(tmp_path / "a.nemo")
+
+
+def test_what_a_killed_run_unpacked_is_deleted(tmp_path):
+    """Not what another run works on, or has just begun, or what is somebody else's."""
+    path = write_tar(tmp_path / "a.nemo", list(FILES.items()), "w:gz")
+    names = ("left", "locked", "new", "other")
+    files = {name: tmp_path / f".a.nemo.{name}.tar" for name in names}
+    files["other"] = tmp_path / ".b.nemo.x.tar"
+    for name, file in files.items():
+        file.write_bytes(b"x")
+        if name != "new":
+            os.utime(file, (1, 1))
+    with files["locked"].open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with unpacked(path, tmp_path, SILENT) as plain:
+            assert Archive(plain).names() == [name.removeprefix("./") for name in FILES]
+            assert {p.name for p in tmp_path.iterdir()} == {
+                path.name, plain.name, *(files[n].name for n in ("locked", "new", "other"))
+            }  # fmt: skip
+    assert not plain.exists()
 
 
 def test_other_files_and_missing_members(tmp_path):
