@@ -27,7 +27,7 @@ FLOOR = 1e-5
 """A relative error that is never held against a stage in half precision."""
 
 CAUSES = (
-    ("embedding.out", "the token embedding's weights"),
+    ("embedding.out", "the token embedding's weights, or a prompt table's rows"),
     ("position.out", "positions: an offset, or the position table"),
     ("norm1.out", "the norm before attention: its weight, bias, epsilon or kind"),
     ("norm2.out", "the norm before the MLP: its weight, bias, epsilon or kind"),
