@@ -33,6 +33,18 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros on the CPU; of a large tensor no page is there before it is written.
+
+    Raises OSError or RuntimeError where the system has not so much memory.
+    """
+    import torch
+
+    if math.prod(shape) * dtype.itemsize < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return empty(shape, dtype)  # fresh pages of the system are zero
+
+
 def packed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a contiguous copy of a tensor in a type."""
     return empty(tensor.shape, dtype).copy_(tensor)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from porttool.config import ModelConfig
 from porttool.errors import EngineError
+from porttool.memory import zeros
 
 
 class KVCache:
@@ -28,12 +29,13 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (config.n_layer, n_slots, config.n_kv_head, capacity, config.head_dim)
-        try:
+        if str(device) != "cpu":
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
             self.values = torch.zeros(shape, dtype=dtype, device=device)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+            return
+        try:
+            self.keys, self.values = zeros(shape, dtype), zeros(shape, dtype)
+        except (OSError, OverflowError, ValueError, RuntimeError) as error:
             size = 2 * math.prod(shape) * dtype.itemsize
             raise EngineError(
                 f"there is no memory for the caches of {n_slots} rows of {capacity} tokens, "
