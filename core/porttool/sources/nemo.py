@@ -21,6 +21,7 @@ from porttool.weights import TensorSource
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights.ckpt"
 MAX_CONFIG = 1 << 18
+MAX_DEPTH = 50
 MAX_NODES = 50_000
 """Values in the YAML when every alias is written out: a few lines can stand for a billion."""
 MAX_TOKENIZER = 1 << 27
@@ -117,12 +118,33 @@ def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise MissingExtra("gpt-next", "yaml") from error
     try:
-        values = construct(yaml.SafeLoader(data))
+        values = construct(shallow(yaml.SafeLoader)(data))
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
         raise SourceError(f"{path}: {CONFIG} is damaged: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise SourceError(f"{path}: {CONFIG} should hold a mapping")
     return values
+
+
+def shallow(loader: type[Any]) -> type[Any]:
+    """Return a YAML loader that refuses depth: its scanner's time grows with the square of it."""
+
+    class Shallow(loader):  # type: ignore[misc]
+        def fetch_flow_collection_start(self, token: type[Any]) -> None:
+            require_depth(self.flow_level)
+            super().fetch_flow_collection_start(token)
+
+        def add_indent(self, column: int) -> Any:
+            require_depth(len(self.indents))
+            return super().add_indent(column)
+
+    return Shallow
+
+
+def require_depth(depth: int) -> None:
+    """Raise ValueError for values within more values than any config has."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"values nested more than {MAX_DEPTH} deep")
 
 
 def construct(loader: Any) -> Any:
