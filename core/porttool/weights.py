@@ -6,10 +6,10 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from porttool.config import ModelConfig
 from porttool.errors import SourceError
@@ -190,8 +190,33 @@ def check_shapes(
     for name, rule in rules.items():
         found = [infos[n] for n in rule.names]
         metas = [torch.empty(i.shape, dtype=getattr(torch, i.dtype), device="meta") for i in found]
-        with suppress(RuntimeError, ValueError, IndexError, TypeError):
+        with suppress(RuntimeError, ValueError, IndexError, TypeError), joining_shapes():
             require_shape(name, shapes[name], rule.via(config, metas), describe(rule, source))
+
+
+def joining_shapes() -> AbstractContextManager[Any]:
+    """Return a context in which `torch.cat` of tensors without memory works out a shape alone.
+
+    torch's own way there imports its compiler: a second, and 150 MB of resident memory.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+        shape = list(tensors[0].shape)
+        rests = {(*t.shape[:dim], *t.shape[dim:][1:]) for t in tensors}
+        if len(rests) != 1:
+            raise ValueError(f"tensors that differ in more than dimension {dim} cannot be joined")
+        shape[dim] = sum(t.shape[dim] for t in tensors)
+        return tensors[0].new_empty(shape)
+
+    class Joining(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return (joined if func is torch.cat else func)(*args, **(kwargs or {}))
+
+    return Joining()
 
 
 def describe(rule: Take, source: TensorSource) -> str:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import tiny
+from porttool_gpt_next.conformance import NemoConformance
+from porttool_santacoder.conformance import SantaCoderConformance
 
 BOUND = 300_000_000
 CHILD = """
@@ -86,3 +88,28 @@ def test_peak_memory(tmp_path, file, stored, wanted):
     assert found.returncode == 0, found.stderr
     peak = int(found.stdout)
     assert peak <= bound, f"{size / 1e6:.0f} MB: {peak / 1e6:.0f} MB, bound {bound / 1e6:.0f} MB"
+
+
+LIGHT = """
+import sys
+from pathlib import Path
+import tiny
+
+tiny.converted(Path(sys.argv[1]), Path(sys.argv[2]))
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("case", [NemoConformance, SantaCoderConformance])
+def test_conversion_imports_no_compiler(tmp_path, case):
+    """Rules that join tensors are tried out before a tensor is read; torch would fetch it for that.
+
+    It is a second and 150 MB of resident memory, more than a small model has.
+    """
+    case().write_source(tmp_path / "source", 0)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, tmp_path / "source", tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": str(Path(tiny.__file__).parent)},
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
