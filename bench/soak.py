@@ -63,19 +63,23 @@ def is_flat(found: dict[str, Any]) -> bool:
 
 
 def draw_picture(engines: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw resident memory over generations."""
+    """Draw resident memory over generations, and its change; the dotted line ends the warm-up."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(engines), figsize=(10, 3.2), layout="constrained")
-    for axis, (kind, found) in zip(axes, engines.items(), strict=True):
-        axis.plot([s[0] for s in found["samples"]], [s[2] / 1e6 for s in found["samples"]])
-        axis.axvline(found["samples"][len(found["samples"]) // 5][0], color="0.7", linestyle=":")
-        axis.set(title=f"{kind}: {found['bytes_per_generation']:+.0f} bytes a generation",
-                 xlabel="generations", ylabel="resident MB", ylim=(0, None))  # fmt: skip
-    figure.savefig(path, dpi=110)
+    figure, axes = pyplot.subplots(2, len(engines), figsize=(10, 5), layout="constrained")
+    for (upper, lower), (kind, found) in zip(axes.T, engines.items(), strict=True):
+        numbers = [s[0] for s in found["samples"]]
+        sizes = [s[2] for s in found["samples"]]
+        upper.plot(numbers, [size / 1e6 for size in sizes])
+        upper.set(title=f"{kind}: {found['bytes_per_generation']:+.0f} bytes a generation",
+                  ylabel="resident MB", ylim=(0, 1.2 * max(sizes) / 1e6))  # fmt: skip
+        lower.plot(numbers, [(size - sizes[0]) / 1e3 for size in sizes])
+        lower.axvline(numbers[len(numbers) // 5], color="0.7", linestyle=":")
+        lower.set(xlabel="generations", ylabel="kB beyond the first sample")
+    figure.savefig(path, dpi=100)
 
 
 def table(engines: dict[str, dict[str, Any]]) -> str:
