@@ -12,9 +12,10 @@ from random import Random
 from typing import Any
 
 import tiny
-from fuzzing import formats
+from fuzzing import formats, opinions
 from fuzzing.files import damage_file, damage_json, mutated_file
 from fuzzing.mutate import mutate_bytes, mutate_numbers, mutate_tree
+from fuzzing.opinions import Opinion
 from fuzzing.specimens import (
     SHAPE,
     registry,
@@ -61,7 +62,8 @@ class Container:
 
     write(folder) makes a whole one in an empty folder, always the same bytes; damage(rng, folder)
     changes it; read(folder, output) takes it through the front door and returns every value by
-    name. `checked`: a checksum covers every byte that a value depends on.
+    name. `checked`: a checksum covers every byte that a value depends on. `opinion` compares what
+    was read with what the format's own library reads.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Container:
     damage: Callable[[Random, Path], Damage]
     read: Callable[[Path, Path], Values]
     checked: bool = False
+    opinion: Opinion | None = None
 
 
 # ---- reading ----------------------------------------------------------------------------------
@@ -226,23 +229,28 @@ CONTAINERS = {
     c.name: c
     for c in (
         Container("safetensors", write_safetensors,
-                  damaging(formats.mutate_safetensors, "model.safetensors"), convert),
+                  damaging(formats.mutate_safetensors, "model.safetensors"), convert,
+                  opinion=opinions.of_safetensors),
         Container("configs", write_sharded, damage_configs, convert),
         Container("torch_zip", write_torch_zip,
-                  damaging(formats.mutate_zip, "pytorch_model.bin"), convert),
+                  damaging(formats.mutate_zip, "pytorch_model.bin"), convert,
+                  opinion=opinions.of_torch),
         Container("torch_legacy", write_legacy,
-                  damaging(formats.mutate_legacy, "pytorch_model.bin"), convert),
+                  damaging(formats.mutate_legacy, "pytorch_model.bin"), convert,
+                  opinion=opinions.of_torch),
         Container("megatron", write_megatron,
                   damaging(formats.mutate_zip, "mp_rank_00/model_optim_rng.pt"), convert_megatron),
         Container("nemo_tar", write_nemo, damaging(formats.mutate_tar, "model.nemo"),
-                  convert_archive),
-        Container("nemo_tar_gz", write_nemo_gz, damage_packed, convert_archive, checked=True),
+                  convert_archive, opinion=opinions.of_tar),
+        Container("nemo_tar_gz", write_nemo_gz, damage_packed, convert_archive,
+                  checked=True, opinion=opinions.of_tar),
         Container("tf_bundle", write_bundle_folder, damage_bundle, convert, checked=True),
         Container("fastertransformer", write_fastertransformer, damage_ini, convert),
         Container("fastertransformer_old", write_old_fastertransformer, damage_ini, convert),
-        Container("npy_table", write_npy, damaging(formats.mutate_npy, "table.npy"), convert_table),
+        Container("npy_table", write_npy, damaging(formats.mutate_npy, "table.npy"), convert_table,
+                  opinion=opinions.of_npy("table.npy")),
         Container("npy_tokens", write_token_npy, damaging(formats.mutate_npy, "tokens.npy"),
-                  read_npy_tokens),
+                  read_npy_tokens, opinion=opinions.of_npy("tokens.npy")),
         Container("csv_tokens", write_token_csv, damaging(mutate_bytes, "tokens.csv"),
                   read_csv_tokens),
         Container("checkpoint", write_checkpoint, damaging_own("checkpoint.json"),

@@ -135,6 +135,8 @@ class Judge:
                                if values.get(n) != self.values.get(n))[:200]  # fmt: skip
             if outcome == "changed" and self.container.checked and not sealed:
                 outcome, detail = "finding", f"values under a checksum changed: {detail}"
+            elif problem := self._second_opinion(folder):
+                outcome, detail = "finding", f"the format's own library disagrees: {problem}"
         if self._watch.seen:
             outcome, detail = "finding", f"{self._watch.seen[0]}; {detail}"
         return outcome, detail
@@ -148,6 +150,12 @@ class Judge:
             return f"a message of {len(message)} characters"
         left = [f.name for f in output.iterdir() if f.name != ".made.partial"]
         return f"left behind: {left}" if left else ""
+
+    def _second_opinion(self, folder: Path) -> str:
+        try:
+            return self.container.opinion(folder) if self.container.opinion else ""
+        except Exception as error:  # noqa: BLE001 - a library may raise anything
+            return f"{type(error).__name__}: {error!s:.200}"
 
     def _read(self, folder: Path, output: Path) -> Values:
         with self._watch.on(output), alarm(MAX_SECONDS), warnings.catch_warnings(action="error"):

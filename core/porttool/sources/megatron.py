@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILES = ("model_optim_rng.pt", "model_rng.pt")
+MAX_DEPTH = 30
 
 INERT = re.compile(r"_extra_state$|\.rotary_pos_emb\.inv_freq$")
 """Entries of a model's state that hold no weights."""
@@ -165,10 +166,12 @@ def rank_tensors(tree: dict[str, Any], file: Path) -> TensorSource:
     return TensorTree(only_tensors(flat, file), str(file), mapped=True)
 
 
-def flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested dictionaries under dotted names."""
+    if depth > MAX_DEPTH:
+        raise SourceError(f"{prefix:.100}: dictionaries nested more than {MAX_DEPTH} deep")
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.", depth + 1)
         elif value is not None:
             yield f"{prefix}{key}", value

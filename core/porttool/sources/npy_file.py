@@ -61,7 +61,7 @@ def read_header(data: bytes) -> dict[str, Any]:
     if length > MAX_HEADER or len(data) < start:
         raise ValueError(f"a header of {length} bytes")
     text = data[8 + width : start].decode("latin-1")
-    header = ast.literal_eval(text.strip())
+    header = ast.literal_eval(text.strip(" \n"))
     if not isinstance(header, dict) or header.keys() != {"descr", "fortran_order", "shape"}:
         raise ValueError("the header lacks a field, or has others")
     descr, shape = header["descr"], header["shape"]

@@ -14,6 +14,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,10 +128,11 @@ def load_tree(path: Path, safe: Sequence[Any] = ()) -> Any:
     if not path.is_file():
         raise SourceError(f"{path}: the file is missing")
     zipped = is_zip(path, str(path))
-    if zipped:
-        check_zip(path)
+    entries = check_zip(path) if zipped else []
     with unpickling(str(path)), torch.serialization.safe_globals(list(safe)):
         if zipped:
+            structure = torch.load(path, map_location="meta", weights_only=True)
+            check_records(structure, entries, str(path))
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if is_legacy(path):
             return load_legacy(path)
@@ -195,10 +197,48 @@ def is_zip(file: Path | IO[bytes], label: str) -> bool:
         raise SourceError(f"{label}: the archive is truncated or damaged: {error}") from error
 
 
-def check_zip(path: Path) -> None:
+def check_zip(path: Path) -> list[zipfile.ZipInfo]:
     """Refuse archives with compressed, doubled or overlapping entries before torch sees them."""
     with path.open("rb") as file:
-        check_entries(zip_entries(file, str(path)), path.stat().st_size, str(path))
+        entries = zip_entries(file, str(path))
+    check_entries(entries, path.stat().st_size, str(path))
+    return entries
+
+
+def check_records(structure: Any, entries: list[zipfile.ZipInfo], label: str) -> None:
+    """Hold every tensor of a tree on the meta device to its entry, wherever it is in the tree."""
+    import torch
+
+    waiting, seen = [("", structure)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            require_record(name, value, entries, label)
+        elif isinstance(value, Mapping):
+            waiting.extend((f"{name}.{key}"[:300], inner) for key, inner in value.items())
+        elif isinstance(value, list | tuple):
+            waiting.extend((f"{name}[{index}]", inner) for index, inner in enumerate(value))
+
+
+def require_record(name: str, tensor: Tensor, entries: list[zipfile.ZipInfo], label: str) -> None:
+    """Refuse a tensor that is not exactly its entry's: torch would read on into the next one."""
+    import torch
+
+    storage: Any = tensor.untyped_storage()
+    offset = storage._checkpoint_offset
+    if offset is None:
+        raise SourceError(f"{label}: torch {torch.__version__} does not say where {name!r} lies")
+    holder = entries[max(0, bisect(entries, offset, key=lambda e: e.header_offset or 0) - 1)]
+    end = (tensor.storage_offset() + span(tensor)) * tensor.element_size()
+    held = holder.file_size if storage.nbytes() else 0
+    if storage.nbytes() != held or end > held:
+        raise SourceError(
+            f"{label}: {name!r} needs {max(end, storage.nbytes())} bytes, its entry "
+            f"{holder.filename!r} has {held}; the file is damaged"
+        )
 
 
 def zip_entries(file: IO[bytes], label: str) -> list[zipfile.ZipInfo]:
