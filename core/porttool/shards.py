@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 M_MMAP_THRESHOLD = -3
-MAX_SHARD_BYTES = 1 << 30
+MAX_SHARD_BYTES = 1 << 29
 """A shard is the unit of resuming and of parallel verification."""
 
 

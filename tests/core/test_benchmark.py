@@ -303,6 +303,7 @@ def test_engines_with_one_name_are_told_apart_by_their_paths(folder):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the peers' own
 def test_on_a_gpu_all_three_take_turns(folder, tmp_path):
     """Memory comes from torch's allocator, and what is called compiled is."""
     build = ["build", "--dummy", "--config", str(folder / "hf"), "--dtype", "float16"]

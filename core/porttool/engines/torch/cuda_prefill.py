@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +18,7 @@ from porttool.engines.torch.cuda_launch import (
 )
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import power_of_two
-from porttool.engines.torch.cuda_weights import Linear
+from porttool.engines.torch.cuda_weights import LayerWeights, Linear
 from porttool.engines.torch.kernels.prefill import prefill_attention
 
 _EPILOGUE_TOKENS = 2048
@@ -37,6 +39,16 @@ class Prompt:
         self.longest = longest
 
 
+def ranged(layers: Sequence[LayerWeights], *, on_gpu: bool) -> Iterator[tuple[int, LayerWeights]]:
+    """Yield layers with their numbers, on a GPU each inside an NVTX range of its name."""
+    for index, layer in enumerate(layers):
+        if on_gpu:
+            torch.cuda.nvtx.range_push(f"layers.{index}")
+        yield index, layer
+        if on_gpu:
+            torch.cuda.nvtx.range_pop()
+
+
 def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:
     """Run the residual stream x [tokens, d_model] through every layer and the final norm."""
     c = model.config
@@ -48,7 +60,7 @@ def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:
             raise AssertionError("a projection of the residual stream has a norm")
         residual_norm(model, x, delta, None, after.norm, normed, chained=False)
 
-    for index, w in enumerate(model.weights.layers):
+    for index, w in ranged(model.weights.layers, on_gpu=x.is_cuda):
         norm(w.qkv)
         qkv = F.linear(normed, w.qkv.weight, w.qkv.bias)
         query = qkv.new_empty(qkv.shape[0], c.n_head * c.head_dim) if model.rotary else qkv

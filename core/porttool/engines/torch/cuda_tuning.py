@@ -129,17 +129,21 @@ def default_stream(n: int, k: int, *, gated: bool, residual: bool) -> StreamTile
 
 
 def default_wide(n: int, k: int, rows: int, name: str, *, gated: bool) -> WideTile:
-    """Cut [n, k] into about one program a multiprocessor; only residual matrices split k."""
-    block_n = 128 if n >= 16384 and not gated else 64 if n >= 8192 else 32
+    """Cut [n, k] as most models' measurements do, with programs for every multiprocessor."""
+    head, many = name == "head", rows >= 64
+    block_n, block_k = (128, 64) if head else (64, 64 if many and name == "up" else 128)
+    stages, warps = 4 if head or (many and block_k == 128) else 6, 4
+    if many and block_k == 128:
+        warps = 8
     split = 1
-    while name in ("out", "down") and split < 8 and n // block_n * split < 96:
+    while name in ("qkv", "out", "down") and split < 8 and n // block_n * split < 96:
         split *= 2
-    while split == 1 and block_n > 16 and n // block_n < 96:
+    while not head and split == 1 and block_n > 16 and n // block_n < 96:
         block_n //= 2
-    if n // block_n <= 1:
-        block_n = 16
-    block_k = 64 if rows >= 64 else 128
-    return WideTile(block_n, min(block_k, max(power_of_two(k), 16)), 4, 4, split)
+    if gated:
+        block_n = max(block_n // 2, 16)
+    return WideTile(min(block_n, max(power_of_two(n), 16)), min(block_k, max(power_of_two(k), 16)),
+                    warps, stages, split)  # fmt: skip
 
 
 def default_tuning(config: ModelConfig, device: str) -> Tuning:
@@ -162,7 +166,7 @@ def default_tuning(config: ModelConfig, device: str) -> Tuning:
     if c.n_kv_head < c.n_head:
         block_t = min(block_t, 64)
     several = {
-        rows: AttentionTile(power_of_two(-(-256 // (int(rows) * c.n_kv_head))), 16, 2)
+        rows: AttentionTile(min(power_of_two(-(-256 // (int(rows) * c.n_kv_head))), 16), 16, 2)
         for rows in wide
     }
     return Tuning(gpu_name(device), stream, wide, AttentionTile(splits, block_t, 8), several)
