@@ -14,7 +14,6 @@ import pickle
 import struct
 import warnings
 import zipfile
-from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +21,17 @@ from typing import IO, TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
 from porttool.memory import empty
-from porttool.sources.torch_legacy import is_legacy, load_legacy
+from porttool.sources.torch_legacy import (
+    Stored,
+    is_legacy,
+    load_legacy,
+    unpickle,
+    without_memory,
+)
 from porttool.weights import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, TypedStorage
 
 SAFE_TORCH = (2, 10)
 BLOCK = 1 << 22
@@ -131,8 +136,7 @@ def load_tree(path: Path, safe: Sequence[Any] = ()) -> Any:
     entries = check_zip(path) if zipped else []
     with unpickling(str(path)), torch.serialization.safe_globals(list(safe)):
         if zipped:
-            structure = torch.load(path, map_location="meta", weights_only=True)
-            check_records(structure, entries, str(path))
+            check_records(path, entries)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if is_legacy(path):
             return load_legacy(path)
@@ -205,49 +209,49 @@ def check_zip(path: Path) -> list[zipfile.ZipInfo]:
     return entries
 
 
-def check_records(structure: Any, entries: list[zipfile.ZipInfo], label: str) -> None:
-    """Hold every tensor of a tree on the meta device to its entry, wherever it is in the tree."""
+def check_records(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Hold every storage that the pickle names to the size of its record.
+
+    Mapped, torch would read on into the next record and take that for weights.
+    """
     import torch
 
-    waiting, seen = [("", structure)], set()
-    while waiting:
-        name, value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            require_record(name, value, entries, label)
-        elif isinstance(value, Mapping):
-            waiting.extend((f"{name}.{key}"[:300], inner) for key, inner in value.items())
-        elif isinstance(value, list | tuple):
-            waiting.extend((f"{name}[{index}]", inner) for index, inner in enumerate(value))
+    sizes = {entry.filename: entry.file_size for entry in entries}
+    archive = entries[0].filename.partition("/")[0] if entries else ""
 
+    def note(stored: Stored) -> TypedStorage:
+        held = sizes.get(f"{archive}/data/{stored.key}", 0)
+        if stored.nbytes and stored.nbytes != held:
+            raise SourceError(
+                f"{path}: a tensor needs {stored.nbytes} bytes, its record "
+                f"'data/{stored.key:.100}' has {held}; the file is damaged"
+            )
+        return without_memory(stored)
 
-def require_record(name: str, tensor: Tensor, entries: list[zipfile.ZipInfo], label: str) -> None:
-    """Refuse a tensor that is not exactly its entry's: torch would read on into the next one."""
-    import torch
-
-    storage: Any = tensor.untyped_storage()
-    offset = storage._checkpoint_offset
-    if offset is None:
-        raise SourceError(f"{label}: torch {torch.__version__} does not say where {name!r} lies")
-    holder = entries[max(0, bisect(entries, offset, key=lambda e: e.header_offset or 0) - 1)]
-    end = (tensor.storage_offset() + span(tensor)) * tensor.element_size()
-    held = holder.file_size if storage.nbytes() else 0
-    if storage.nbytes() != held or end > held:
-        raise SourceError(
-            f"{label}: {name!r} needs {max(end, storage.nbytes())} bytes, its entry "
-            f"{holder.filename!r} has {held}; the file is damaged"
-        )
+    reader: Any = torch._C.PyTorchFileReader(str(path))
+    unpickle(io.BytesIO(reader.get_record("data.pkl")), note)
 
 
 def zip_entries(file: IO[bytes], label: str) -> list[zipfile.ZipInfo]:
     """Return the entries of a zip in the order of their places."""
     try:
         with zipfile.ZipFile(file) as archive:
-            return sorted(archive.infolist(), key=lambda e: e.header_offset)
+            entries = sorted(archive.infolist(), key=lambda e: e.header_offset)
+        for entry in entries:
+            require_header(file, entry)
+        return entries
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
         raise SourceError(f"{label}: the archive is truncated or damaged: {error}") from error
+
+
+def require_header(file: IO[bytes], entry: zipfile.ZipInfo) -> None:
+    """Raise BadZipFile where an entry has no header of its name: torch reads its place there."""
+    file.seek(entry.header_offset)
+    header = file.read(30)
+    name = file.read(int.from_bytes(header[26:28], "little"))
+    encoding = "utf-8" if entry.flag_bits & 0x800 else "cp437"
+    if header[:4] != b"PK\3\4" or name != entry.orig_filename.encode(encoding):
+        raise zipfile.BadZipFile(f"there is no header of {entry.filename!r:.100} in its place")
 
 
 def check_entries(entries: list[zipfile.ZipInfo], size: int, label: str) -> None:

@@ -45,7 +45,6 @@ def is_legacy(path: Path) -> bool:
 
 def load_legacy(path: Path) -> Any:
     """Return the tree; raises what torch.load raises, and ValueError for a file that lies."""
-    import torch
 
     with path.open("rb") as file:
         if (unpickle(file), unpickle(file)) != (MAGIC, PROTOCOL):
@@ -58,7 +57,7 @@ def load_legacy(path: Path) -> Any:
         def note(stored: Stored) -> TypedStorage:
             if found.setdefault(stored.key, stored) != stored:
                 raise ValueError(f"storage {stored.key} has two sizes or types")
-            return typed(torch.UntypedStorage(stored.nbytes, device="meta"), stored)
+            return without_memory(stored)
 
         unpickle(file, note)
         places = find_places(file, unpickle(file), found, path.stat().st_size)
@@ -84,6 +83,13 @@ def map_bytes(data: mmap.mmap, offset: int, stored: Stored) -> Any:
     return flat.untyped_storage()
 
 
+def without_memory(stored: Stored) -> TypedStorage:
+    """Return a storage that is none, for unpickling a tree's structure."""
+    import torch
+
+    return typed(torch.UntypedStorage(stored.nbytes, device="meta"), stored)
+
+
 def typed(storage: Any, stored: Stored) -> TypedStorage:
     """Return a storage as torch's unpickler wants it."""
     import torch
@@ -96,14 +102,21 @@ def unpickle(file: IO[bytes], load: Callable[[Stored], TypedStorage] | None = No
     from torch._weights_only_unpickler import Unpickler
 
     def persistent_load(saved: Any) -> TypedStorage:
-        _, storage_type, key, _, n_elements, view = saved
-        if load is None or view is not None:
+        _, storage_type, key, _, n_elements, *view = saved
+        if load is None or view not in ([], [None]):
             raise ValueError("storages that are views of others")
-        return load(Stored(str(key), storage_type.dtype, int(n_elements)))
+        return load(Stored(str(key), element_type(storage_type), int(n_elements)))
 
     unpickler: Any = Unpickler(file, encoding="utf-8")
     unpickler.persistent_load = persistent_load
     return unpickler.load()
+
+
+def element_type(storage_type: Any) -> Any:
+    """Return the type of a storage's elements; one without a type has bytes."""
+    import torch
+
+    return torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
 
 
 def find_places(file: IO[bytes], keys: Any, found: dict[str, Stored], size: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ no memory, and their storages say where in the file their bytes begin. These are
 from __future__ import annotations
 
 import io
+from bisect import bisect
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +18,6 @@ from porttool.sources.archive import Member, Section
 from porttool.sources.safetensors_file import read_exactly
 from porttool.sources.torch_file import (
     check_entries,
-    require_record,
     require_safe_torch,
     span,
     unpickling,
@@ -102,4 +102,15 @@ def check_stored(name: str, value: Any, entries: list[zipfile.ZipInfo], label: s
         raise SourceError(f"{label}: {name!r} is {type(value).__name__}, not a tensor")
     if value.layout != torch.strided or value.device.type != "meta":
         raise SourceError(f"{label}: {name!r} is not a plain dense tensor")
-    require_record(name, value, entries, label)
+    storage = value.untyped_storage()
+    offset = storage._checkpoint_offset
+    if offset is None:
+        raise SourceError(f"{label}: torch {torch.__version__} does not say where {name!r} lies")
+    holder = entries[max(0, bisect([e.header_offset or 0 for e in entries], offset) - 1)]
+    end = (value.storage_offset() + span(value)) * value.element_size()
+    held = holder.file_size if storage.nbytes() else 0
+    if storage.nbytes() != held or end > held:
+        raise SourceError(
+            f"{label}: {name!r} needs {max(end, storage.nbytes())} bytes, its entry "
+            f"{holder.filename!r} has {held}; the file is damaged"
+        )
