@@ -13,7 +13,10 @@ from porttool.errors import UsageError
 from porttool.generate import Completion, Finish
 from porttool.nn.decoder import Step
 from porttool.runner import Runner
-from porttool.sampling import adjust
+from porttool.sampling import Penalties
+
+Candidate = tuple[float, int, int]
+"""Score, beam and token."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class BeamGroup:
     prompt: list[int]
     slots: list[int]
     tokens: list[list[int]]
-    scores: Tensor
+    scores: list[float]
     finished: list[Hypothesis] = field(default_factory=list)
     done: bool = False
 
@@ -66,24 +69,58 @@ def search_batch(
         [g.slots[0] for g in groups for _ in g.slots], [s for g in groups for s in g.slots]
     )
     logits = logits.repeat_interleave(n, dim=0)
+    penalties = Penalties(sampling, eos, n * len(groups), logits)
+    for group in groups:
+        for slot in group.slots:
+            penalties.begin(slot, group.prompt)
     active = groups
     while active:
         moves: list[tuple[int, int]] = []
-        for group, part in zip(active, logits.split(n), strict=True):
-            moves += extend(group, part, sampling, eos)
+        ranked = rank(active, logits, penalties, max(2, 1 + len(eos)))
+        for group, candidates in zip(active, ranked, strict=True):
+            moves += extend(group, candidates, sampling, eos)
         active = [g for g in active if not g.done]
         if active:
             if moves:
                 runner.copy_slots([a for a, _ in moves], [b for _, b in moves])
-            logits = runner.step(next_step(active))
+            step = next_step(active)
+            if sampling.adjusts:
+                follow(penalties, moves, step)
+            logits = runner.step(step)
     return [collect(group, sampling) for group in groups]
 
 
-def first_scores(n_beams: int) -> Tensor:
+def first_scores(n_beams: int) -> list[float]:
     """Return starting scores: all beams are equal copies, so only the first may branch."""
-    scores = torch.full((n_beams,), -1e9)
-    scores[0] = 0.0
-    return scores
+    return [0.0] + [-1e9] * (n_beams - 1)
+
+
+def follow(penalties: Penalties, moves: list[tuple[int, int]], step: Step) -> None:
+    """Let the penalties' tables follow the beams: slot copies, then the tokens of the next step."""
+    if moves:
+        source, target = torch.tensor(moves, device=penalties.device).T
+        penalties.copy(source, target)
+    penalties.add(*torch.stack([step.slots, step.tokens[:, 0]]).to(penalties.device))
+
+
+def rank(
+    groups: list[BeamGroup], logits: Tensor, penalties: Penalties, factor: int
+) -> list[list[Candidate]]:
+    """Return `factor` times as many candidates as beams for each group, the best first.
+
+    From logits [n_groups * n_beams, vocab_size]; only what is returned leaves the device.
+    """
+    n, vocab = len(groups[0].slots), logits.shape[-1]
+    slots = [slot for g in groups for slot in g.slots]
+    written = [len(tokens) for g in groups for tokens in g.tokens]
+    where = torch.tensor([slots, written], device=logits.device)
+    scores = torch.tensor([score for g in groups for score in g.scores], device=logits.device)
+    total = penalties.apply(logits.float().log_softmax(-1), where[0], where[1]) + scores[:, None]
+    found = total.view(len(groups), n * vocab).topk(min(factor * n, n * vocab))
+    return [
+        [(value, place // vocab, place % vocab) for value, place in zip(*best, strict=True)]
+        for best in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+    ]
 
 
 def next_step(groups: list[BeamGroup]) -> Step:
@@ -98,26 +135,19 @@ def next_step(groups: list[BeamGroup]) -> Step:
 
 
 def extend(
-    group: BeamGroup, logits: Tensor, sampling: Sampling, eos: tuple[int, ...]
+    group: BeamGroup, candidates: list[Candidate], sampling: Sampling, eos: tuple[int, ...]
 ) -> list[tuple[int, int]]:
-    """Choose the next beams from logits [n_beams, vocab_size]; return slot copies (from, to).
+    """Choose the next beams from ranked candidates; return slot copies (from, to).
 
-    Twice as many candidates as beams are looked at, so that enough go on when some end.
+    There are twice as many candidates as beams or more, so that enough go on when some end.
     """
-    n, vocab = len(group.slots), logits.shape[-1]
-    logprobs = logits.float().log_softmax(-1).cpu()
-    if sampling.adjusts:
-        logprobs = adjust(logprobs, sampling, [group.prompt] * n, group.tokens, eos)
-    total = logprobs + group.scores[:, None]
-    values, flat = total.flatten().topk(min(max(2, 1 + len(eos)) * n, n * vocab))
-    ranked = zip(values.tolist(), flat.tolist(), strict=True)
-    candidates = [(value, place // vocab, place % vocab) for value, place in ranked]
+    n = len(group.slots)
     length = len(group.tokens[0]) + 1
     last = length == sampling.max_new_tokens
-    going: list[tuple[float, int, int]] = []
-    for rank, (value, beam, token) in enumerate(candidates):
+    going: list[Candidate] = []
+    for place, (value, beam, token) in enumerate(candidates):
         if token in eos or last:
-            if rank < n:
+            if place < n:
                 finish(group, beam, token, value, eos, sampling)
         elif len(going) < n:
             going.append((value, beam, token))
@@ -151,13 +181,13 @@ def is_settled(group: BeamGroup, best: float, length: int, sampling: Sampling) -
     )
 
 
-def adopt(group: BeamGroup, going: list[tuple[float, int, int]]) -> list[tuple[int, int]]:
+def adopt(group: BeamGroup, going: list[Candidate]) -> list[tuple[int, int]]:
     """Make the chosen candidates the group's beams; return the slot copies they need."""
     moves = [
         (group.slots[beam], group.slots[i]) for i, (_, beam, _) in enumerate(going) if beam != i
     ]
     group.tokens = [[*group.tokens[beam], token] for _, beam, token in going]
-    group.scores = torch.tensor([value for value, _, _ in going])
+    group.scores = [value for value, _, _ in going]
     return moves
 
 

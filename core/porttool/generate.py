@@ -14,7 +14,7 @@ from porttool.config import Limits, Sampling
 from porttool.errors import UsageError
 from porttool.nn.decoder import Step
 from porttool.runner import Runner
-from porttool.sampling import adjust, draw, filtered
+from porttool.sampling import Choices, Sampler
 from porttool.text import Tokenizer
 
 Finish = Literal["eos", "stop", "length"]
@@ -136,12 +136,9 @@ class Loop:
         self.eos = eos
         self.tokenizer = tokenizer
         self.on_token = on_token
-        self.generators: dict[int, torch.Generator] = {}
-        self.greedy = sampling.temperature == 0
-        self.chained = (
-            runner.decodes_on_device
-            and self.greedy
-            and not (sampling.adjusts or sampling.logprobs or sampling.keep_logits)
+        self.sampler: Sampler | None = None
+        self.greedy = not (
+            sampling.temperature or sampling.adjusts or sampling.logprobs or sampling.keep_logits
         )
 
     def run(self, rows: Sequence[Row]) -> None:
@@ -156,7 +153,7 @@ class Loop:
                 row.slot = free.pop()
                 joining.append(row)
             if joining:
-                self.accept(joining, self.prefill(joining))
+                self.prefill(joining)
                 active += joining
             active = self.release(active, free)
             if active:
@@ -168,12 +165,18 @@ class Loop:
         free.extend(row.slot for row in active if row.finish)
         return [row for row in active if not row.finish]
 
-    def prefill(self, rows: list[Row]) -> Tensor:
-        """Feed the prompts of joining rows; return logits [n, vocab_size]."""
+    def prefill(self, rows: list[Row]) -> None:
+        """Feed the prompts of joining rows and take what follows."""
         logits = self.runner.step(Step.prefill([r.prompt for r in rows], [r.slot for r in rows]))
+        if not self.greedy and self.sampler is None:
+            self.sampler = Sampler(self.sampling, self.eos, self.runner.n_slots, logits)
         for row in rows:
             row.cached = len(row.prompt)
-        return logits
+            if self.sampler is not None:
+                self.sampler.begin(row.slot, row.prompt, row.index)
+        choices = self.choices(rows)
+        tokens = logits.argmax(-1) if choices is None else choices(logits, 0)
+        self.take(rows, tokens[:, None], choices)
 
     def advance(self, rows: list[Row]) -> None:
         """Feed each row's last token and take what follows."""
@@ -183,49 +186,31 @@ class Loop:
             torch.tensor([r.cached for r in rows]),
             torch.ones(len(rows), dtype=torch.int64),
         )
-        if not self.chained:
-            logits = self.runner.step(step)
-            for row in rows:
-                row.cached += 1
-            self.accept(rows, logits)
-            return
         room = min(self.sampling.max_new_tokens - len(r.tokens) for r in rows)
-        decoded = self.runner.decode(step, min(room, CHUNK)).tolist()
-        for row, tokens in zip(rows, decoded, strict=True):
-            row.cached += len(tokens)
-            for token in tokens:
-                if not row.finish:
-                    self.append(row, token)
+        choices = self.choices(rows)
+        tokens = self.runner.decode(step, min(room, CHUNK), choices)
+        for row in rows:
+            row.cached += tokens.shape[1]
+        self.take(rows, tokens, choices)
 
-    def accept(self, rows: list[Row], logits: Tensor) -> None:
-        """Choose each row's next token from logits [n, vocab_size] and take it."""
-        tokens = self.choose(rows, logits)
-        if self.sampling.logprobs:
-            chosen = logits.log_softmax(-1).gather(1, tokens.to(logits.device)[:, None])
-            for row, value in zip(rows, chosen[:, 0].tolist(), strict=True):
-                row.logprobs.append(value)
-        if self.sampling.keep_logits:
-            for row, values in zip(rows, logits.float().cpu(), strict=True):
-                row.logits.append(values)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            self.append(row, token)
+    def choices(self, rows: list[Row]) -> Choices | None:
+        """Return what chooses the rows' next tokens; None where the likeliest is all there is."""
+        if self.sampler is None:
+            return None
+        return Choices(self.sampler, [r.slot for r in rows], [len(r.tokens) for r in rows])
 
-    def choose(self, rows: list[Row], logits: Tensor) -> Tensor:
-        """Return the next token of each row [n]."""
-        if self.sampling.adjusts:
-            prompts, outputs = [r.prompt for r in rows], [r.tokens for r in rows]
-            logits = adjust(logits, self.sampling, prompts, outputs, self.eos)
-        if self.greedy:
-            return logits.argmax(-1)
-        generators = [self.generator(row.index) for row in rows]
-        return draw(filtered(logits, self.sampling), generators)
-
-    def generator(self, index: int) -> torch.Generator:
-        """Return a row's own generator: its draws do not depend on its neighbours."""
-        if index not in self.generators:
-            seed = self.sampling.seed + index
-            self.generators[index] = torch.Generator().manual_seed(seed)
-        return self.generators[index]
+    def take(self, rows: list[Row], tokens: Tensor, choices: Choices | None) -> None:
+        """Give each row its tokens [n, several], and what was kept of them, up to its end."""
+        listed = tokens.tolist()
+        logprobs = [part.tolist() for part in choices.logprobs] if choices else []
+        logits = choices.logits if choices else []
+        for r, row in enumerate(rows):
+            for i, token in enumerate(listed[r]):
+                if row.finish:
+                    break
+                row.logprobs += [part[r] for part in logprobs[i : i + 1]]
+                row.logits += [part[r] for part in logits[i : i + 1]]
+                self.append(row, token)
 
     def append(self, row: Row, token: int) -> None:
         """Add a token to a row and see whether it ends there."""

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from porttool.nn import Step
     from porttool.plugins import Registry
 
+Choose = Callable[["Tensor", int], "Tensor"]
+"""From logits [n, vocab_size] to the next tokens [n], both on the device; see `Runner.decode`."""
+
 
 @dataclass(frozen=True)
 class TimedNode:
@@ -68,12 +71,16 @@ class Runner(Component):
     def copy_slots(self, source: list[int], target: list[int]) -> None:
         """Copy whole cache rows, as if at once: beams are re-ordered by it."""
 
-    def decode(self, step: Step, n_tokens: int) -> Tensor:
-        """Feed one token a row, then its greedy successors: [n, n_tokens] on the runner's device.
+    def decode(self, step: Step, n_tokens: int, choose: Choose | None = None) -> Tensor:
+        """Feed one token a row, then what was chosen: [n, 1 to n_tokens] on the runner's device.
 
-        Only called when `decodes_on_device`; rows run on past an end token, the caller cuts.
+        `choose` gets the logits of each token and how many came before in this call; it may keep
+        neither them nor the device waiting. None takes the likeliest. Rows run on past an end
+        token, the caller cuts. A runner that comes back to the host for every token chooses one.
         """
-        raise EngineError(f"the {self.name} runner does not decode on the device")
+        logits = self.step(step)
+        tokens = logits.argmax(-1) if choose is None else choose(logits, 0)
+        return tokens[:, None]
 
     def trace(self, step: Step) -> dict[str, Tensor]:
         """Feed tokens; return what went into and came out of every weight-bearing operation.

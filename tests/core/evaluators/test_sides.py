@@ -24,7 +24,9 @@ class OnDevice(TorchRunner):
     decodes_on_device = True
     slip: int | None = None
 
-    def decode(self, step, n_tokens):
+    def decode(self, step, n_tokens, choose=None):
+        if choose is not None:
+            return super().decode(step, n_tokens, choose)
         tokens, rows = step.tokens, []
         for i in range(n_tokens):
             logits = self.step(Step(step.slots, tokens, step.starts + i, step.lengths))

@@ -35,6 +35,7 @@ from porttool.engines.torch.cuda_weights import pack_weights
 from porttool.engines.torch.device_decoder import DeviceDecoder
 from porttool.errors import EngineError, UsageError
 from porttool.nn import Step
+from porttool.runner import Choose
 
 TOKENS_A_GRAPH = (2, 16)
 """Greedy tokens in the graphs. A short one goes first: a long one's launch hides behind it."""
@@ -64,6 +65,7 @@ class CudaDecoder(DeviceDecoder):
     """
 
     decodes_on_device = True
+    samples_on_device = True
 
     def __init__(
         self,
@@ -135,14 +137,7 @@ class CudaDecoder(DeviceDecoder):
     @torch.inference_mode()
     def decode(self, step: Step, n_tokens: int) -> Tensor:
         """Feed one token a row, then greedy successors: int64 [n, n_tokens] on the device."""
-        packed = Packed(step)
-        if packed.width != 1:
-            raise UsageError("decoding on the device starts from one token a row")
-        reach = int(step.starts.max()) + n_tokens
-        if reach > self.max_len:
-            raise UsageError(f"decoding would reach {reach} tokens; a slot holds {self.max_len}")
-        n = self._bucket(packed.n_rows)
-        self._put(packed, n)
+        n_rows, n = self._begin(step, n_tokens)
         embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
         pieces = []
         while n_tokens > 0:
@@ -150,9 +145,23 @@ class CudaDecoder(DeviceDecoder):
             self.rows.cursor.zero_()
             for size in graph_sizes(count):
                 self._replay("greedy", n, size)
-            pieces.append(self.rows.history[: packed.n_rows, :count].long())
+            pieces.append(self.rows.history[:n_rows, :count].long())
             n_tokens -= count
         return torch.cat(pieces, dim=1)
+
+    @torch.inference_mode()
+    def sample(self, step: Step, n_tokens: int, choose: Choose) -> Tensor:
+        """As `decode`, with tokens that `choose` finds in the logits; waits for nothing."""
+        n_rows, n = self._begin(step, n_tokens)
+        tokens: list[Tensor] = []
+        for i in range(n_tokens):
+            if tokens:
+                self.rows.tokens[:n_rows] = tokens[-1]
+                self.rows.positions[:n_rows] += 1
+            embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
+            self._replay("logits", n, 1)
+            tokens.append(choose(self._logits_of(n)[:n_rows], i))
+        return torch.stack(tokens, dim=1)
 
     @torch.inference_mode()
     def copy_slots(self, source: list[int], target: list[int]) -> None:
@@ -196,6 +205,17 @@ class CudaDecoder(DeviceDecoder):
         return project(normed, self.model.weights.head.weight)
 
     # ---- rows and graphs ----------------------------------------------------------------------
+
+    def _begin(self, step: Step, n_tokens: int) -> tuple[int, int]:
+        """Put rows of one token each in place; return how many, and of how many the graph is."""
+        packed = Packed(step)
+        if packed.width != 1:
+            raise UsageError("decoding on the device starts from one token a row")
+        reach = int(step.starts.max()) + n_tokens
+        if reach > self.max_len:
+            raise UsageError(f"decoding would reach {reach} tokens; a slot holds {self.max_len}")
+        self._put(packed, self._bucket(packed.n_rows))
+        return packed.n_rows, self._bucket(packed.n_rows)
 
     def _bucket(self, n: int) -> int:
         """Rows of the graph that runs n rows: exact while skinny, rounded up above."""

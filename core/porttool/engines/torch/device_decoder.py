@@ -11,6 +11,7 @@ from torch import Tensor
 from porttool.config import Limits, ModelConfig
 from porttool.errors import EngineError
 from porttool.nn import Decoder, KVCache, Step, meta_decoder
+from porttool.runner import Choose
 from porttool.weights import listing
 
 
@@ -19,6 +20,7 @@ class DeviceDecoder(ABC):
 
     description: str
     decodes_on_device = False
+    samples_on_device = False
 
     def __init__(
         self,
@@ -48,8 +50,12 @@ class DeviceDecoder(ABC):
         """See Runner.load_prompt_table."""
 
     def decode(self, step: Step, n_tokens: int) -> Tensor:
-        """See Runner.decode."""
+        """See Runner.decode: the likeliest tokens. Only called when `decodes_on_device`."""
         raise EngineError(f"{self.description} does not decode on the device")
+
+    def sample(self, step: Step, n_tokens: int, choose: Choose) -> Tensor:
+        """See Runner.decode. Only called when `samples_on_device`."""
+        raise EngineError(f"{self.description} does not sample on the device")
 
 
 def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:

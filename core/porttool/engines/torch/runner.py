@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.component import Options
 from porttool.errors import EngineError, MissingExtra, UsageError
-from porttool.runner import Runner
+from porttool.runner import Choose, Runner
 from porttool.sources.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -71,9 +71,13 @@ class TorchRunner(Runner):
         """Copy cache rows."""
         self._decoder.copy_slots(source, target)
 
-    def decode(self, step: Step, n_tokens: int) -> Tensor:
-        """Return greedy tokens without leaving the device."""
-        return self._decoder.decode(step, n_tokens)
+    def decode(self, step: Step, n_tokens: int, choose: Choose | None = None) -> Tensor:
+        """Return the next tokens; as many as the device can choose by itself."""
+        if choose is None and self.decodes_on_device:
+            return self._decoder.decode(step, n_tokens)
+        if choose is not None and self._decoder.samples_on_device:
+            return self._decoder.sample(step, n_tokens, choose)
+        return super().decode(step, n_tokens, choose)
 
     def load_prompt_table(self, table: Tensor | None) -> None:
         """Use a prompt table that fits the room reserved at build."""
