@@ -56,14 +56,16 @@ def kills_at_events(place: Place, rng: Random) -> Iterator[Case]:
 
 
 def kills_at_moments(place: Place, rng: Random) -> Iterator[Case]:
-    """Twenty moments of each work, spread over the time that an undisturbed run takes."""
+    """Moments of each work, spread over an undisturbed run's time, until twenty have hit it."""
     for name in LARGE:
         work = WORKS[name]
         place.undisturbed(work)
         seconds = min(undisturbed_seconds(place, work) for _ in range(2))
-        for moment in sorted(rng.uniform(0, seconds) for _ in range(20)):
-            case = kill_at_moment(place, work, moment)
+        n_killed = 0
+        while n_killed < 20:
+            case = kill_at_moment(place, work, rng.uniform(0, seconds))
             case.where += f" of {seconds:.2f} s"
+            n_killed += case.then.startswith("killed")
             yield case
 
 

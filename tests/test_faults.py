@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
 import signal
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -154,3 +157,19 @@ def test_the_judge_sees_what_is_not_whole(place):
         "out is there and is not what an undisturbed run makes"
     ]
     assert Case("", "", "").findings == []
+
+
+def test_the_page_shows_what_was_recorded():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("bench_faults", root / "bench" / "faults.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    recorded = json.loads((root / "bench" / "results" / "faults.json").read_bytes())["kinds"]
+    cases = {kind: found["cases"] for kind, found in recorded.items()}
+    assert bench.tables(cases) in (root / "docs" / "reliability.md").read_text()
+    assert list(cases) == list(bench.KINDS)
+    assert [c for kind in cases.values() for c in kind if c["findings"]] == []
+    for work in bench.LARGE:
+        mine = [c for c in cases["kill -9 at a moment"] if c["work"] == work]
+        assert len(mine) >= 20
+        assert sum(c["then"].startswith("killed") for c in mine) > 10

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -43,3 +46,18 @@ def test_every_kind_of_sampling_is_drawn():
     assert any(s.temperature for s in drawn)
     assert any(s.stop for s in drawn)
     assert any(s.keep_logits for s in drawn)
+
+
+def test_the_page_shows_what_was_recorded():
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location("bench_soak", root / "bench" / "soak.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    engines = json.loads((root / "bench" / "results" / "soak.json").read_bytes())["engines"]
+    assert bench.table(engines) in (root / "docs" / "reliability.md").read_text()
+    assert list(engines) == ["torch", "onnx"]
+    for found in engines.values():
+        assert bench.is_flat(found)
+        assert found["samples"][-1][0] == 10_000
+    assert not bench.is_flat({**found, "bytes_per_generation": 300})
+    assert not bench.is_flat({**found, "files_added": 1})
