@@ -2,6 +2,7 @@
 
     python bench/fuzz.py --count 2000 --seed 1 --output bench/results/fuzz.json
     python bench/fuzz.py --container tf_bundle --seed 1 --index 17         one input again
+    python bench/fuzz.py --table bench/results/fuzz.json                   the table of the docs
 
 Every input is drawn from the container's name, the seed and its index. Workers judge them one
 after another, under a limit on memory; one that dies or hangs is a finding too, and another goes
@@ -33,9 +34,25 @@ ROOM = 2 << 30
 """Bytes of address space that a worker may take beyond what it has when it begins."""
 
 
+TITLES = {
+    "safetensors": "`.safetensors`", "configs": "configs, index and tokenizer (JSON)",
+    "torch_zip": "torch zip (`.bin`)", "torch_legacy": "torch's old format (`.bin`)",
+    "megatron": "torch zip of Megatron-LM (`.pt`)", "nemo_tar": "`.nemo`: tar, YAML, torch zip",
+    "nemo_tar_gz": "`.nemo`, gzipped", "tf_bundle": "TensorFlow index and data",
+    "fastertransformer": "`config.ini` and raw `.bin`, ours",
+    "fastertransformer_old": "`config.ini` and raw `.bin`, of others",
+    "npy_table": "`.npy` prompt table", "npy_tokens": "`.npy` token ids",
+    "csv_tokens": "`.csv` token ids", "checkpoint": "our checkpoint folder",
+    "engine": "our engine folder, loaded and run", "prompt_table": "our prompt table folder",
+}  # fmt: skip
+
+
 def main() -> int:
     """Run what the arguments say."""
     arguments = parse()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())["containers"]))
+        return 0
     if arguments.worker:
         return work(arguments)
     from fuzzing.containers import CONTAINERS
@@ -67,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--index", type=int, help="this input only")
     parser.add_argument("--show", type=int, default=5, help="findings of a container to show")
     parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--table", type=Path, help="a result to show as a table, nothing else")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.index is not None:
@@ -171,6 +189,18 @@ def summarize(verdicts: list[dict[str, Any]]) -> dict[str, Any]:
         "largest": {"index": largest["index"], "bytes": largest["n_bytes"]},
         "findings": [v for v in verdicts if v["outcome"] == "finding"],
     }
+
+
+def table(containers: dict[str, Any]) -> str:
+    """Show a result as the documentation does."""
+    rows = ["| input | inputs | refused | read, equal | read, other values | findings | "
+            "slowest, s | most memory, MB |", "| --- |" + " ---: |" * 7]  # fmt: skip
+    for name, c in containers.items():
+        numbers = [c[k] for k in ("inputs", "refused", "equal", "changed", "finding")]
+        slowest, largest = c["slowest"]["seconds"], c["largest"]["bytes"] / 1e6
+        cells = [TITLES[name], *map(str, numbers), f"{slowest:.2f}", f"{largest:.1f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def write(arguments: argparse.Namespace, found: dict[str, Any]) -> None:

@@ -61,6 +61,12 @@ def test_the_recorded_run():
         assert found["slowest"]["seconds"] < judging.MAX_SECONDS, name
 
 
+def test_the_table_of_the_docs():
+    recorded = json.loads(RESULTS.read_text())["containers"]
+    text = (SCRIPT.parent.parent / "docs" / "reliability.md").read_text()
+    assert driver().table(recorded) in text
+
+
 def verdict(tmp_path, watch, read, *, checked=False, sealed=False):
     """What the judge says of a reader that does this with a damaged token file."""
     whole = CONTAINERS["csv_tokens"]
