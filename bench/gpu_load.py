@@ -60,9 +60,7 @@ def main() -> None:
                 del result
     runner = result.runner
     sampling = Sampling(max_new_tokens=19, ignore_eos=True)
-    first = [
-        seconds(lambda: generate(runner, [[1] * 64], sampling, eos=()))[0] for _ in range(2)
-    ]
+    first = [seconds(lambda: generate(runner, [[1] * 64], sampling, eos=()))[0] for _ in range(2)]
     medians = {name: statistics.median(times[1:]) for name, times in found.items()}
     report = {
         "gpu": torch.cuda.get_device_name(), "GB": sum(f.stat().st_size for f in files) / 1e9,

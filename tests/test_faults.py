@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from random import Random
 
@@ -17,7 +21,6 @@ from faults.cases import (
     flip_bit,
     fresh,
     kill_at_event,
-    kill_at_moment,
     two_at_once,
 )
 from faults.stage import Stage
@@ -74,9 +77,20 @@ def test_killed_while_it_replaces_an_older_one(place, before_the_end):
     assert [p.name for p in output.parent.iterdir()] == ["out"]
 
 
-def test_the_command_line_killed(place):
-    place.undisturbed(CONVERT)
-    assert not kill_at_moment(place, CONVERT, 1.5).findings
+@pytest.mark.parametrize("share", [0.6, 0.95])
+def test_the_command_line_killed(place, share):
+    output = fresh(place, CONVERT)
+    command = [Path(sys.executable).with_name("porttool"), *place.arguments(CONVERT, output)]
+    begin = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    took, whole = time.monotonic() - begin, digests(output)
+    shutil.rmtree(output)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # which kills it
+        subprocess.run(command, check=True, capture_output=True, timeout=share * took)
+    if not output.exists():
+        assert taken_for_whole(place, CONVERT, output) == []
+        subprocess.run(command, check=True, capture_output=True)
+    assert digests(output) == whole
 
 
 @pytest.mark.parametrize("name", WORKS)

@@ -18,7 +18,7 @@ from porttool.hub import resolve_source
 from porttool.plugins import Registry, choose_converter, load_registry, named_converters
 from porttool.progress import SILENT, Progress
 from porttool.prompt_table import PromptTable, choose_table_converter, convert_table
-from porttool.runner import Runner, load_runner
+from porttool.runner import Runner, load_verified
 from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace
 
@@ -175,7 +175,8 @@ def load(
     """Open, verify and load an engine of a path or of a model."""
     registry = registry or load_registry()
     path = (workspace or Workspace.choose(None)).find_engine(engine, model)
-    opened = Engine.open(path, registry)
+    runner = load_verified(path, registry, options)
+    opened = runner.engine
     folder = tokenizer or opened.tokenizer
     text = load_tokenizer(folder) if tokenizer or folder.is_dir() else None
     if text is not None and text.n_tokens > opened.manifest.config.vocab_size:
@@ -183,7 +184,7 @@ def load(
             f"{folder}: the tokenizer has {text.n_tokens} ids, the model only "
             f"{opened.manifest.config.vocab_size}; it belongs to another model"
         )
-    return LoadedEngine(opened, load_runner(opened, registry, options), text)
+    return LoadedEngine(opened, runner, text)
 
 
 def evaluate(

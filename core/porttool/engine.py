@@ -83,9 +83,14 @@ class Engine:
         if registry is not None:
             registry.runners.get(manifest.kind)
             registry.require(registry.builders, manifest.builder, f"{path} was built by")
+        engine = cls(path, manifest)
         if verify:
-            verify_files(path, manifest.files)
-        return cls(path, manifest)
+            engine.verify()
+        return engine
+
+    def verify(self) -> None:
+        """Check every file's size and hash; a CheckpointError names the first that is wrong."""
+        verify_files(self.path, self.manifest.files)
 
     def rank_path(self, rank: int = 0) -> Path:
         """Return the folder of one rank's files."""

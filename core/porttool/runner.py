@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +12,8 @@ from porttool.component import Component
 from porttool.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from porttool.engine import Engine
@@ -51,6 +54,9 @@ class Runner(Component):
 
     traces: ClassVar[bool] = False
     """True when `trace` is implemented."""
+
+    reads_data: ClassVar[bool] = False
+    """True when the engine's files are plain tensors: safe to read before their hash is known."""
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(options)
@@ -140,3 +146,25 @@ def load_runner(
         if str(engine.path) in str(error):
             raise
         raise EngineError(f"{engine.path}: {error}") from error
+
+
+def load_verified(
+    path: Path, registry: Registry, options: Mapping[str, Any] | None = None
+) -> Runner:
+    """Open an engine, check every file's hash and load it with the runner of its kind.
+
+    Plain tensors are loaded while they are hashed. A wrong file is reported as such, whatever it
+    did to the loader, and no runner is returned before every hash was right.
+    """
+    from porttool.engine import Engine
+
+    opened = Engine.open(path, registry, verify=False)
+    if not registry.runners.get(opened.manifest.kind).reads_data:
+        opened.verify()
+        return load_runner(opened, registry, options)
+    with ThreadPoolExecutor(1) as pool:
+        verified = pool.submit(opened.verify)
+        try:
+            return load_runner(opened, registry, options)
+        finally:
+            verified.result()

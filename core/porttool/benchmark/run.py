@@ -20,7 +20,7 @@ from porttool.engine import Engine
 from porttool.errors import UsageError
 from porttool.plugins import Registry, load_registry
 from porttool.progress import SILENT, Progress
-from porttool.runner import Runner, load_runner
+from porttool.runner import Runner, load_verified
 
 
 def bench(
@@ -66,7 +66,7 @@ def bench(
 
 def open_runner(path: Path, registry: Registry, options: Mapping[str, Any] | None) -> Runner:
     """Verify and load an engine: what `run` does before its first token."""
-    return load_runner(Engine.open(path, registry), registry, options)
+    return load_verified(path, registry, options)
 
 
 def label(engine: Engine, engines: Sequence[Engine]) -> str:

@@ -15,6 +15,7 @@ from porttool.engines.torch.cuda_tuning import (
     StreamTile,
     Tuning,
     WideTile,
+    head_block,
     power_of_two,
     tile_rows,
 )
@@ -105,7 +106,7 @@ def attend(
     c, s = model.config, scratch
     options = dict(
         HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
-        BLOCK_D=power_of_two(c.head_dim), BLOCK_T=tile.block_t, SPLITS=tile.splits,
+        BLOCK_D=head_block(c.head_dim), BLOCK_T=tile.block_t, SPLITS=tile.splits,
         STAGES=tile.stages, APPEND=append, PDL=model.chained, EVICT=EVICT, num_warps=tile.warps,
         keys=model.cache.keys[layer], values=model.cache.values[layer], slots=rows.slots,
         positions=rows.positions, cosine=model.cosine, sine=model.sine, part=s.part,
@@ -123,7 +124,7 @@ def attend(
 def merge(model: Model, scratch: Scratch, splits: int, n: int) -> None:
     """Join split attention's parts of n rows."""
     c = model.config
-    block_d = power_of_two(c.head_dim)
+    block_d = head_block(c.head_dim)
     block_h = max(1, 512 // block_d)
     merge_kernel[(-(-c.n_head // block_h), n)](
         scratch.part, scratch.weight, scratch.attended, HEADS=c.n_head, DIM=c.head_dim,
@@ -138,7 +139,7 @@ def append(model: Model, rows: Rows, layer: int, qkv: Projected, query: Tensor, 
     Whole queries without rotation are right as they are: then `query` is left alone.
     """
     c = model.config
-    block_d = power_of_two(c.head_dim)
+    block_d = head_block(c.head_dim)
     first = 0 if model.rotary or qkv.parts > 1 else c.n_head
     heads = c.n_head + 2 * c.n_kv_head - first
     block_h = min(max(1, 2048 // block_d), power_of_two(heads))

@@ -17,7 +17,7 @@ from porttool.engines.torch.cuda_launch import (
     residual_norm,
 )
 from porttool.engines.torch.cuda_state import Rows
-from porttool.engines.torch.cuda_tuning import power_of_two
+from porttool.engines.torch.cuda_tuning import head_block
 from porttool.engines.torch.cuda_weights import LayerWeights, Linear
 from porttool.engines.torch.kernels.prefill import prefill_attention
 
@@ -97,7 +97,7 @@ def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt) -> Tensor:
     """Causal attention of packed queries over the cache, which holds their keys already."""
     c = model.config
     out = query.new_empty(query.shape[0], c.n_head * c.head_dim)
-    block_d = power_of_two(c.head_dim)
+    block_d = head_block(c.head_dim)
     block_q, block_t, warps, stages = _blocks(block_d, model.dtype)
     prefill_attention[(-(-prompt.longest // block_q), c.n_head, prompt.slots.shape[0])](
         query, model.cache.keys[layer], model.cache.values[layer], prompt.slots, prompt.starts,

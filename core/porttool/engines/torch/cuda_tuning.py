@@ -102,6 +102,11 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def head_block(head_dim: int) -> int:
+    """Return the elements of a head that a kernel holds: a matrix product takes at least 16."""
+    return max(power_of_two(head_dim), 16)
+
+
 def tile_rows(n: int) -> int:
     """Rows of a tile for a step of n rows."""
     return min(max(power_of_two(n), SMALL_ROWS), MAX_TILE_ROWS)

@@ -40,6 +40,7 @@ class TorchRunner(Runner):
     name = "torch"
     Options = TorchOptions
     traces = True
+    reads_data = True
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(engine, options)
