@@ -77,7 +77,7 @@ class Penalties:
         """Return logits [n, vocab_size] with every change; rows have `written` [n] tokens."""
         s = self.sampling
         if self.table.shape[1]:
-            logits = self._penalised(logits, self.table[slots])
+            logits = self._penalised(logits, self.table.index_select(0, slots))
         if len(self.completes):
             same = (self.last[slots][:, None] == self.begins) | (self.begins == ANYTHING)
             hits = logits.new_zeros(same.shape[:2]).masked_fill(same.all(-1), FORBIDDEN)
@@ -95,10 +95,11 @@ class Penalties:
         s = self.sampling
         if s.repetition_penalty != 1:
             factor = s.repetition_penalty
-            less = torch.where(logits < 0, logits * factor, logits / factor)
-            logits = torch.where(table > 0, less, logits)
+            # dividing or multiplying, whichever moves the logit down (up with a factor below 1)
+            least = torch.minimum if factor > 1 else torch.maximum
+            logits = torch.where(table > 0, least(logits * factor, logits / factor), logits)
         if self.counts:
-            count = table % READ
+            count = table & (READ - 1)
             less = logits - (s.presence_penalty + s.frequency_penalty * count)
             logits = torch.where(count > 0, less, logits)
         return logits
