@@ -74,7 +74,7 @@ def test_kinds_by_knobs():
         ({"n_embd": 32, "n_head": 4, "n_kv_head": 3}, "n_head 4 is not a multiple of n_kv_head 3"),
         ({"n_embd": 28, "n_head": 4, "rotary_pct": 1}, "rotary dimension 7 is odd"),
         ({"n_embd": 32, "n_head": 4, "hidden_act": "tanh"}, "--hidden-act tanh: porttool knows"),
-        ({"n_embd": 32, "n_head": 4, "n_layer": 5000}, "n_layer: .* less than or equal to 4096"),
+        ({"n_embd": 32, "n_head": 4, "n_layer": 5000}, "n_layer: .* less than or equal to 1024"),
     ],
 )
 def test_what_the_decoder_cannot_express_is_refused(knobs, message):
