@@ -208,8 +208,10 @@ class Loop:
             for i, token in enumerate(listed[r]):
                 if row.finish:
                     break
-                row.logprobs += [part[r] for part in logprobs[i : i + 1]]
-                row.logits += [part[r] for part in logits[i : i + 1]]
+                if logprobs:
+                    row.logprobs.append(logprobs[i][r])
+                if logits:
+                    row.logits.append(logits[i][r])
                 self.append(row, token)
 
     def append(self, row: Row, token: int) -> None:
