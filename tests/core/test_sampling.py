@@ -177,6 +177,9 @@ def test_the_last_number_never_finds_what_is_impossible():
     assert len(shares(logits).sum(-1).unique()) > 20
     assert (draw(logits, last) < 900).all()
     assert shares(logits).gather(1, draw(logits, last)[:, None]).all()
+    thirds = torch.tensor([[0.0, 0.0, 0.0, -math.inf]])
+    assert float(shares(thirds).sum()) * (1 - 2.0**-53) == float(shares(thirds).sum())
+    assert draw(thirds, last[:1]).tolist() == [2]
 
 
 def test_broken_logits_give_a_token_of_the_vocabulary():
