@@ -91,6 +91,21 @@ def test_greedy_tokens_repeat_and_equal_single_steps(n: int) -> None:
     assert torch.equal(found.cpu(), torch.stack(singles, dim=1))
 
 
+@pytest.mark.parametrize("case", ["learned", "multi-query"])
+def test_heads_smaller_than_a_matrix_unit(case: str) -> None:
+    """Tensor cores multiply 16 elements at least: narrower heads are padded, not refused."""
+    from porttool.engines.torch.cuda import CudaDecoder
+
+    shape = cases.config(case, head_dim=8, d_model=cases.config(case).n_head * 8)
+    plain = cases.drawn(shape, torch.float16, "cuda")
+    made = CudaDecoder(shape, plain.state_dict(), dtype=torch.float16,
+                       limits=cases.limits(4, 40))  # fmt: skip
+    cache = KVCache(shape, 4, 40, dtype=torch.float64, device="cuda")
+    for step in (Step.prefill([[3, 1, 2] * 7, [5]]), cases.one_token([1], torch.tensor([8]), [1])):
+        wanted = cases.reference(plain, cache, step)
+        assert cases.relative_error(made.step(step), wanted) < TOLERANCE[torch.float16]
+
+
 def test_graphs_equal_plain_launches() -> None:
     made, _, _ = make("learned", torch.float16)
     made.step(Step.prefill(prompts([30, 9, 60])))
