@@ -206,7 +206,6 @@ def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     one of probability 0 never is.
     """
     reached = shares(logits).cumsum(-1)  # [n, vocab_size]
-    total = reached[:, -1:]
-    place = torch.minimum((numbers[:, None] * total).long(), total - 1)
+    place = (numbers[:, None] * reached[:, -1:]).long()  # below the total: 1 - 2**-53 rounds down
     found = torch.searchsorted(reached, place, right=True)[:, 0]
     return found.clamp(max=logits.shape[-1] - 1)  # only when logits are NaN

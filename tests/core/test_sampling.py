@@ -170,7 +170,7 @@ def test_a_number_at_a_border_belongs_to_the_token_above():
 
 
 def test_the_last_number_never_finds_what_is_impossible():
-    """Sums that round to more or less than one, and totals next to which numbers round up."""
+    """Totals that are one, less, and more."""
     last = torch.full((200,), 1 - 2.0**-53, dtype=torch.float64)
     logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)) * 4
     logits[:, 900:] = -math.inf
@@ -178,7 +178,7 @@ def test_the_last_number_never_finds_what_is_impossible():
     assert (draw(logits, last) < 900).all()
     assert shares(logits).gather(1, draw(logits, last)[:, None]).all()
     thirds = torch.tensor([[0.0, 0.0, 0.0, -math.inf]])
-    assert float(shares(thirds).sum()) * (1 - 2.0**-53) == float(shares(thirds).sum())
+    assert int(shares(thirds).sum()) > 2**40
     assert draw(thirds, last[:1]).tolist() == [2]
 
 
