@@ -55,6 +55,25 @@ def _cut(position, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _place(
+    slots, positions, capacity, KV: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    APPEND: tl.constexpr,
+):  # fmt: skip
+    """Where this program works: slot, position, its part, the end of what the cache holds of it.
+
+    The last of the six is the offset of the row's head in one layer's keys.
+    """
+    position = tl.load(positions + tl.program_id(2))
+    slot = tl.load(slots + tl.program_id(2))
+    low, high = _cut(position, SPLITS)
+    stored = high
+    if APPEND:
+        stored = tl.minimum(high, position)
+    start = (tl.maximum(slot, 0).to(tl.int64) * KV + tl.program_id(1)) * capacity * DIM
+    return slot, position, low, high, stored, start
+
+
+@triton.jit
 def _read(keys, values, first, end, t, d, DIM: tl.constexpr, EVICT: tl.constexpr):
     """Keys and values [len(t), len(d)] from `first` on; zeros from `end` on."""
     inside = ((first + t) < end)[:, None] & (d < DIM)[None, :]
@@ -135,17 +154,12 @@ def decode_attention(
     """
     kv, row = tl.program_id(1), tl.program_id(2)
     announce(PDL)
-    position = tl.load(positions + row)
-    slot = tl.load(slots + row)
-    low, high = _cut(position, SPLITS)
-    stored = high
-    if APPEND:
-        stored = tl.minimum(high, position)
-    d = tl.arange(0, BLOCK_D)
-    t = tl.arange(0, BLOCK_T)
-    start = (tl.maximum(slot, 0).to(tl.int64) * KV + kv) * capacity * DIM
+    slot, position, low, high, stored, start = _place(slots, positions, capacity, KV, DIM, SPLITS,
+                                                      APPEND)  # fmt: skip
     keys += start
     values += start
+    d = tl.arange(0, BLOCK_D)
+    t = tl.arange(0, BLOCK_T)
     if STAGES < 2:
         next_key, next_value = _read(keys, values, low, stored, t, d, DIM, EVICT)
     await_predecessor(PDL)
@@ -199,18 +213,13 @@ def group_attention(
     kv, row = tl.program_id(1), tl.program_id(2)
     announce(PDL)
     GROUP: tl.constexpr = HEADS // KV
-    position = tl.load(positions + row)
-    slot = tl.load(slots + row)
-    low, high = _cut(position, SPLITS)
-    stored = high
-    if APPEND:
-        stored = tl.minimum(high, position)
+    slot, position, low, high, stored, start = _place(slots, positions, capacity, KV, DIM, SPLITS,
+                                                      APPEND)  # fmt: skip
+    keys += start
+    values += start
     d = tl.arange(0, BLOCK_D)
     t = tl.arange(0, BLOCK_T)
     g = tl.arange(0, BLOCK_G)
-    start = (tl.maximum(slot, 0).to(tl.int64) * KV + kv) * capacity * DIM
-    keys += start
-    values += start
     if STAGES < 2:
         next_key, next_value = _read(keys, values, low, stored, t, d, DIM, EVICT)
     await_predecessor(PDL)

@@ -45,6 +45,33 @@ def append_kernel(
 
 
 @triton.jit
+def _fold(
+    q, keys, values, at, limit, begin, factor, top, total, acc, DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take the keys and values at positions `at` in; MASKED where some query must not see some.
+
+    Query i stands at position begin[i]; `limit` is one past the last position that any sees.
+    """
+    d = tl.arange(0, BLOCK_D)
+    whole = d < DIM
+    across, down = whole[:, None], whole[None, :]
+    if MASKED:
+        across = across & (at < limit)[None, :]
+        down = down & (at < limit)[:, None]
+    k = tl.load(keys + at[None, :] * DIM + d[:, None], mask=across, other=0.0)
+    v = tl.load(values + at[:, None] * DIM + d[None, :], mask=down, other=0.0)
+    score = tl.dot(q, k, input_precision=PRECISION) * factor
+    if MASKED:
+        score = tl.where(at[None, :] <= begin[:, None], score, float("-inf"))
+    above = tl.maximum(top, tl.max(score, 1))
+    weight = tl.exp2(score - above[:, None])
+    shrink = tl.exp2(top - above)
+    acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return above, total * shrink + tl.sum(weight, 1), acc
+
+
+@triton.jit
 def prefill_attention(
     query, keys, values, row_slots, row_starts, row_first, out, scale, capacity,
     query_stride,
@@ -67,43 +94,24 @@ def prefill_attention(
         i = block + tl.arange(0, BLOCK_Q)
         d = tl.arange(0, BLOCK_D)
         t = tl.arange(0, BLOCK_T)
-        whole = d < DIM
-        at = (first + i).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
-        inside = (i < width)[:, None] & whole[None, :]
+        inside = (i < width)[:, None] & (d < DIM)[None, :]
         origin = (first + i).to(tl.int64)[:, None] * query_stride + head * DIM + d[None, :]
         q = tl.load(query + origin, mask=inside, other=0.0)
         start = (slot.to(tl.int64) * KV + head // (HEADS // KV)) * capacity * DIM
+        keys += start
+        values += start
         reach = begin + tl.minimum(block + BLOCK_Q, width)
-        highest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-        weight_sum = tl.zeros((BLOCK_Q,), tl.float32)
+        top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_Q,), tl.float32)
         acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
         plain = (begin + block + 1) // BLOCK_T * BLOCK_T  # below it no query masks any key
         factor = scale * 1.4426950408889634
         for low in range(0, plain, BLOCK_T):
-            k = tl.load(keys + start + (low + t)[None, :] * DIM + d[:, None],
-                        mask=whole[:, None], other=0.0)  # fmt: skip
-            v = tl.load(values + start + (low + t)[:, None] * DIM + d[None, :],
-                        mask=whole[None, :], other=0.0)  # fmt: skip
-            score = tl.dot(q, k, input_precision=PRECISION) * factor
-            above = tl.maximum(highest, tl.max(score, 1))
-            weight = tl.exp2(score - above[:, None])
-            shrink = tl.exp2(highest - above)
-            weight_sum = weight_sum * shrink + tl.sum(weight, 1)
-            acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-            highest = above
+            top, total, acc = _fold(q, keys, values, low + t, reach, begin + i, factor, top, total,
+                                    acc, DIM, BLOCK_D, False, PRECISION)  # fmt: skip
         for low in range(plain, reach, BLOCK_T):
-            seen = low + t
-            k = tl.load(keys + start + seen[None, :] * DIM + d[:, None],
-                        mask=whole[:, None] & (seen < reach)[None, :], other=0.0)  # fmt: skip
-            v = tl.load(values + start + seen[:, None] * DIM + d[None, :],
-                        mask=whole[None, :] & (seen < reach)[:, None], other=0.0)  # fmt: skip
-            score = tl.dot(q, k, input_precision=PRECISION) * factor
-            score = tl.where(seen[None, :] <= (begin + i)[:, None], score, float("-inf"))
-            above = tl.maximum(highest, tl.max(score, 1))
-            weight = tl.exp2(score - above[:, None])
-            shrink = tl.exp2(highest - above)
-            weight_sum = weight_sum * shrink + tl.sum(weight, 1)
-            acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-            highest = above
-        average = (acc / weight_sum[:, None]).to(out.dtype.element_ty)
+            top, total, acc = _fold(q, keys, values, low + t, reach, begin + i, factor, top, total,
+                                    acc, DIM, BLOCK_D, True, PRECISION)  # fmt: skip
+        average = (acc / total[:, None]).to(out.dtype.element_ty)
+        at = (first + i).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
         tl.store(out + at, average, mask=inside)
