@@ -27,6 +27,7 @@ from porttool.engines.torch.cuda_launch import (
     wide,
 )
 from porttool.engines.torch.cuda_state import Scratch
+from porttool.engines.torch.cuda_tune import tuned_rows
 from porttool.engines.torch.cuda_tuning import (
     AttentionTile,
     StreamTile,
@@ -245,3 +246,16 @@ def test_prompt_table_and_copied_slots() -> None:
     cache.copy_slots(torch.tensor([1, 5]), torch.tensor([5, 1]))
     step = cases.one_token([5, 1], torch.tensor([8, 9]), [4, 2])
     assert cases.relative_error(made.step(step), cases.reference(plain, cache, step)) < 2e-5
+
+
+def test_a_tuning_says_what_it_chose() -> None:
+    tuning = default_tuning(cases.config("learned"), "cpu")
+    tuning = replace(tuning, wide={**tuning.wide, "32": {"qkv": WideTile(64, 128, 4, 6, 2),
+                                                         "out": WideTile(0, 0)}})  # fmt: skip
+    parts = tuning.wide_attention["32"].splits
+    wanted = f"attention {parts} x 16, qkv 64 x 128 in 2 cuts, out the library's"
+    assert tuning.described(20) == wanted
+    assert tuning.described(1).startswith("attention")
+    assert tuned_rows(1) == (1,)
+    assert tuned_rows(200) == (1, 16, 32, 64, 128)
+    assert tuned_rows(40) == (1, 16, 32, 40)

@@ -48,7 +48,7 @@ class TorchBuilder(Builder):
         found = dict(self.write_rank(checkpoint, request, rank, out=out, progress=progress))
         options = self.options
         if isinstance(options, TorchBuildOptions) and options.tune:
-            found["tuning"] = measured(request, rank)
+            found["tuning"] = measured(request, rank, progress)
         return found
 
     def write_rank(
@@ -76,8 +76,8 @@ class TorchBuilder(Builder):
         return {"rank": rank.index, "weights": f"{request.dtype} slices", "n_head": config.n_head}
 
 
-def measured(request: BuildRequest, rank: Rank) -> Mapping[str, Any]:
-    """Measure the CUDA kernels for one rank's shape on this machine's GPU."""
+def measured(request: BuildRequest, rank: Rank, progress: Progress) -> Mapping[str, Any]:
+    """Measure the CUDA kernels for one rank's shape on this machine's GPU; say what was chosen."""
     import torch
 
     if not torch.cuda.is_available():
@@ -85,11 +85,17 @@ def measured(request: BuildRequest, rank: Rank) -> Mapping[str, Any]:
     from porttool.engines.torch.cuda_tune import tune, tuned_rows
 
     limits = request.limits
+    sizes = tuned_rows(limits.max_batch_size)
+    progress.note(
+        f"measuring the kernels' tiles on {torch.cuda.get_device_name()} for batches of "
+        f"{', '.join(map(str, sizes))}; each takes from half a minute to several"
+    )
     return tune(
         rank_config(request.config, rank.world_size),
         dtype=getattr(torch, request.dtype),
-        batch_sizes=tuned_rows(limits.max_batch_size),
+        batch_sizes=sizes,
         context=limits.max_input_len,
+        report=progress.note,
     )
 
 

@@ -226,5 +226,6 @@ def tune(
     notes = {}
     for n in batch_sizes:
         notes[f"ms at {n} x {context}"] = round(refine(decoder, found[n], n, context), 4)
-        report(f"{n} rows: {notes[f'ms at {n} x {context}']} ms a step")
+        took = notes[f"ms at {n} x {context}"]
+        report(f"tuned for {n} rows: {took} ms a step; {decoder.tuning.described(n)}")
     return replace(decoder.tuning, notes=notes).as_dict()

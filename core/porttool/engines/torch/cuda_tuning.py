@@ -26,6 +26,10 @@ class StreamTile:
     warps: int = 4
     held: int = 1
 
+    def __str__(self) -> str:
+        """Return rows x columns of a tile."""
+        return f"{self.block_n} x {self.block_k}"
+
 
 @dataclass(frozen=True)
 class WideTile:
@@ -39,6 +43,11 @@ class WideTile:
     warps: int = 4
     stages: int = 4
     split: int = 1
+
+    def __str__(self) -> str:
+        """Return rows x columns of a tile and the cuts of the inner dimension."""
+        cut = f" in {self.split} cuts" if self.split > 1 else ""
+        return f"{self.block_n} x {self.block_k}{cut}" if self.block_n else "the library's"
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,13 @@ class Tuning:
     wide_attention: Mapping[str, AttentionTile]
     join_in_out: bool = False
     notes: Mapping[str, float] = field(default_factory=dict)
+
+    def described(self, n: int) -> str:
+        """Say in a line which tiles steps of n rows run in."""
+        tiles = self.stream if n == 1 else self.wide[str(tile_rows(n))]
+        attention = self.attention if n == 1 else self.wide_attention[str(tile_rows(n))]
+        parts = [f"{name} {tile}" for name, tile in tiles.items()]
+        return f"attention {attention.splits} x {attention.block_t}, " + ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for a manifest."""
