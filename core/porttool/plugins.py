@@ -259,13 +259,22 @@ def choose_converter(
         raise UsageError(f"{source}: several converters match: {listed}; choose one with --model")
     if not model:
         raise UsageError(
-            f"{source}: no installed family recognises this; "
+            f"{source}: no installed family recognises this{said_type(source)}; "
             "`porttool plugins list` shows what each reads"
         )
     others = {c.family for c in registry.recognisers(source)}
     others |= {c.family for c in registry.tables if c().matches(source)}
     hint = f"; it looks like {', '.join(sorted(others))}" if others else ""
     raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
+
+
+def said_type(source: Path) -> str:
+    """Return what a folder's config.json says it is; a SourceError if that cannot be read."""
+    from porttool.huggingface import read_config
+
+    if not (source / "config.json").is_file():
+        return ""
+    return f" (its config.json says model_type {read_config(source).get('model_type')!r})"
 
 
 def require_own_source(registry: Registry, source: Path, chosen: Converter) -> None:

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from porttool import plugins
-from porttool.errors import MissingExtra, PluginError, UsageError
+from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
 from porttool.plugins import load_registry
 
 HEAD = "from porttool import Converter, hookimpl\n"
@@ -137,9 +137,18 @@ def test_the_one_that_refines_goes_first(install, source):
     assert plugins.choose_converter(install(stranger=text), source).name == "other"
 
 
-def test_nobody_recognises_it(registry, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(UsageError, match="no installed family recognises this; `porttool plugins"):
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("", UsageError, "no installed family recognises this; `porttool plugins"),
+        ('{"model_type": "mamba"}', UsageError, "recognises this .its config.json says model_type"),
+        ('{"model_type": ', SourceError, "config.json: damaged JSON"),
+    ],
+)
+def test_nobody_recognises_it(registry, tmp_path, text, error, said):
+    if text:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(error, match=said):
         plugins.choose_converter(registry, tmp_path)
 
 
