@@ -241,7 +241,7 @@ def test_the_command_measures_engines_beside_transformers(folder, tmp_path, caps
     assert found.sides[0].bytes_on_disk > 4 * 28_000 and found.sides[2].bytes_on_disk == 0
     for m in found.measurements:
         assert 0 < m.token_ms <= m.token_ms_p90 <= m.token_ms_p99 < m.rounds[0].total_ms * 10
-        assert m.first_token_ms > 0 and m.tokens_per_second > 0 and m.peak_memory_bytes > 0
+        assert m.first_token_ms > 0 and m.tokens_per_second > 0 and m.peak_memory_bytes >= 0
         assert m.decode_roofline > 0 and m.prefill_roofline > 0 and m.times_as_fast > 0
         for each in m.rounds:
             assert each.first_token_ms + each.token_ms <= each.total_ms

@@ -98,7 +98,7 @@ class Meter:
         yield
         after, most = self.counter.read()
         self.peak = max(self.peak, self.held + most - before)
-        self.held += after - before
+        self.held = max(0, self.held + after - before)  # what others left may be given back here
 
 
 def choose_counter(*, cuda: bool, through_torch: bool) -> Counter | None:
