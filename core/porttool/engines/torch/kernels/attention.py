@@ -147,10 +147,9 @@ def decode_attention(
     qkv [rows, (HEADS + 2 KV) DIM] or PARTS sums of it; keys, values [slots, KV, capacity, DIM] of
     one layer; grid (SPLITS, KV, rows). With APPEND the row's own key and value are taken from qkv
     and stored; without, the cache holds them already (several tokens of a row in one step), and
-    the sums are the same ones in the same order. A negative slot is a padding row: nothing is
-    stored. With STAGES 1 a tile of keys and values is held in registers ahead of its use, the
-    first before the wait; else STAGES - 1 of them are in flight to shared memory: slower to start,
-    4.1 of the memory's 4.3 TB/s once many rows are in flight.
+    the sums are the same in the same order. A negative slot is a padding row: nothing is stored.
+    With STAGES 1 a tile of keys and values is held in registers ahead of its use, the first before
+    the wait; else STAGES - 1 are on their way to shared memory (many rows: 4.1 of 4.3 TB/s).
     """
     kv, row = tl.program_id(1), tl.program_id(2)
     announce(PDL)
