@@ -126,7 +126,7 @@ def built(checkpoint: Checkpoint, output: Path, *, kind: str = "torch", **option
     """Build an engine whose limits are the model's."""
     registry = load_registry()
     limits = options.pop("limits", None) or choose_limits(checkpoint.config, max_batch_size=4)
-    builder = registry.builders.get(kind)()
+    builder = registry.builders.get(kind)(options.pop("builder_options", None))
     plugin = registry.record(registry.builders, kind)
     return build(checkpoint, builder, output, plugin=plugin, limits=limits, **options)
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.component import Options
 from porttool.config import Dtype
-from porttool.errors import UsageError
 from porttool.folder import PendingFolder, require_space
 from porttool.sharding import rank_config, shard
 from porttool.shards import TensorJob, plan_shards, write_shards
-from porttool.weights import cast
+from porttool.weights import cast as cast_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +24,13 @@ if TYPE_CHECKING:
 
 
 class TorchBuildOptions(Options):
-    """`tune`: measure the kernels' tiles on this GPU (minutes) and keep the fastest."""
+    """`tune`: measure the kernels' tiles on this GPU and keep the fastest, which takes minutes.
 
-    tune: bool = False
+    "auto" does where torch sees a GPU that runs the kernels and the model is not tiny, unless they
+    were measured here before; true always does, false never.
+    """
+
+    tune: bool | Literal["auto"] = "auto"
 
 
 class TorchBuilder(Builder):
@@ -34,6 +38,10 @@ class TorchBuilder(Builder):
 
     name = "torch"
     Options = TorchBuildOptions
+
+    def __init__(self, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(options)
+        self._tiles: dict[BuildRequest, dict[str, Any]] = {}
 
     def build_rank(
         self,
@@ -44,12 +52,19 @@ class TorchBuilder(Builder):
         out: Path,
         progress: Progress,
     ) -> Mapping[str, Any]:
-        """Link or write one rank's weights, and measure the kernels if asked to."""
-        found = dict(self.write_rank(checkpoint, request, rank, out=out, progress=progress))
-        options = self.options
-        if isinstance(options, TorchBuildOptions) and options.tune:
-            found["tuning"] = measured(request, rank, progress)
-        return found
+        """Link or write one rank's weights, and choose the kernels' tiles for its shape."""
+        found = self.write_rank(checkpoint, request, rank, out=out, progress=progress)
+        return {**found, **self._tiles_of(request, rank, progress)}
+
+    def _tiles_of(self, request: BuildRequest, rank: Rank, progress: Progress) -> dict[str, Any]:
+        """Return the tiles' part of a rank's record; ranks of one shape share what is measured."""
+        from porttool.engines.torch.tiles import tiles_at_build
+
+        shape = replace(request, config=rank_config(request.config, rank.world_size))
+        if shape not in self._tiles:
+            tune = cast("TorchBuildOptions", self.options).tune
+            self._tiles[shape] = tiles_at_build(shape, tune, progress.note).record()
+        return self._tiles[shape]
 
     def write_rank(
         self,
@@ -76,29 +91,6 @@ class TorchBuilder(Builder):
         return {"rank": rank.index, "weights": f"{request.dtype} slices", "n_head": config.n_head}
 
 
-def measured(request: BuildRequest, rank: Rank, progress: Progress) -> Mapping[str, Any]:
-    """Measure the CUDA kernels for one rank's shape on this machine's GPU; say what was chosen."""
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UsageError("tune was asked for, but torch sees no GPU; build without it")
-    from porttool.engines.torch.cuda_tune import tune, tuned_rows
-
-    limits = request.limits
-    sizes = tuned_rows(limits.max_batch_size)
-    progress.note(
-        f"measuring the kernels' tiles on {torch.cuda.get_device_name()} for batches of "
-        f"{', '.join(map(str, sizes))}; each takes from half a minute to several"
-    )
-    return tune(
-        rank_config(request.config, rank.world_size),
-        dtype=getattr(torch, request.dtype),
-        batch_sizes=sizes,
-        context=limits.max_input_len,
-        report=progress.note,
-    )
-
-
 def rank_job(checkpoint: Checkpoint, name: str, dtype: Dtype, rank: Rank) -> TensorJob:
     """Say how one rank's part of one tensor is read and written."""
     file = checkpoint.file_of(name)
@@ -106,7 +98,7 @@ def rank_job(checkpoint: Checkpoint, name: str, dtype: Dtype, rank: Rank) -> Ten
 
     def make() -> Tensor:
         part = shard(name, checkpoint.config, rank, partial(file.load_rows, name), info.shape[0])
-        return cast(name, part, dtype)
+        return cast_tensor(name, part, dtype)
 
     return TensorJob(name, rank_shape(checkpoint, name, rank), dtype, info.nbytes, make)
 

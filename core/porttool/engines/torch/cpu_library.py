@@ -60,11 +60,15 @@ def build_library() -> Path:
     sources = sorted(SOURCES.iterdir())
     identity = [compiler, *FLAGS, cpu_flags(), *(path.read_text() for path in sources)]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porttool"
-    target = folder / f"decode-{key}.so"
+    target = cache_folder() / f"decode-{key}.so"
     if not target.is_file():
         compile_library(compiler, target)
     return target
+
+
+def cache_folder() -> Path:
+    """Return where the user's caches are, by the XDG Base Directory Specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porttool"
 
 
 def compile_library(compiler: str, target: Path) -> None:

@@ -1,14 +1,10 @@
-"""What the kernels and the GPU can take, and whether a tuning belongs to this GPU."""
+"""What the kernels and the GPU can take."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from porttool.config import Limits, ModelConfig
-from porttool.engines.torch.cuda_tuning import gpu_name
 from porttool.errors import EngineError
 from porttool.nn import meta_decoder
 
@@ -20,11 +16,6 @@ def unsupported(config: ModelConfig, dtype: torch.dtype) -> str | None:
     if config.head_dim > 256:
         return f"they hold a head of up to 256 elements, and these have {config.head_dim}"
     return None
-
-
-def tuning_for(found: Mapping[str, Any] | None, device: str) -> Mapping[str, Any] | None:
-    """Return an engine's tuning if it was measured on this kind of GPU, else None: the rule."""
-    return found if found is not None and found["gpu"] == gpu_name(device) else None
 
 
 def overlaps(device: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from triton import OutOfResources
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
@@ -37,6 +38,9 @@ from porttool.nn import Step
 _COLD_BYTES = 400 << 20
 """Weights that one measurement passes through: several times the L2 cache."""
 
+_MAX_LAYERS, _MAX_LAUNCHES = 256, 4096
+"""Of one measurement: a tiny model's weights are never cold, neither here nor in use."""
+
 _MEASURED_MS = 200
 """A step is measured for about this long, more often than three times only within it."""
 
@@ -51,7 +55,8 @@ class _Bench:
             [w.head] if name == "head" else [getattr(layer, name) for layer in w.layers]
         )
         nbytes = sum(linear.nbytes for linear in self.linears)
-        self.passes = max(2, -(-_COLD_BYTES // nbytes))
+        cold = min(-(-_COLD_BYTES // nbytes), _MAX_LAUNCHES // len(self.linears))
+        self.passes = max(2, cold)
         c = decoder.config
         self.scratch: Scratch = make_scratch(
             c, max(rows, 16), splits=1, sums=8 * max(c.d_model, c.qkv_dim),
@@ -62,14 +67,18 @@ class _Bench:
             buffer.normal_()
 
     def microseconds(self, tile: StreamTile | WideTile) -> float:
-        """Return the device time of one matrix."""
+        """Return the device time of one matrix; infinite where this GPU cannot hold the tile."""
 
         def work() -> None:
             for _ in range(self.passes):
                 for linear in self.linears:
                     self._enqueue(linear, tile)
 
-        return milliseconds(captured(work)) * 1000 / (self.passes * len(self.linears))
+        try:
+            recorded = captured(work)
+        except OutOfResources:
+            return float("inf")
+        return milliseconds(recorded) * 1000 / (self.passes * len(self.linears))
 
     def _enqueue(self, linear: Linear, tile: StreamTile | WideTile) -> None:
         s, m, single = self.scratch, self.decoder.model, isinstance(tile, StreamTile)
@@ -89,7 +98,7 @@ def tuning_config(config: ModelConfig) -> ModelConfig:
                  + config.d_ff) * config.d_model  # fmt: skip
     smallest = 2 * config.n_head * config.head_dim * config.d_model
     wanted = max(2, -(-_COLD_BYTES // layer), min(128, -(-_COLD_BYTES // smallest) // 3))
-    return config.model_copy(update={"n_layer": wanted})
+    return config.model_copy(update={"n_layer": min(wanted, _MAX_LAYERS)})
 
 
 def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 8) -> float:
@@ -131,7 +140,10 @@ class _Search:
     def offer(self, tuning: Tuning) -> float:
         """Measure a whole step; keep the tuning if the step got faster."""
         self.decoder.use(tuning)
-        time = step_milliseconds(self.decoder, self.n, self.context)
+        try:
+            time = step_milliseconds(self.decoder, self.n, self.context)
+        except OutOfResources:
+            time = float("inf")
         if time < self.time:
             self.best, self.time = tuning, time
         else:
@@ -213,10 +225,11 @@ def tune(
     Each matrix is first measured alone, then its fastest few in whole steps of each batch size
     at `context` tokens. Steps of other sizes run in the tiles of the same `tile_rows`.
     """
-    found = {
-        n: leaders(config, dtype=dtype, rows=1 if n == 1 else tile_rows(n), device=device)
-        for n in batch_sizes
-    }
+    found = {}
+    for n in batch_sizes:
+        report(f"{n} rows: measuring each matrix alone")
+        rows = 1 if n == 1 else tile_rows(n)
+        found[n] = leaders(config, dtype=dtype, rows=rows, device=device)
     decoder = CudaDecoder(
         config, random_weights(config, dtype, device), dtype=dtype,
         limits=limits_of(max(batch_sizes), context + 128), device=device,
@@ -225,6 +238,7 @@ def tune(
         cached.normal_()  # zeros would draw less power and run faster
     notes = {}
     for n in batch_sizes:
+        report(f"{n} rows: measuring whole steps")
         notes[f"ms at {n} x {context}"] = round(refine(decoder, found[n], n, context), 4)
         took = notes[f"ms at {n} x {context}"]
         report(f"tuned for {n} rows: {took} ms a step; {decoder.tuning.described(n)}")

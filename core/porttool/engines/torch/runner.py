@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from porttool.nn import Step
 
 
+_log = logging.getLogger(__name__)
+"""Where loading says what takes minutes or is not as built; on standard error by default."""
+
 READERS = 8
 """Tensors that are read at once when an engine is loaded."""
 
@@ -26,12 +30,15 @@ READERS = 8
 class TorchOptions(Options):
     """`device`: auto takes the GPU if there is one. `canonical`: the slow reference decoder.
 
-    `compiled` false keeps a CPU to plain torch, as where there is no compiler.
+    `compiled` false keeps a CPU to plain torch, as where there is no compiler. `retune` auto
+    measures the kernels' tiles, once, where an engine was tuned on another GPU; true also where
+    it never was; false takes nothing but what was measured at build.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     canonical: bool = False
     compiled: bool = True
+    retune: bool | Literal["auto"] = "auto"
 
 
 class TorchRunner(Runner):
@@ -139,7 +146,8 @@ class TorchRunner(Runner):
 
         try:
             from porttool.engines.torch.cuda import CudaDecoder
-            from porttool.engines.torch.cuda_limits import tuning_for, unsupported
+            from porttool.engines.torch.cuda_limits import unsupported
+            from porttool.engines.torch.tiles import tiles_at_load
         except ModuleNotFoundError as error:
             raise MissingExtra("gpu", "triton") from error
         manifest = self.engine.manifest
@@ -149,13 +157,15 @@ class TorchRunner(Runner):
             decoder = self._canonical()
             decoder.description += f" (not the Triton kernels: {reason})"
             return decoder
+        retune = cast("TorchOptions", self.options).retune
+        tiles = tiles_at_load(self.engine, self.device, retune, _log.warning)
         return CudaDecoder(
             manifest.config,
             load_weights(self.engine, self.device),
             dtype=dtype,
             limits=manifest.limits,
             device=self.device,
-            tuning=tuning_for(manifest.built[0].get("tuning"), self.device),
+            tuning=tiles.tuning.as_dict() if tiles.tuning else None,
         )
 
 
