@@ -213,6 +213,11 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder() -> Path:
+    """Return where the user's caches are, by the XDG Base Directory Specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porttool"
+
+
 def require_space(target: Path, n_bytes: int) -> None:
     """Raise before the work begins if the disk has no room for so many bytes."""
     parent = target.absolute().parent

@@ -17,6 +17,8 @@ from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
+from porttool.folder import cache_folder
+
 SOURCES = Path(__file__).parent / "native"
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp")
 
@@ -64,11 +66,6 @@ def build_library() -> Path:
     if not target.is_file():
         compile_library(compiler, target)
     return target
-
-
-def cache_folder() -> Path:
-    """Return where the user's caches are, by the XDG Base Directory Specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porttool"
 
 
 def compile_library(compiler: str, target: Path) -> None:

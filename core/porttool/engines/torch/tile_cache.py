@@ -17,9 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from porttool.builder import BuildRequest
 from porttool.checkpoint import Manifest, read_manifest
 from porttool.config import Closed, Dtype, ModelConfig
-from porttool.engines.torch.cpu_library import cache_folder
 from porttool.engines.torch.cuda_tuning import Tuning, default_tuning
 from porttool.errors import CheckpointError
+from porttool.folder import cache_folder
 
 KERNELS = 1
 """To be raised when the kernels change so that other tiles are the fastest."""
