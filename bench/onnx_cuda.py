@@ -156,8 +156,9 @@ def gpt2(**sizes: Any) -> Any:
 
 
 def make(folder: Path, name: str, device: str, **choices: Any) -> Runner:
-    """Build and load an engine: `torch`, or ONNX with the cache of that name."""
-    options = {} if name == "torch" else {"engine": "onnx", "options": {"cache": name}}
+    """Build and load an engine: `torch`, not tuned, or ONNX with the cache of that name."""
+    torch_engine = {"options": {"tune": False}}
+    options = torch_engine if name == "torch" else {"engine": "onnx", "options": {"cache": name}}
     out = folder / "-".join((name, *map(str, choices.values())))
     api.build(folder / "checkpoint", out, **options, **choices)
     return api.load(out, options={"device": device}).runner
