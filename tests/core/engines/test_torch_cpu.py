@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from porttool.config import Limits, ModelConfig
-from porttool.engines.torch import cpu_library, cpu_native
+from porttool.engines.native import head, library
 from porttool.engines.torch.cpu import NATIVE_TOKENS, CpuDecoder
 from porttool.errors import UsageError
 from porttool.nn import Decoder, KVCache, Step
@@ -153,11 +153,11 @@ def test_threads_change_nothing(shape):
 def test_code_for_older_processors_agrees(monkeypatch, tmp_path, dtype):
     wide = Pair("mqa", dtype)
     flags = ("-std=c++17", "-O1", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-fopenmp")
-    monkeypatch.setattr(cpu_library, "FLAGS", flags)
+    monkeypatch.setattr(library, "FLAGS", flags)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cpu_library.load_library.cache_clear()
+    library.load_library.cache_clear()
     narrow = Pair("mqa", dtype)
-    cpu_library.load_library.cache_clear()
+    library.load_library.cache_clear()
     assert narrow.decoder.native.library is not wide.decoder.native.library
     for pair in (wide, narrow):
         pair.check(Step.prefill([[4, 9], [8]]))
@@ -182,7 +182,7 @@ def test_equal_logits_go_to_the_lowest_id():
 def test_rounded_rows_stay_within_their_bound(shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight[0] = 0
-    coarse, scale, error = cpu_native.round_rows(weight)
+    coarse, scale, error = head.round_rows(weight)
     x = torch.randn(shape[1], 50, generator=torch.Generator().manual_seed(1))
     off = (weight.double() @ x.double() - scale[:, None] * coarse.double() @ x.double()).abs()
     assert (off <= error[:, None] * x.norm(dim=0)).all()
@@ -244,15 +244,15 @@ def test_the_last_place_of_the_cache_survives_padding():
     [(None, r"no C\+\+ compiler"), ("false", "false failed"), ("nowhere", "nowhere does not run")],
 )
 def test_why_nothing_was_compiled_is_said(monkeypatch, tmp_path, compiler, reason):
-    cpu_library.load_library.cache_clear()
+    library.load_library.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setenv("CXX", compiler) if compiler else monkeypatch.delenv("CXX", raising=False)
     config = ModelConfig(**BASE)
     decoder = CpuDecoder(config, drawn(config, torch.float32), dtype=torch.float32, limits=LIMITS)
-    cpu_library.load_library.cache_clear()
+    library.load_library.cache_clear()
     assert decoder.native is None and not decoder.decodes_on_device
     assert decoder.description.startswith("cpu, plain torch (")
-    with pytest.raises(cpu_library.NativeUnavailable, match=reason):
-        cpu_library.load_library()
+    with pytest.raises(library.NativeUnavailable, match=reason):
+        library.load_library()
     assert not list(tmp_path.rglob("*.so"))

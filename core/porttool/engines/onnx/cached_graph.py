@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from porttool.config import Limits, ModelConfig
 
 
+HIDDEN = "norm.out"
+"""The last norm's output [rows, d_model], which the head projects: float32 graphs' own name."""
+PROJECTED = "projected"
+"""Which of these rows get logits, int64: all or none. See `greedy.choosing`."""
 MAX_KEPT = 16
 """Bindings of plain decoding that are kept; each holds logits of its own."""
 
@@ -28,6 +32,8 @@ class Program(ABC):
     device: str
     scatters: bool
     """True if the graph writes into the cache itself (form `scatter`)."""
+    chooses: bool = False
+    """True if a run says which rows get logits: see `greedy.choosing`."""
 
     @abstractmethod
     def bind(self, tensors: Mapping[str, Tensor], *, repeats: bool) -> Callable[[], None]:
@@ -39,12 +45,13 @@ class Program(ABC):
 
 @dataclass(frozen=True)
 class StepShape:
-    """Everything that a binding depends on: the first cache row, batch, width, logits rows."""
+    """Everything that a binding depends on: the first cache row, batch, width, rows of `output`."""
 
     first: int
     batch: int
     width: int
     rows: int
+    output: str
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,19 @@ class CachedGraph:
         self._rows = RowMap(limits.max_batch_size)
         self._kept: dict[StepShape, Binding] = {}
 
-    @torch.inference_mode()
     def run(self, step: Step, *, all_positions: bool) -> Tensor:
         """Feed a step that fits; logits [n, vocab_size], or [n, width, vocab_size]."""
+        return self._feed(step, "logits", all_positions=all_positions)
+
+    def hidden(self, step: Step) -> Tensor:
+        """Feed a step that fits; what the head projects of each row's last token [n, d_model].
+
+        Only of a program that `chooses`.
+        """
+        return self._feed(step, HIDDEN, all_positions=False)
+
+    @torch.inference_mode()
+    def _feed(self, step: Step, output: str, *, all_positions: bool) -> Tensor:
         n, width = step.tokens.shape
         place = self._rows.arrange(step.slots.tolist())
         self._copy(place.moves)
@@ -88,17 +105,17 @@ class CachedGraph:
             "starts": step.starts[order],
             "wanted": torch.arange(n * width) if all_positions else ends,
         }
-        shape = StepShape(place.first, n, width, len(given["wanted"]))
+        shape = StepShape(place.first, n, width, len(given["wanted"]), output)
         bound = self._binding(shape)
         for name, values in given.items():
             bound.tensors[name].copy_(values)
         bound.execute()
         if bound.news is not None:
             self._store(shape, given, bound.news)
-        logits = bound.tensors["logits"]
+        found = bound.tensors[output]
         back = torch.empty_like(order)
         back[order] = torch.arange(n)
-        return (logits.view(n, width, -1) if all_positions else logits)[back.to(self.device)]
+        return (found.view(n, width, -1) if all_positions else found)[back.to(self.device)]
 
     def copy_slots(self, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy the rows of whole slots, as if at once."""
@@ -148,13 +165,18 @@ class CachedGraph:
         def integers(*sizes: int) -> Tensor:
             return torch.zeros(sizes, dtype=torch.int64, device=self.device)
 
-        return {
+        projected = shape.rows if shape.output == "logits" else 0
+        found = {
             "tokens": integers(shape.batch, shape.width),
             "positions": integers(shape.batch, shape.width),
             "starts": integers(shape.batch),
             "wanted": integers(shape.rows),
-            "logits": torch.empty(shape.rows, self.config.vocab_size, device=self.device),
+            "logits": torch.empty(projected, self.config.vocab_size, device=self.device),
         }
+        if self.program.chooses:
+            found[PROJECTED] = torch.arange(projected)
+            found[HIDDEN] = torch.empty(shape.rows, self.config.d_model)
+        return found
 
     def _news(self, shape: StepShape) -> tuple[Tensor, Tensor]:
         """Return room for a step's new keys and values: the graph does not store them itself."""

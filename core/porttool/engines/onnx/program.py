@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from porttool.engines.onnx.cached_graph import Program
+from porttool.engines.onnx.cached_graph import PROJECTED, Program
 from porttool.engines.onnx.element_types import ELEMENT_TYPES
 from porttool.engines.onnx.session import translated_errors
+
+NOWHERE = torch.zeros(1)
+"""Stands for the address of empty tensors: ONNX Runtime refuses null."""
 
 
 class SessionProgram(Program):
@@ -25,6 +28,7 @@ class SessionProgram(Program):
         self.session = session
         self.device = device
         self.inputs = {value.name for value in session.get_inputs()}
+        self.chooses = PROJECTED in self.inputs
         self.scatters = any(v.name.startswith("present_key") for v in session.get_outputs())
 
     def bind(self, tensors: Mapping[str, Tensor], *, repeats: bool) -> Callable[[], None]:
@@ -34,7 +38,8 @@ class SessionProgram(Program):
             bind = io.bind_input if name in self.inputs else io.bind_output
             element = ELEMENT_TYPES[str(tensor.dtype).removeprefix("torch.")]
             index = tensor.device.index or 0
-            bind(name, tensor.device.type, index, element, list(tensor.shape), tensor.data_ptr())
+            place = tensor.data_ptr() or NOWHERE.data_ptr()
+            bind(name, tensor.device.type, index, element, list(tensor.shape), place)
         return partial(self._run, io, tensors)
 
     def _run(self, io: Any, tensors: Mapping[str, Tensor]) -> None:

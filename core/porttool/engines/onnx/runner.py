@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import NonNegativeInt
 
 from porttool.component import Options
-from porttool.engines.onnx.export import MODEL
+from porttool.engines.onnx.export import MODEL, require_onnx
 from porttool.engines.onnx.session import SessionSettings, choose_device, make_session
-from porttool.errors import UsageError
-from porttool.runner import Runner, TimedNode
+from porttool.errors import MissingExtra, UsageError
+from porttool.runner import Choose, Runner, TimedNode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from porttool.config import Limits
     from porttool.engine import Engine
+    from porttool.engines.native.head import ScreenedHead
     from porttool.nn import Step
 
 
@@ -37,12 +38,14 @@ def require_room(table: Tensor | None, limits: Limits) -> None:
 class OnnxRunnerOptions(Options):
     """`device`: auto takes the GPU if ONNX Runtime can. `threads`: 0 is ONNX Runtime's choice.
 
-    `tf32` lets a GPU multiply float32 matrices in fewer bits.
+    `tf32` lets a GPU multiply float32 matrices in fewer bits. `compiled` false lets ONNX Runtime
+    compute all logits for greedy tokens on a CPU, too, as where there is no compiler.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: NonNegativeInt = 0
     tf32: bool = False
+    compiled: bool = True
 
 
 class OnnxRunner(Runner):
@@ -63,20 +66,25 @@ class OnnxRunner(Runner):
             choose_device(asked.device), recorded["optimization"], asked.threads, asked.tf32
         )
         self._folder = engine.rank_path()
-        session = make_session(self._folder / MODEL, self._settings, self._folder)
         made = engine.manifest
+        self._model: Path | bytes = self._folder / MODEL
+        self._head: ScreenedHead | None = None
+        self._greedy = ""
+        if self._settings.device == "cpu" and made.dtype == "float32":
+            self._choose_compiled(asked.compiled)
+        session = make_session(self._model, self._settings, self._folder)
         program = SessionProgram(session, self._settings.device)
         self._graph = CachedGraph(program, self.config, made.limits, dtype=made.dtype)
 
     @property
     def description(self) -> str:
-        """Library, provider, type and form of the cache."""
+        """Library, provider, type, form of the cache, and on a CPU what chooses greedy tokens."""
         from porttool.engines.onnx.session import require_onnxruntime
 
         made = self.engine.manifest
         return (
             f"onnx, ONNX Runtime {require_onnxruntime().__version__} on {self._settings.device}, "
-            f"{made.dtype}, {made.built[0]['cache']} cache"
+            f"{made.dtype}, {made.built[0]['cache']} cache{self._greedy}"
         )
 
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
@@ -85,6 +93,16 @@ class OnnxRunner(Runner):
 
         self.check(step)
         return fed(self._graph.run, step, self.max_len, all_positions=all_positions)
+
+    def decode(self, step: Step, n_tokens: int, choose: Choose | None = None) -> Tensor:
+        """Return one token a row; the likeliest of a float32 engine on a CPU without all logits."""
+        if choose is not None or self._head is None:
+            return super().decode(step, n_tokens, choose)
+        import torch
+
+        self.check(step)
+        threads = self._settings.threads or torch.get_num_threads()
+        return self._head.likeliest(self._graph.hidden(step), threads)[:, None]
 
     def copy_slots(self, source: list[int], target: list[int]) -> None:
         """Copy cache rows."""
@@ -108,7 +126,7 @@ class OnnxRunner(Runner):
 
         with TemporaryDirectory() as folder:
             settings = replace(self._settings, profile=Path(folder) / "times")
-            session = make_session(self._folder / MODEL, settings, self._folder)
+            session = make_session(self._model, settings, self._folder)
             with self._graph.using(SessionProgram(session, settings.device)):
                 work()
             return read_node_times(Path(session.end_profiling()))
@@ -118,3 +136,23 @@ class OnnxRunner(Runner):
         from porttool.engines.onnx.trace import traced
 
         return traced(self._folder, self._settings, step, self._graph.table)
+
+    def _choose_compiled(self, wanted: bool) -> None:
+        """Have greedy tokens chosen by compiled code, or note why not.
+
+        ONNX Runtime's threads then leave the cores to it between two steps.
+        """
+        from porttool.engines.native.library import NativeUnavailable
+
+        try:
+            if not wanted:
+                raise NativeUnavailable("as asked")
+            require_onnx()
+            from porttool.engines.onnx.greedy import choosing
+
+            self._model, self._head = choosing(self._folder)
+        except (NativeUnavailable, MissingExtra) as reason:
+            self._greedy = f", greedy from all logits ({reason})"
+        else:
+            self._greedy = ", compiled greedy choice"
+            self._settings = replace(self._settings, spins=False)

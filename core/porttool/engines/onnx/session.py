@@ -25,6 +25,8 @@ class SessionSettings:
     optimization: str = "all"
     threads: int = 0
     tf32: bool = False
+    spins: bool = True
+    """Whether threads wait busily for the next run, or leave the cores to whoever runs between."""
     profile: Path | None = None
     """Where ONNX Runtime's own profile goes, as the beginning of a file's name."""
 
@@ -102,6 +104,8 @@ def session_options(runtime: Any, settings: SessionSettings) -> Any:
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.intra_op_num_threads = settings.threads
+    if not settings.spins:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(settings.profile)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from porttool.config import Limits, ModelConfig
-from porttool.engines.torch.cpu_library import NativeUnavailable
+from porttool.engines.native.library import NativeUnavailable
 from porttool.engines.torch.cpu_native import KINDS, NativeModel
 from porttool.engines.torch.device_decoder import DeviceDecoder
 from porttool.errors import UsageError

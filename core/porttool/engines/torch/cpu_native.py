@@ -1,4 +1,4 @@
-"""Calling the compiled decode step: `native/decode.cpp` as Python sees it."""
+"""Calling the compiled decode step: `decode.cpp` as Python sees it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from porttool.engines.torch.cpu_library import load_library
+from porttool.engines.native.head import HeadFields, ScreenedHead
+from porttool.engines.native.library import load_library
 from porttool.nn import Decoder, KVCache
 from porttool.nn.attention import rotary_angles
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu")
-CHUNK = 4096
-"""Rows of the head that are rounded to int8 at a time."""
 
 
 class LayerFields(ctypes.Structure):
@@ -38,14 +37,15 @@ class ModelFields(ctypes.Structure):
         "n_positions", "rotary_dim", "n_slots", "capacity", "gated", "activation", "norm",
     )  # fmt: skip
     _pointers = (
-        "embedding", "position", "head", "prompt_table", "final_norm", "final_norm_bias",
-        "frequencies", "keys", "values", "coarse", "coarse_scale", "coarse_error",
+        "embedding", "position", "prompt_table", "final_norm", "final_norm_bias",
+        "frequencies", "keys", "values",
     )  # fmt: skip
     _fields_ = [
         *((name, c_int64) for name in _sizes),
         ("norm_eps", c_float),
         ("layers", POINTER(LayerFields)),
         *((name, c_void_p) for name in _pointers),
+        ("head", HeadFields),
     ]
 
 
@@ -136,9 +136,8 @@ class NativeModel:
 
     def _model(self, module: Decoder, kv: KVCache) -> ModelFields:
         c = module.config
-        head = (module.embedding if c.tied_head else module.head).weight.detach()
+        self.head = ScreenedHead((module.embedding if c.tied_head else module.head).weight)
         same = ("n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "vocab_size")
-        coarse, scale, error = round_rows(head)
         rotary = c.position == "rotary"
         frequencies = rotary_angles(c, torch.ones(1), torch.float32) if rotary else None
         return ModelFields(
@@ -151,13 +150,10 @@ class NativeModel:
             layers=ctypes.cast(self.layers, POINTER(LayerFields)),
             embedding=self._matrix(module.embedding.weight),
             position=None if rotary else self._matrix(module.position.weight),
-            head=self._matrix(head),
             frequencies=self._vector(frequencies),
             keys=self._matrix(kv.keys),
             values=self._matrix(kv.values),
-            coarse=self._matrix(coarse),
-            coarse_scale=self._matrix(scale),
-            coarse_error=self._matrix(error),
+            head=self.head.fields,
             **self._norm("final_norm", module.norm),
         )
 
@@ -170,22 +166,3 @@ def address(tensor: Tensor | None) -> int | None:
 def tokens_fields(ids: Tensor, slots: Tensor, positions: Tensor, wanted: Tensor) -> TokensFields:
     """Point at the int64 vectors of a step; the caller keeps them alive."""
     return TokensFields(len(ids), len(wanted), *map(address, (ids, slots, positions, wanted)))
-
-
-def round_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round rows [n, d] to int8; return them, their scales and a bound on what rounding costs.
-
-    With `error` the third, |weight . x - scale * coarse . x| <= error * |x| for every x: the norm
-    of the rounding error, plus what float32 sums of d products may lose (gamma * |weight|, taken
-    four times: for both dot products and for this computation itself).
-    """
-    coarse = torch.empty(weight.shape, dtype=torch.int8)
-    scale, error = torch.empty(len(weight)), torch.empty(len(weight))
-    gamma = (weight.shape[1] / 8 + 16) * 2.0**-24
-    for start in range(0, len(weight), CHUNK):
-        rows, part = weight[start : start + CHUNK].float(), slice(start, start + CHUNK)
-        scale[part] = (rows.abs().amax(1) / 127).clamp(min=1e-30)
-        coarse[part] = (rows / scale[part, None]).round().clamp(-127, 127).to(torch.int8)
-        lost = (rows - coarse[part] * scale[part, None]).norm(dim=1)
-        error[part] = (lost + 4 * gamma * rows.norm(dim=1)) * 1.0001
-    return coarse, scale, error

@@ -5,64 +5,11 @@
 // storage type is, and every dot product is summed in the same order for every batch: a row's
 // result does not depend on its neighbours.
 
-#include "vectors.h"
+#include "head.h"
 
-#include <omp.h>
-#include <sched.h>
-
-#include <atomic>
-#include <vector>
+#include <thread>
 
 namespace {
-
-constexpr int CHUNK = 64;      // weight rows a thread takes at a time
-constexpr int SPINS = 1000;    // pauses before a waiting thread yields its core: some 50 us
-
-// The threads of one step. OpenMP lends its threads (torch's own: two pools would fight over the
-// cores); sharing and waiting are done here, because a decode step waits some seventy times and
-// must not lose a time slice each time when the machine is busy.
-struct Team {
-    int size = 0;
-    alignas(64) std::atomic<int> arrived{0}, phase{0};
-    alignas(64) std::atomic<long> next{0};
-};
-
-struct Worker {
-    Team& team;
-    const int id;
-    explicit Worker(Team& t) : team(t), id(omp_get_thread_num()) {
-#pragma omp single
-        team.size = omp_get_num_threads();
-    }
-
-    void wait() const {
-        const int phase = team.phase.load(std::memory_order_acquire);
-        if (team.arrived.fetch_add(1, std::memory_order_acq_rel) == team.size - 1) {
-            team.arrived.store(0, std::memory_order_relaxed);
-            team.next.store(0, std::memory_order_relaxed);
-            team.phase.store(phase + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; team.phase.load(std::memory_order_acquire) == phase; spins++)
-            spins < SPINS ? _mm_pause() : (void)sched_yield();
-    }
-    // Calls run(first, end) for parts of n things until all threads together have done them all.
-    template <typename Run>
-    void share(long n, long part, Run run) const {
-        for (long first; (first = team.next.fetch_add(part, std::memory_order_relaxed)) < n;)
-            run(first, std::min(n, first + part));
-        wait();
-    }
-    // rows_by_tokens, shared.
-    template <typename W, typename Use>
-    void multiply(const W* w, long n_rows, long k, const float* x, long n, Use use) const {
-        const long part = n_rows / (8 * team.size) / ROWS * ROWS;
-        share(n_rows, std::clamp<long>(part, ROWS, CHUNK), [&](long first, long end) {
-            rows_by_tokens(w + first * k, end - first, k, x, n,
-                           [&](long r, long t, float v) { use(first + r, t, v); });
-        });
-    }
-};
 
 enum Activation : int64_t { GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SILU };
 enum Norm : int64_t { LAYERNORM, RMSNORM };
@@ -83,7 +30,7 @@ inline float activate(int64_t kind, float x) {
 
 }  // namespace
 
-// Everything below is mirrored in cpu_native.py. Vectors are float32; a missing bias is null.
+// Everything below is mirrored in torch/cpu_native.py. Vectors are float32; a missing bias is null.
 extern "C" {
 struct Layer {
     const void *qkv, *out, *up, *down;  // [rows, columns] in the storage type
@@ -96,12 +43,11 @@ struct Model {
     int64_t rotary_dim, n_slots, capacity, gated, activation, norm;
     float norm_eps;
     const Layer* layers;
-    const void *embedding, *position, *head;      // position null: rotary or none
+    const void *embedding, *position;             // position null: rotary or none
     const void* prompt_table;                     // rows for ids from vocab_size on, or null
     const float *final_norm, *final_norm_bias, *frequencies;  // [rotary_dim / 2]
     void *keys, *values;  // [n_layer, n_slots, n_kv_head, capacity, head_dim]
-    const int8_t* coarse;                         // the head, each row rounded to int8
-    const float *coarse_scale, *coarse_error;     // [vocab_size]
+    Head head;
 };
 struct Tokens {
     int64_t n, n_out;
@@ -263,46 +209,6 @@ const float* forward(const Worker& me, const Model& m, const Tokens& step, const
     return normed;
 }
 
-struct alignas(64) Best {  // one a thread and row, each on a cache line of its own
-    float norm = 0, floor = -INFINITY, logit = -INFINITY;
-    int64_t id = 0;
-    void offer(float v, int64_t i) {  // the lowest id among equals
-        if (v > logit || (v == logit && i < id)) logit = v, id = i;
-    }
-};
-
-// Each thread's candidates for the highest logits of x [n, d_model], without reading all of the
-// head: an int8 copy of it is read first. |w . x - coarse . x| <= error |x| holds for every row
-// (Cauchy-Schwarz), so only rows whose upper bound reaches the highest lower bound can win, and
-// those are computed from the weights themselves. `near` is [n, vocab_size].
-template <typename W>
-void choose(const Worker& me, const Model& m, const float* x, long n, float* near, Best* best) {
-    const long d = m.d_model, v = m.vocab_size;
-    Best* mine = best + me.id * n;
-    for (long t = 0; t < n; t++) {
-        float square[1][1];
-        dots<1, 1>(x + t * d, d, x + t * d, d, square);
-        mine[t] = Best();
-        mine[t].norm = sqrtf(square[0][0]) * 1.0001f;
-    }
-    me.multiply(m.coarse, v, d, x, n, [&](long r, long t, float product) {
-        near[t * v + r] = product * m.coarse_scale[r];
-        mine[t].floor = std::max(mine[t].floor, near[t * v + r] - m.coarse_error[r] * mine[t].norm);
-    });
-    for (long t = 0; t < n; t++) {
-        float floor = -INFINITY;
-        for (int i = 0; i < me.team.size; i++) floor = std::max(floor, best[i * n + t].floor);
-        me.share(v, 4096, [&](long first, long end) {
-            for (long r = first; r < end; r++) {
-                if (near[t * v + r] + m.coarse_error[r] * mine[t].norm < floor) continue;
-                float logit[1][1];
-                dots<1, 1>((const W*)m.head + r * d, d, x + t * d, d, logit);
-                mine[t].offer(logit[0][0], r);
-            }
-        });
-    }
-}
-
 template <typename W>
 void step(const Model& m, const Tokens& tokens, float* scratch, float* logits, int threads) {
     const Scratch s(m, scratch, tokens.n, threads);
@@ -311,7 +217,7 @@ void step(const Model& m, const Tokens& tokens, float* scratch, float* logits, i
     {
         const Worker me(team);
         const float* x = forward<W>(me, m, tokens, s);
-        me.multiply((const W*)m.head, m.vocab_size, m.d_model, x, tokens.n_out,
+        me.multiply((const W*)m.head.weight, m.vocab_size, m.d_model, x, tokens.n_out,
                     [&](long r, long t, float v) { logits[t * m.vocab_size + r] = v; });
     }
 }
@@ -328,18 +234,30 @@ void decode(const Model& m, const Tokens& tokens, int64_t* ids, int64_t* positio
     {
         const Worker me(team);
         for (long i = 0; i < n_new; i++) {
-            choose<W>(me, m, forward<W>(me, m, tokens, s), n, near, best.data());
-            me.share(n, 1, [&](long t, long) {
-                Best winner;
-                for (int j = 0; j < team.size; j++) {
-                    const Best& b = best[j * n + t];
-                    winner.offer(b.logit, b.id);
-                }
-                out[t * n_new + i] = ids[t] = winner.id;
+            const float* x = forward<W>(me, m, tokens, s);
+            choose<W>(me, m.head, x, n, near, best.data(), [&](long t, int64_t id) {
+                out[t * n_new + i] = ids[t] = id;
                 positions[t]++;
             });
         }
     }
+}
+
+// The likeliest ids of x [n, d_model] on threads of its own, which end with it: OpenMP's would go
+// on spinning, on the cores that the caller's other library needs next.
+void choose_apart(const Head& head, const float* x, long n, float* near, int64_t* out,
+                  int threads) {
+    std::vector<Best> best(threads * n);
+    Team team;
+    team.size = threads;
+    auto work = [&](int id) {
+        choose<float>(Worker(team, id), head, x, n, near, best.data(),
+                      [&](long t, int64_t token) { out[t] = token; });
+    };
+    std::vector<std::thread> others;
+    for (int id = 1; id < threads; id++) others.emplace_back(work, id);
+    work(0);
+    for (auto& other : others) other.join();
 }
 
 }  // namespace
@@ -363,5 +281,11 @@ void porttool_decode(const Model* m, const Tokens* t, int64_t kind, int64_t* ids
                      int64_t threads) {
     const auto run = kind == 0 ? decode<float> : kind == 1 ? decode<bf16> : decode<fp16>;
     run(*m, *t, ids, positions, n_new, scratch, near, out, threads);
+}
+
+// `x` is float32 [n, d_model], what the head gets; so is the head's weight.
+void porttool_choose(const Head* head, const float* x, int64_t n, float* near, int64_t* out,
+                     int64_t threads) {
+    choose_apart(*head, x, n, near, out, threads);
 }
 }

@@ -1,6 +1,6 @@
-"""Building and loading the compiled decode step.
+"""Building and loading the compiled code.
 
-`native/decode.cpp` is compiled once, when an engine is first loaded, for the processor that is
+`decode.cpp` is compiled once, when an engine is first loaded, for the processor that is
 there, and kept in the user's cache folder. Where that is impossible `NativeUnavailable` says why.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from porttool.folder import cache_folder
 
-SOURCES = Path(__file__).parent / "native"
+SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp")
 
 
@@ -43,7 +43,10 @@ def load_library() -> ctypes.CDLL:
         c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p,
         c_int64,
     ]  # fmt: skip
-    for function in (library.porttool_step, library.porttool_decode):
+    library.porttool_choose.argtypes = [
+        c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64
+    ]  # fmt: skip
+    for function in (library.porttool_step, library.porttool_decode, library.porttool_choose):
         function.restype = None
     return library
 
@@ -59,7 +62,7 @@ def build_library() -> Path:
         raise NativeUnavailable("no C++ compiler (g++) found")
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         raise NativeUnavailable(f"not written for {platform.system()} on {platform.machine()}")
-    sources = sorted(SOURCES.iterdir())
+    sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
     identity = [compiler, *FLAGS, cpu_flags(), *(path.read_text() for path in sources)]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     target = cache_folder() / f"decode-{key}.so"
@@ -75,7 +78,7 @@ def compile_library(compiler: str, target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made, library = Path(folder) / "decode.o", Path(folder) / "decode.so"
             run_compiler([compiler, *FLAGS, "-c", str(SOURCES / "decode.cpp"), "-o", str(made)])
-            run_compiler([compiler, "-shared", str(made), "-o", str(library)])
+            run_compiler([compiler, "-shared", "-pthread", str(made), "-o", str(library)])
             library.replace(target)
     except OSError as error:
         raise NativeUnavailable(f"cannot write to {target.parent}: {error}") from error
