@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import nemo_reference
 import nemo_writer as nemo
 import tiny
 from nemo_writer import GPT_2B, PLAIN, VOCAB
@@ -88,30 +89,6 @@ def test_the_gelus_differ():
     assert moved.abs().max() > 1e-6
 
 
-def filled(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """Load every tensor into a transformers model in float64."""
-    model = model.double().eval().requires_grad_(False)
-    wanted = set(model.state_dict())
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    assert wanted - tied == set(values)
-    model.load_state_dict({n: t.double() for n, t in values.items()}, strict=False)
-    return model
-
-
-def transformers_config(kind: type, values: dict[str, Any], **more: Any):
-    config = kind(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=values["num_query_groups"] or 4,
-        max_position_embeddings=40, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
-        rope_parameters={
-            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5,
-        },
-        **more,
-    )  # fmt: skip
-    config._attn_implementation = "sdpa"
-    return config
-
-
 def assert_same_as(model: torch.nn.Module, source: Path, folder: Path, registry) -> None:
     runner = loaded(source, folder, registry)
     for prompt in PROMPTS:
@@ -121,38 +98,17 @@ def assert_same_as(model: torch.nn.Module, source: Path, folder: Path, registry)
 
 @pytest.mark.parametrize("groups", [None, 2])
 def test_gpt_2b_against_stablelm(tmp_path, registry, groups):
-    from transformers import StableLmConfig, StableLmForCausalLM
-
     values = made(num_query_groups=groups)
     tensors = nemo.draw(values)
-    config = transformers_config(StableLmConfig, values, hidden_act="silu", layer_norm_eps=1e-5)
-    model = filled(StableLmForCausalLM(config), nemo.llama_names(values, tensors, plus=1.0))
-    double_rotary(model)
-    assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
+    source = nemo.write(tmp_path / "a.nemo", values, tensors)
+    assert_same_as(nemo_reference.stablelm(values, tensors), source, tmp_path, registry)
 
 
 def test_squared_relu_against_nemotron(tmp_path, registry):
-    from transformers import NemotronConfig, NemotronForCausalLM
-
     values = made(activation="squared-relu")
     tensors = nemo.draw(values)
-    config = transformers_config(NemotronConfig, values, hidden_act="relu2", norm_eps=1e-5)
-    model = filled(NemotronForCausalLM(config), nemo.llama_names(values, tensors, plus=0.0))
-    double_rotary(model)
-    assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
-
-
-def double_rotary(model: torch.nn.Module) -> None:
-    """Replace the rotation's cosines, which transformers computes in float32, by float64 ones."""
-
-    def angles(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dim = 2 * len(model.model.rotary_emb.inv_freq)
-        frequency = 1 / 10000 ** (torch.arange(0, dim, 2).double() / dim)
-        angle = position_ids[..., None].double() * frequency
-        angle = torch.cat((angle, angle), -1)
-        return angle.cos(), angle.sin()
-
-    model.model.rotary_emb.forward = angles
+    source = nemo.write(tmp_path / "a.nemo", values, tensors)
+    assert_same_as(nemo_reference.nemotron(values, tensors), source, tmp_path, registry)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -183,7 +139,7 @@ def test_plain_nemo_against_gpt2(tmp_path, registry, fused):
                 tensor = tensors[f"layers.{i}.{old}.{part}"]
                 matrix = tensor.t() if tensor.dim() == 2 else tensor
                 theirs[f"transformer.h.{i}.{new}.{part}"] = matrix
-    model = filled(GPT2LMHeadModel(config), theirs)
+    model = nemo_reference.filled(GPT2LMHeadModel(config), theirs)
     assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
 
 
