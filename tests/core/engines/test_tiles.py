@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +16,18 @@ pytest.importorskip("triton")
 import tiny
 from porttool import api
 from porttool.builder import BuildRequest
+from porttool.cli import invoke as porttool
 from porttool.config import Limits, Sampling
 from porttool.engine import Engine
 from porttool.engines.torch import tiles
 from porttool.engines.torch.builder import TorchBuilder
+from porttool.engines.torch.cuda_limits import require_memory
 from porttool.engines.torch.cuda_tuning import AttentionTile, default_tuning
 from porttool.engines.torch.tile_cache import TileKey
 from porttool.engines.torch.tiles import tiles_at_build, tiles_at_load
 from porttool.errors import EngineError, UsageError
 from porttool.generate import generate
-from porttool.nn import Step
+from porttool.nn import Step, meta_decoder
 from porttool.progress import Progress
 
 HERE, ELSEWHERE = "GPU of this machine", "GPU of another"
@@ -38,7 +42,7 @@ class Machine:
         self.gpu = HERE
         self.calls: list[dict] = []
         self.said: list[str] = []
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     def tune(self, config, **settings):
         self.calls.append({"config": config, **settings})
@@ -138,7 +142,7 @@ def test_build_without_a_gpu(machine, request_, monkeypatch):
     found = tiles_at_build(request_, "auto", machine.said.append)
     assert found.record() == {"not_tuned": "torch sees no GPU"}
     assert "torch sees no GPU" in machine.told
-    assert "`retune` true" in machine.told
+    assert "`--set retune true`" in machine.told
     with pytest.raises(UsageError, match="tune was asked for, but torch sees no GPU"):
         tiles_at_build(request_, True, machine.said.append)
     assert not machine.calls
@@ -171,9 +175,22 @@ def test_build_with_too_little_memory(machine, request_):
     machine.failure = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
     found = tiles_at_build(request_, "auto", machine.said.append)
     assert "Tried to allocate 9 GiB" in found.record()["not_tuned"]
-    assert "until it is loaded there with `retune` true" in machine.told
+    assert "until it is loaded there with `--set retune true`" in machine.told
     with pytest.raises(EngineError, match="Tried to allocate 9 GiB"):
         tiles_at_build(request_, True, machine.said.append)
+
+
+def test_build_interrupted_while_measuring(machine, checkpoint, tmp_path, capsys):
+    machine.failure = KeyboardInterrupt()
+    output = tmp_path / "engine"
+    assert porttool(["build", str(checkpoint.path), "--output", str(output)]) == 130
+    assert "measuring the kernels' tiles" in capsys.readouterr().err
+    assert not output.exists()
+    machine.failure = None
+    assert porttool(["build", str(checkpoint.path), "--output", str(output)]) == 0
+    assert "measured by the double" in capsys.readouterr().err
+    assert Engine.open(output).manifest.built[0]["tuning"]["gpu"] == HERE
+    assert len(machine.calls) == 2
 
 
 @pytest.mark.parametrize("value", ["auto", True, False])
@@ -326,6 +343,25 @@ def test_the_smallest_model_is_measured_in_bounded_work(request_):
     from porttool.engines.torch.cuda_tune import tuning_config
 
     assert tuning_config(request_.config).n_layer == 256
+
+
+def test_weights_that_are_on_the_gpu_do_not_need_room_again(request_, monkeypatch):
+    """Both the runner and the tuner put them there before the cache is allocated."""
+    limits = Limits(max_batch_size=2, max_input_len=1000, max_output_len=1)
+    weights = sum(t.numel() for t in meta_decoder(request_.config).state_dict().values()) * 4
+    cache = 2 * 2 * 3 * 24 * 1001 * 4
+    free = {"cuda": (cache + 1, 0)}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free.get)
+    there = SimpleNamespace(nbytes=weights, device=torch.device("cuda"))
+    half = SimpleNamespace(nbytes=weights // 2, device=torch.device("cuda"))
+    here = SimpleNamespace(nbytes=weights, device=torch.device("cpu"))
+    need = partial(require_memory, request_.config, torch.float32, limits, "cuda")
+    need(given={"a": there})
+    need(given={"a": half, "b": half})
+    with pytest.raises(EngineError, match="build with --max-batch-size 1"):
+        need(given={"a": half, "b": here})
+    with pytest.raises(EngineError, match="the GPU has"):
+        need(given={"a": here})
 
 
 def test_what_a_key_tells_apart(request_):

@@ -52,9 +52,10 @@ class TorchBuilder(Builder):
         out: Path,
         progress: Progress,
     ) -> Mapping[str, Any]:
-        """Link or write one rank's weights, and choose the kernels' tiles for its shape."""
+        """Choose the kernels' tiles for one rank's shape, then link or write its weights."""
+        tiles = self._tiles_of(request, rank, progress)
         found = self.write_rank(checkpoint, request, rank, out=out, progress=progress)
-        return {**found, **self._tiles_of(request, rank, progress)}
+        return {**found, **tiles}
 
     def _tiles_of(self, request: BuildRequest, rank: Rank, progress: Progress) -> dict[str, Any]:
         """Return the tiles' part of a rank's record; ranks of one shape share what is measured."""

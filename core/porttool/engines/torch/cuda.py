@@ -88,7 +88,7 @@ class CudaDecoder(DeviceDecoder):
         self.description = f"{gpu_name(device)}, Triton kernels and CUDA graphs"
         if tuning is None:
             self.description += ", not tuned"
-        require_memory(config, dtype, limits, device)
+        require_memory(config, dtype, limits, device, given=weights)
         shape = (config.n_layer, n_slots, config.n_kv_head, max_len, config.head_dim)
         cache = DeviceCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
         self.model = Model(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
 from porttool.errors import EngineError
@@ -25,18 +28,29 @@ def overlaps(device: str) -> bool:
     )
 
 
-def require_memory(config: ModelConfig, dtype: torch.dtype, limits: Limits, device: str) -> None:
-    """Refuse a model that the GPU cannot hold, and say which batch it could."""
+def require_memory(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    limits: Limits,
+    device: str,
+    *,
+    given: Mapping[str, Tensor],
+) -> None:
+    """Refuse a model that the GPU cannot hold, and say which batch it could.
+
+    Of the weights that are `given`, those that lie on the GPU need no room any more.
+    """
     if not device.startswith("cuda"):
         return
     size = dtype.itemsize
     slot = 2 * config.n_layer * config.n_kv_head * limits.max_len * config.head_dim * size
     weights = sum(t.numel() for t in meta_decoder(config).state_dict().values()) * size
     free, _ = torch.cuda.mem_get_info(device)
+    free += sum(w.nbytes for w in given.values() if w.device.type == "cuda")
     if weights + slot * limits.max_batch_size > free:
         fits = max(int((free * 0.94 - weights) // slot), 0)
         raise EngineError(
-            f"the GPU has {free / 1e9:.1f} GB free; the weights need {weights / 1e9:.1f} GB and "
+            f"the GPU has {free / 1e9:.1f} GB for it; the weights need {weights / 1e9:.1f} GB and "
             f"each row of {limits.max_len} tokens {slot / 1e9:.2f} GB: "
             + (f"build with --max-batch-size {fits}" if fits else "use a larger GPU or --tp")
         )

@@ -27,7 +27,7 @@ An H200's holds 50 MB.
 """
 
 
-LATER = "on a GPU this engine runs in the rule's, until it is loaded there with `retune` true"
+LATER = "on a GPU this engine runs in the rule's, until it is loaded there with `--set retune true`"
 
 ROOM = 128
 """Positions that measured steps take after the context, at most."""
