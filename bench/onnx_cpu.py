@@ -1,5 +1,8 @@
 """GPT-2 124M on a CPU in float32: our ONNX engine, our torch engine and transformers.
 
+Each of our engines runs twice: a step in, logits out, and as `run` has it, greedily through the
+generation loop, where it need not compute all logits. Like is compared with like.
+
 The weights are drawn, their values do not change the time. The engines take turns, round after
 round, so that whatever else the machine does falls on all of them; medians are reported.
 
@@ -15,7 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +26,13 @@ from typing import Any
 import torch
 
 from porttool import api
+from porttool.config import Sampling
+from porttool.generate import generate
 from porttool.nn import Step
 from porttool.runner import Runner
 
-Decode = Callable[[int], int]
-"""Feed a token, return the next."""
+RUN = ", run"
+"""Ends the name of an engine that is driven as `run` drives it."""
 
 
 def main() -> None:
@@ -53,12 +58,36 @@ def main() -> None:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
-class Ours:
-    """One of our engines."""
+class Contender(ABC):
+    """A model that continues a prompt greedily."""
+
+    @abstractmethod
+    def continued(self, prompt: torch.Tensor, n_new: int) -> tuple[list[int], list[float]]:
+        """Return the new tokens, and when each was known."""
+
+
+class Stepped(Contender):
+    """A model that returns logits for every token; the highest is chosen here."""
+
+    @abstractmethod
+    def feed(self, tokens: torch.Tensor, start: int) -> int:
+        """Feed tokens behind `start` others; return the greedy next one."""
+
+    def continued(self, prompt: torch.Tensor, n_new: int) -> tuple[list[int], list[float]]:
+        """Feed the prompt, then token by token."""
+        tokens, times = [self.feed(prompt, 0)], [time.perf_counter()]
+        while len(tokens) < n_new:
+            start = len(prompt) + len(tokens) - 1
+            tokens.append(self.feed(torch.tensor(tokens[-1:]), start))
+            times.append(time.perf_counter())
+        return tokens, times
+
+
+class Ours(Stepped):
+    """One of our engines, asked for logits."""
 
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
-        self.cached = 0
 
     def feed(self, tokens: torch.Tensor, start: int) -> int:
         """Feed tokens behind `start` others; return the greedy next one."""
@@ -67,16 +96,25 @@ class Ours:
         return int(self.runner.step(step)[0].argmax())
 
 
-class Greedy(Ours):
-    """One of our engines that decodes greedily by itself, without logits on the way."""
+class Run(Contender):
+    """One of our engines in the generation loop, which asks it for tokens."""
 
-    def follow(self, token: int, start: int, n: int) -> list[int]:
-        """Return n tokens behind one that was chosen."""
-        step = Step(*(torch.tensor(v) for v in ([0], [[token]], [start], [1])))
-        return list(self.runner.decode(step, n)[0].tolist())
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+
+    def continued(self, prompt: torch.Tensor, n_new: int) -> tuple[list[int], list[float]]:
+        """Generate, noting when each token arrives."""
+        times: list[float] = []
+        sampling = Sampling(max_new_tokens=n_new, ignore_eos=True)
+
+        def note(index: int, token: int) -> None:
+            times.append(time.perf_counter())
+
+        found = generate(self.runner, [prompt.tolist()], sampling, eos=(), on_token=note)
+        return list(found[0][0].tokens), times
 
 
-class Theirs:
+class Theirs(Stepped):
     """The same model in transformers."""
 
     def __init__(self, model: Any) -> None:
@@ -92,7 +130,7 @@ class Theirs:
         return int(out.logits[0, -1].argmax())
 
 
-def make_contenders(folder: Path, arguments: argparse.Namespace) -> dict[str, Ours | Theirs]:
+def make_contenders(folder: Path, arguments: argparse.Namespace) -> dict[str, Contender]:
     """Write a model, port it to every engine, load all."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -102,7 +140,7 @@ def make_contenders(folder: Path, arguments: argparse.Namespace) -> dict[str, Ou
     api.convert(folder / "source", folder / "checkpoint")
     limits = {"max_batch_size": 1, "max_input_len": arguments.prompt,
               "max_output_len": arguments.new}  # fmt: skip
-    contenders: dict[str, Ours | Theirs] = {"transformers": Theirs(model)}
+    contenders: dict[str, Contender] = {"transformers": Theirs(model)}
     for name, engine, options in [
         ("torch", "torch", {}),
         *((f"onnx {cache}", "onnx", {"cache": cache}) for cache in arguments.caches),
@@ -111,14 +149,13 @@ def make_contenders(folder: Path, arguments: argparse.Namespace) -> dict[str, Ou
         api.build(folder / "checkpoint", built, engine=engine, options=options, **limits)
         settings = {"device": "cpu", **({"threads": arguments.threads} if options else {})}
         runner = api.load(built, options=settings).runner
-        contenders[name] = Ours(runner)
-        if runner.decodes_on_device:
-            contenders[f"{name}, greedy by itself"] = Greedy(runner)
+        contenders[name], contenders[name + RUN] = Ours(runner), Run(runner)
+        print(runner.description)
     return contenders
 
 
 def race(
-    contenders: dict[str, Ours | Theirs], prompt: torch.Tensor, arguments: argparse.Namespace
+    contenders: dict[str, Contender], prompt: torch.Tensor, arguments: argparse.Namespace
 ) -> dict[str, dict[str, list[float]]]:
     """Let each take a turn a round; return milliseconds of prefill and of a decoded token."""
     times: dict[str, dict[str, list[float]]] = {
@@ -137,20 +174,13 @@ def race(
 
 
 def measure(
-    contender: Ours | Theirs, prompt: torch.Tensor, n_new: int
+    contender: Contender, prompt: torch.Tensor, n_new: int
 ) -> tuple[float, float, list[int]]:
     """Return milliseconds of the prompt, of each new token, and the tokens."""
     time.sleep(0.2)  # the engine before may still have threads that spin
     begin = time.perf_counter()
-    tokens = [contender.feed(prompt, 0)]
-    filled = time.perf_counter()
-    if isinstance(contender, Greedy):
-        tokens += contender.follow(tokens[0], len(prompt), n_new - 1)
-    else:
-        for _ in range(n_new - 1):
-            tokens.append(contender.feed(torch.tensor(tokens[-1:]), len(prompt) + len(tokens) - 1))
-    end = time.perf_counter()
-    return 1e3 * (filled - begin), 1e3 * (end - filled) / (n_new - 1), tokens
+    tokens, times = contender.continued(prompt, n_new)
+    return 1e3 * (times[0] - begin), 1e3 * (times[-1] - times[0]) / (n_new - 1), tokens
 
 
 def report(times: dict[str, dict[str, list[float]]], arguments: argparse.Namespace) -> Any:
@@ -166,7 +196,7 @@ def report(times: dict[str, dict[str, list[float]]], arguments: argparse.Namespa
         "versions": {p: version(p) for p in ("torch", "transformers", "onnxruntime", "onnx")},
         "median": medians,
         "over_torch": {
-            name: {k: v / medians["torch"][k] for k, v in kinds.items()}
+            name: {k: v / medians["torch" + RUN * name.endswith(RUN)][k] for k, v in kinds.items()}
             for name, kinds in medians.items()
         },
         "all": times,
