@@ -13,7 +13,7 @@ from porttool.engines.native.library import load_library
 CHUNK = 4096
 """Rows that are rounded to int8 at a time."""
 MOST_THREADS = 8
-"""Threads that choose a token: they start anew for each, and a few read as fast as many."""
+"""Threads that choose a token, at most: they start anew for each, and a few keep memory busy."""
 
 
 class HeadFields(ctypes.Structure):
