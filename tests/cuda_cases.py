@@ -28,6 +28,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of logits on a GPU. Plain torch on the same steps: up to 0.011 in float16, 0.075 in bfloat16."""
+_LONG = {"n_positions": 640, "vocab_size": 1003}
+GPU_SHAPES: dict[str, dict[str, Any]] = {
+    "learned": {"head_dim": 64, "d_model": 192, "d_ff": 770, **_LONG},
+    "multi-query": {"head_dim": 128, "d_model": 768, "d_ff": 1000, **_LONG},
+    "gated rotary": {"head_dim": 80, "d_model": 320, "d_ff": 600, **_LONG},
+    "grouped rms": {"head_dim": 160, "d_model": 960, "d_ff": 600, **_LONG},
+}
+
 
 def config(case: str, **changes: Any) -> ModelConfig:
     """Return a case's shape with some of it changed."""
@@ -50,6 +60,12 @@ def drawn(shape: ModelConfig, dtype: torch.dtype, device: str = "cpu") -> Decode
             value += 1
         parameter.copy_(value.to(dtype))
     return decoder.to(device)
+
+
+def prompts(lengths: list[int], seed: int = 1) -> list[list[int]]:
+    """Draw prompts of these lengths for the shapes of GPU_SHAPES."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 1003, (n,), generator=generator).tolist() for n in lengths]
 
 
 def one_token(slots: list[int], tokens: Tensor, starts: list[int]) -> Step:

@@ -6,28 +6,20 @@ import pytest
 import torch
 
 import cuda_cases as cases
+from cuda_cases import GPU_SHAPES, TOLERANCE, prompts
 from porttool.nn import KVCache, Step
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The plain decoder in these types, on these steps: up to 0.011 in float16, 0.075 in bfloat16."""
-BIG = {"n_positions": 640, "vocab_size": 1003}
-SHAPES = {
-    "learned": {"head_dim": 64, "d_model": 192, "d_ff": 770, **BIG},
-    "multi-query": {"head_dim": 128, "d_model": 768, "d_ff": 1000, **BIG},
-    "gated rotary": {"head_dim": 80, "d_model": 320, "d_ff": 600, **BIG},
-    "grouped rms": {"head_dim": 160, "d_model": 960, "d_ff": 600, **BIG},
-}
 
 
 def make(case: str, dtype: torch.dtype, n_slots: int = 40):  # type: ignore[no-untyped-def]
     """Return the decoder under test, the reference and its cache; unset memory is NaN."""
     from porttool.engines.torch.cuda import CudaDecoder
 
-    shape = cases.config(case, **SHAPES[case])
+    shape = cases.config(case, **GPU_SHAPES[case])
     plain = cases.drawn(shape, dtype, "cuda")
     made = CudaDecoder(shape, plain.state_dict(), dtype=dtype,
                        limits=cases.limits(n_slots, 600))  # fmt: skip
@@ -36,14 +28,8 @@ def make(case: str, dtype: torch.dtype, n_slots: int = 40):  # type: ignore[no-u
     return made, plain, KVCache(shape, n_slots, 600, dtype=torch.float64, device="cuda")
 
 
-def prompts(lengths: list[int], seed: int = 1) -> list[list[int]]:
-    """Draw prompts of these lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 1003, (n,), generator=generator).tolist() for n in lengths]
-
-
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize("case", list(SHAPES))
+@pytest.mark.parametrize("case", list(GPU_SHAPES))
 def test_logits(case: str, dtype: torch.dtype) -> None:
     made, plain, cache = make(case, dtype)
     lengths = [500, 37, 128, 1]
@@ -61,7 +47,7 @@ def test_logits(case: str, dtype: torch.dtype) -> None:
         assert cases.relative_error(made.step(step), wanted) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("case", list(SHAPES))
+@pytest.mark.parametrize("case", list(GPU_SHAPES))
 def test_a_row_is_the_same_bits_in_any_batch(case: str) -> None:
     made, _, _ = make(case, torch.float16)
     lengths = [40 + 7 * i for i in range(16)]
@@ -122,7 +108,7 @@ def test_tuning_travels_as_data() -> None:
     from porttool.engines.torch.cuda import CudaDecoder
     from porttool.engines.torch.cuda_tune import tune
 
-    shape = cases.config("learned", **SHAPES["learned"])
+    shape = cases.config("learned", **GPU_SHAPES["learned"])
     found = json.loads(json.dumps(tune(shape, dtype=torch.float16, batch_sizes=(1, 20))))
     plain = cases.drawn(shape, torch.float16, "cuda")
     made = CudaDecoder(shape, plain.state_dict(), dtype=torch.float16,

@@ -14,7 +14,7 @@ from porttool.engines.torch.cuda_chains import StreamChain, WideChain
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_limits import overlaps, require_memory, unsupported
 from porttool.engines.torch.cuda_packed import Packed, arrange
-from porttool.engines.torch.cuda_prefill import Prompt, prefill_layers, project
+from porttool.engines.torch.cuda_prefill import Prompt, activations, prefill_layers, project
 from porttool.engines.torch.cuda_state import (
     HISTORY,
     DeviceCache,
@@ -43,7 +43,7 @@ TOKENS_A_GRAPH = (2, 16)
 PREFILL_TOKENS = (4096, 16384)
 """Prompt tokens that go through the layers together: at least, and at most."""
 
-PREFILL_SHARE = 0.04
+PREFILL_SHARE = 0.03
 """Of the memory for weights and cache, what a prefill's activations may take in between."""
 
 
@@ -102,7 +102,7 @@ class CudaDecoder(DeviceDecoder):
         self._logits: dict[int, Tensor] = {}
         self._scratch: dict[int, Scratch] = {}
         kept = 2 * cache.keys.nbytes + sum(w.nbytes for w in self.model.weights.linears())
-        each = dtype.itemsize * (5 * config.d_model + 2 * config.qkv_dim + 2 * config.up_dim)
+        each = dtype.itemsize * activations(config)
         low, high = PREFILL_TOKENS
         self._prefill_tokens = min(max(int(PREFILL_SHARE * kept / each), low), high)
 

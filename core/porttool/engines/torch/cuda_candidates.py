@@ -15,6 +15,9 @@ from porttool.engines.torch.cuda_tuning import (
     power_of_two,
 )
 
+STAGED_ROWS = 32
+"""Rows up to which `staged_linear` is worth trying: it reads all of them for every column tile."""
+
 _SHARED_BYTES = 220 << 10
 """Shared memory of one program, at most."""
 
@@ -34,6 +37,11 @@ _WIDE = (
     (256, 64, 8, 4),
 )  # fmt: skip
 
+_STAGED = (
+    (16, 256, 4, 3), (16, 512, 8, 3), (32, 256, 4, 3), (32, 512, 8, 2), (64, 128, 4, 3),
+    (64, 128, 4, 4), (64, 256, 4, 2), (64, 256, 4, 3), (64, 128, 2, 3), (64, 128, 2, 4),
+)  # fmt: skip
+
 
 def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
     """Tiles worth trying for a single row of a matrix [n, k], the rule's choices among them."""
@@ -46,12 +54,20 @@ def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
             yield StreamTile(block_n, block_k, warps, held)
 
 
-def wide_candidates(n: int, k: int, rows: int, name: str, *, gated: bool) -> Iterator[WideTile]:
-    """Tiles worth trying for several rows, with programs for every multiprocessor."""
+def wide_candidates(
+    n: int, k: int, rows: int, name: str, *, gated: bool, staged: bool
+) -> Iterator[WideTile]:
+    """Tiles worth trying for several rows, with programs for every multiprocessor.
+
+    `staged` says whether the GPU runs `staged_linear`.
+    """
     yield default_wide(n, k, rows, name, gated=gated)
     if rows > SMALL_ROWS and name != "head":
         yield WideTile(0, 0)
-    for block_n, block_k, warps, stages in _WIDE:
+    tiles = [(*tile, False) for tile in _WIDE]
+    if staged and name != "head" and rows <= STAGED_ROWS and k % 8 == 0:
+        tiles += [(*tile, True) for tile in _STAGED]
+    for block_n, block_k, warps, stages, early in tiles:
         block_n //= 2 if gated else 1
         shared = 2 * stages * block_k * (rows + block_n * (2 if gated else 1))
         if shared > _SHARED_BYTES or block_k >= 2 * k:
@@ -59,15 +75,27 @@ def wide_candidates(n: int, k: int, rows: int, name: str, *, gated: bool) -> Ite
         for split in (1, 2, 4, 8) if name in ("qkv", "out", "down") else (1,):
             programs = -(-n // block_n) * split
             fills = min(60, n // 48) <= programs <= (4000 if split == 1 else 560)
-            if fills and k // (block_k * split) >= 2:
-                yield WideTile(block_n, block_k, warps, stages, split)
+            if fills and k // (block_k * split) >= (1 if early else 2):
+                yield WideTile(block_n, block_k, warps, stages, split, early)
 
 
-def attention_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
-    """Cuts of the context worth trying for n rows."""
-    if n > 1:
-        yield from _several_candidates(config, n)
+def attention_candidates(config: ModelConfig, n: int, *, staged: bool) -> Iterator[AttentionTile]:
+    """Cuts of the context worth trying for n rows.
+
+    `staged` says whether the GPU runs `staged_attention`; a row alone gains nothing by it.
+    """
+    if n == 1:
+        yield from _alone_candidates(config)
         return
+    for splits in (1, 2, 4, 8, 16):
+        programs = n * config.n_kv_head * splits
+        if programs >= 100 and (splits == 1 or programs <= 1100):
+            yield from _several_candidates(config, splits)
+            if staged and config.head_dim % 8 == 0:
+                yield from _staged_attention(config, splits)
+
+
+def _alone_candidates(config: ModelConfig) -> Iterator[AttentionTile]:
     shared = config.n_kv_head < config.n_head
     for splits in (2, 4, 5, 8, 9, 10, 12, 16):
         for block_t in (16, 32, 64, 128, 256, 512):
@@ -80,17 +108,29 @@ def attention_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]
                     yield AttentionTile(splits, block_t, warps)
 
 
-def _several_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
-    """16 or 32 elements of a tile a thread, and programs for about every multiprocessor."""
-    for splits in (1, 2, 4, 8, 16):
-        programs = n * config.n_kv_head * splits
-        if programs < 100 or (splits > 1 and programs > 1100):
-            continue
-        for block_t in (16, 32, 64, 128):
-            for each in (16, 32):
-                warps = block_t * power_of_two(config.head_dim) // (32 * each)
-                if warps not in (1, 2, 4, 8):
-                    continue
-                yield AttentionTile(splits, block_t, warps)
-                if 12 * block_t * power_of_two(config.head_dim) <= _SHARED_BYTES // 2:
-                    yield AttentionTile(splits, block_t, warps, stages=4)
+def _several_candidates(config: ModelConfig, splits: int) -> Iterator[AttentionTile]:
+    """16 or 32 elements of a tile a thread."""
+    width = power_of_two(config.head_dim)
+    for block_t in (16, 32, 64, 128):
+        for each in (16, 32):
+            warps = block_t * width // (32 * each)
+            if warps not in (1, 2, 4, 8):
+                continue
+            yield AttentionTile(splits, block_t, warps)
+            if 12 * block_t * width <= _SHARED_BYTES // 2:
+                yield AttentionTile(splits, block_t, warps, stages=4)
+
+
+def _staged_attention(config: ModelConfig, splits: int) -> Iterator[AttentionTile]:
+    """Rings of up to a quarter of the shared memory, a half where heads share their keys."""
+    width, group = power_of_two(config.head_dim), config.n_head // config.n_kv_head
+    tall = max(16, power_of_two(group)) // 16
+    for block_t in (16, 32, 64):
+        for stages in (2, 3, 4, 6):
+            for warps in (1, 2, 4, 8):
+                pieces = 1 if group == 1 else max(warps // tall, 1)
+                each = block_t * width // (32 * warps)
+                suits = each in (16, 32) if group == 1 else warps in (tall, 2 * tall, 4 * tall)
+                room = _SHARED_BYTES // (4 if group == 1 else 2)
+                if suits and 4 * stages * pieces * block_t * width <= room:
+                    yield AttentionTile(splits, block_t, warps, stages, staged=True)

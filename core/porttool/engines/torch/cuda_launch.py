@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from porttool.config import ModelConfig
+from porttool.engines.torch.cuda_library import activated_product, product
 from porttool.engines.torch.cuda_state import DeviceCache, Rows, Scratch
 from porttool.engines.torch.cuda_tuning import (
     AttentionTile,
@@ -20,7 +21,6 @@ from porttool.engines.torch.cuda_tuning import (
     tile_rows,
 )
 from porttool.engines.torch.cuda_weights import DecoderWeights, Linear, NormWeights
-from porttool.engines.torch.kernels.activation import activate_kernel
 from porttool.engines.torch.kernels.attention import (
     decode_attention,
     group_attention,
@@ -29,6 +29,11 @@ from porttool.engines.torch.kernels.attention import (
 from porttool.engines.torch.kernels.linear import stream_linear
 from porttool.engines.torch.kernels.norm import residual_norm_kernel
 from porttool.engines.torch.kernels.prefill import append_kernel
+from porttool.engines.torch.kernels.staged import staged_linear
+from porttool.engines.torch.kernels.staged_attention import (
+    staged_attention,
+    staged_group_attention,
+)
 from porttool.engines.torch.kernels.token import embed_kernel, pick_kernel
 from porttool.engines.torch.kernels.wide import wide_linear
 
@@ -104,21 +109,27 @@ def attend(
 ) -> None:  # fmt: skip
     """Attention of n single positions; leaves parts, or the average where nothing is split."""
     c, s = model.config, scratch
-    options = dict(
+    options: dict[str, Any] = dict(
         HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
         BLOCK_D=head_block(c.head_dim), BLOCK_T=tile.block_t, SPLITS=tile.splits,
-        STAGES=tile.stages, APPEND=append, PDL=model.chained, EVICT=EVICT, num_warps=tile.warps,
+        STAGES=tile.stages, APPEND=append, PDL=model.chained, num_warps=tile.warps,
         keys=model.cache.keys[layer], values=model.cache.values[layer], slots=rows.slots,
         positions=rows.positions, cosine=model.cosine, sine=model.sine, part=s.part,
         weight=s.weight, out=s.attended, scale=c.layer_scale(layer),
         capacity=model.cache.capacity, **qkv.arguments(model, n), **model.launch,
     )  # fmt: skip
     grid = (tile.splits, c.n_kv_head, n)
-    if c.n_head == c.n_kv_head:
-        decode_attention[grid](qkv.value, **options)
-        return
-    block_g = max(16, power_of_two(c.n_head // c.n_kv_head))
-    group_attention[grid](qkv.value, BLOCK_G=block_g, PRECISION=model.precision, **options)
+    group = max(16, power_of_two(c.n_head // c.n_kv_head))
+    alone = c.n_head == c.n_kv_head
+    if tile.staged and alone:
+        staged_attention[grid](qkv.value, **options)
+    elif tile.staged:
+        staged_group_attention[grid](qkv.value, BLOCK_G=group, **options)
+    elif alone:
+        decode_attention[grid](qkv.value, EVICT=EVICT, **options)
+    else:
+        options |= {"BLOCK_G": group, "PRECISION": model.precision, "EVICT": EVICT}
+        group_attention[grid](qkv.value, **options)
 
 
 def merge(model: Model, scratch: Scratch, splits: int, n: int) -> None:
@@ -228,13 +239,21 @@ def wide(
     block_m = tile_rows(n)
     delta = tile.split > 1 or (out is None and not best)
     biased = linear.bias is not None and not delta
-    wide_linear[(-(-columns // tile.block_n), tile.split, -(-n // block_m))](
-        x, linear.weight, linear.bias if biased else s.x, s.delta if out is None else out,
-        s.delta, s.best, s.where, n, N=columns, K=inner, GATED=linear.gated, ACT=act,
-        HAS_BIAS=biased, STORE=delta or out is not None, BEST=best,
-        SPLIT=tile.split, BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        STAGES=tile.stages, AHEAD=AHEAD, PRECISION=model.precision, PDL=model.chained,
-        EVICT=EVICT, num_warps=tile.warps, **model.launch,
+    grid = (-(-columns // tile.block_n), tile.split, -(-n // block_m))
+    options: dict[str, Any] = dict(
+        N=columns, K=inner, GATED=linear.gated, ACT=act, HAS_BIAS=biased, SPLIT=tile.split,
+        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages,
+        PDL=model.chained, num_warps=tile.warps, **model.launch,
+    )  # fmt: skip
+    bias = linear.bias if biased else s.x
+    result = s.delta if out is None else out
+    if tile.staged:
+        staged_linear[grid](x, linear.weight, bias, result, s.delta, n, **options)
+        return
+    wide_linear[grid](
+        x, linear.weight, bias, result, s.delta, s.best, s.where, n,
+        STORE=delta or out is not None, BEST=best, AHEAD=AHEAD, PRECISION=model.precision,
+        EVICT=EVICT, **options,
     )  # fmt: skip
 
 
@@ -242,29 +261,10 @@ def library(
     scratch: Scratch, linear: Linear, n: int, x: Tensor, out: Tensor | None, act: str
 ) -> None:
     """As `wide`, by the library's matrix product; without `out` leaves one sum in scratch.sum."""
-    target = (scratch.sum if out is None else out)[:n]
-    if linear.gated:
-        target = scratch.gates[:n]
-    if linear.bias is None or out is None:
-        torch.mm(x[:n], linear.weight.t(), out=target)
-    elif in_epilogue(linear, act, x):
-        torch._addmm_activation(linear.bias, x[:n], linear.weight.t(), use_gelu=True, out=target)
-        return
+    if out is None:
+        product(linear, x[:n], scratch.sum[:n], biased=False)
+    elif act == "none":
+        product(linear, x[:n], out[:n])
     else:
-        torch.addmm(linear.bias, x[:n], linear.weight.t(), out=target)
-    if act != "none" and out is not None:
-        activation(target, out[:n], act, gated=linear.gated)
-
-
-def in_epilogue(linear: Linear, act: str, x: Tensor) -> bool:
-    """Whether the library applies this activation within its product (GELU's tanh form)."""
-    whole = linear.bias is not None and not linear.gated
-    return whole and act == "gelu_tanh" and x.is_cuda and x.dtype != torch.float32
-
-
-def activation(hidden: Tensor, out: Tensor, kind: str, *, gated: bool) -> None:
-    """Activate [rows, up_dim] into [rows, up_dim], or half as wide when gated; may be in place."""
-    activate_kernel[(-(-out.numel() // 2048),)](
-        hidden, out, out.numel(), HALF=out.shape[1], GATED=gated, KIND=kind, BLOCK=2048,
-        num_warps=8,
-    )  # fmt: skip
+        gates = scratch.gates if linear.gated else out
+        activated_product(linear, x[:n], gates[:n], out[:n], act)

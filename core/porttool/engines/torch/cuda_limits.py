@@ -28,6 +28,15 @@ def overlaps(device: str) -> bool:
     )
 
 
+def stageable(dtype: torch.dtype, device: str) -> bool:
+    """True where the Gluon kernels run: 16-bit types on GPUs that copy to shared memory alone."""
+    return (
+        dtype != torch.float32
+        and device.startswith("cuda")
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
 def require_memory(
     config: ModelConfig,
     dtype: torch.dtype,

@@ -8,21 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_launch import (
     Model,
     Projected,
-    activation,
     append,
-    in_epilogue,
     residual_norm,
 )
+from porttool.engines.torch.cuda_library import activated_product, product
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import head_block
 from porttool.engines.torch.cuda_weights import LayerWeights, Linear
 from porttool.engines.torch.kernels.prefill import prefill_attention
-
-_EPILOGUE_TOKENS = 2048
-"""Up to here a launch saved is worth more than the faster product without an epilogue."""
 
 
 class Prompt:
@@ -51,39 +48,53 @@ def ranged(layers: Sequence[LayerWeights], *, on_gpu: bool) -> Iterator[tuple[in
 
 def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:
     """Run the residual stream x [tokens, d_model] through every layer and the final norm."""
-    c = model.config
-    delta: Tensor | None = None
-    normed = torch.empty(x.shape, dtype=model.dtype, device=x.device)
-
-    def norm(after: Linear) -> None:
-        if after.norm is None:
-            raise AssertionError("a projection of the residual stream has a norm")
-        residual_norm(model, x, delta, None, after.norm, normed, chained=False)
-
+    c, n = model.config, len(x)
+    heads = c.n_head * c.head_dim
+    # three buffers: attention's result takes the place of its normalised input, rotated queries
+    # that of the sum which the norm has added, the MLP that of the projection
+    first, second = (x.new_empty(n * max(c.d_model, heads)) for _ in range(2))
+    wide = x.new_empty(n * max(c.qkv_dim, c.up_dim + (c.d_ff if c.gated else 0)))
+    normed, attended = _rows(first, n, c.d_model), _rows(first, n, heads)
+    delta, turned = _rows(second, n, c.d_model), _rows(second, n, heads)
+    qkv, gates = _rows(wide, n, c.qkv_dim), _rows(wide, n, c.up_dim)
+    hidden = _rows(wide[gates.numel() :], n, c.d_ff) if c.gated else gates
+    query = turned if model.rotary else qkv
+    before: Linear | None = None
     for index, w in ranged(model.weights.layers, on_gpu=x.is_cuda):
-        norm(w.qkv)
-        qkv = F.linear(normed, w.qkv.weight, w.qkv.bias)
-        query = qkv.new_empty(qkv.shape[0], c.n_head * c.head_dim) if model.rotary else qkv
-        append(model, prompt.rows, index, Projected(qkv), query, qkv.shape[0])
-        del qkv
-        delta = F.linear(_attend(model, index, query, prompt), w.out.weight, w.out.bias)
-        norm(w.up)
-        hidden = _up(normed, w.up, c.activation)
-        delta = F.linear(hidden, w.down.weight, w.down.bias)
-        del hidden
-    norm(model.weights.head)
+        _norm(model, x, delta, before, w.qkv, normed)
+        product(w.qkv, normed, qkv)
+        append(model, prompt.rows, index, Projected(qkv), query, n)
+        _attend(model, index, query, prompt, attended)
+        product(w.out, attended, delta, biased=False)
+        _norm(model, x, delta, w.out, w.up, normed)
+        activated_product(w.up, normed, gates, hidden, c.activation)
+        product(w.down, hidden, delta, biased=False)
+        before = w.down
+    _norm(model, x, delta, before, model.weights.head, normed)
     return normed
 
 
-def _up(normed: Tensor, up: Linear, kind: str) -> Tensor:
-    """The MLP's first projection and its activation, in the product's epilogue where it has one."""
-    few = normed.shape[0] <= _EPILOGUE_TOKENS
-    if few and up.bias is not None and in_epilogue(up, kind, normed):
-        return torch._addmm_activation(up.bias, normed, up.weight.t(), use_gelu=True)
-    hidden = F.linear(normed, up.weight, up.bias)
-    out = hidden.new_empty(hidden.shape[0], hidden.shape[1] // 2) if up.gated else hidden
-    activation(hidden, out, kind, gated=up.gated)
-    return out
+def _rows(flat: Tensor, n: int, columns: int) -> Tensor:
+    return flat[: n * columns].view(n, columns)
+
+
+def activations(config: ModelConfig) -> int:
+    """Elements that `prefill_layers` keeps of a token, the residual stream among them."""
+    c = config
+    wide = max(c.qkv_dim, c.up_dim + (c.d_ff if c.gated else 0))
+    return c.d_model + 2 * max(c.d_model, c.n_head * c.head_dim) + wide
+
+
+def _norm(
+    model: Model, x: Tensor, delta: Tensor, before: Linear | None, after: Linear, out: Tensor
+) -> None:
+    """Add what the matrix `before` left in delta, and its bias; normalise for `after`."""
+    if after.norm is None:
+        raise AssertionError("a projection of the residual stream has a norm")
+    residual_norm(
+        model, x, None if before is None else delta, None if before is None else before.bias,
+        after.norm, out, chained=False,
+    )  # fmt: skip
 
 
 def project(normed: Tensor, weight: Tensor) -> Tensor:
@@ -93,10 +104,9 @@ def project(normed: Tensor, weight: Tensor) -> Tensor:
     return F.linear(normed.float(), weight.float())
 
 
-def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt) -> Tensor:
+def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt, out: Tensor) -> None:
     """Causal attention of packed queries over the cache, which holds their keys already."""
     c = model.config
-    out = query.new_empty(query.shape[0], c.n_head * c.head_dim)
     block_d = head_block(c.head_dim)
     block_q, block_t, warps, stages = _blocks(block_d, model.dtype)
     prefill_attention[(-(-prompt.longest // block_q), c.n_head, prompt.slots.shape[0])](
@@ -106,7 +116,6 @@ def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt) -> Tensor:
         KV=c.n_kv_head, DIM=c.head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_T=block_t,
         PRECISION=model.precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return out
 
 
 def _blocks(block_d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
@@ -115,4 +124,4 @@ def _blocks(block_d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
         return (32, 32, 4, 1) if block_d > 64 else (64, 32, 4, 2)
     if block_d > 128:
         return 64, 64, 4, 2
-    return (128, 128, 8, 2) if block_d == 128 else (128, 64, 4, 3)
+    return (128, 64, 8, 3) if block_d == 128 else (64, 64, 4, 3)

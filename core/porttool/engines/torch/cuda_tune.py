@@ -18,6 +18,7 @@ from porttool.engines.torch.cuda_candidates import (
     wide_candidates,
 )
 from porttool.engines.torch.cuda_launch import stream, wide
+from porttool.engines.torch.cuda_limits import stageable
 from porttool.engines.torch.cuda_measure import (
     captured,
     limits_of,
@@ -156,7 +157,8 @@ class _Search:
 
     def offer_attention(self) -> None:
         """Measure every cut of the context."""
-        for tile in attention_candidates(self.decoder.config, self.n):
+        staged = stageable(self.decoder.dtype, self.decoder.device)
+        for tile in attention_candidates(self.decoder.config, self.n, staged=staged):
             if self.n == 1:
                 self.offer(replace(self.best, attention=tile))
             else:
@@ -178,7 +180,9 @@ def leaders(
         tiles: list[StreamTile | WideTile] = (
             list(stream_candidates(n, k, gated=gated))
             if rows == 1
-            else list(wide_candidates(n, k, rows, name, gated=gated))
+            else list(
+                wide_candidates(n, k, rows, name, gated=gated, staged=stageable(dtype, device))
+            )
         )
         timed = {tile: bench.microseconds(tile) for tile in dict.fromkeys(tiles)}
         best = sorted(timed, key=timed.__getitem__)

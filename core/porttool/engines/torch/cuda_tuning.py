@@ -35,7 +35,8 @@ class StreamTile:
 class WideTile:
     """How a product of several rows is cut; `split` cuts the inner dimension over programs.
 
-    With block_n 0 the library's product is used.
+    With block_n 0 the library's product is used. With `staged` the first weights go to shared
+    memory before the kernel's predecessor ends (`staged_linear` in place of `wide_linear`).
     """
 
     block_n: int
@@ -43,6 +44,7 @@ class WideTile:
     warps: int = 4
     stages: int = 4
     split: int = 1
+    staged: bool = False
 
     def __str__(self) -> str:
         """Return rows x columns of a tile and the cuts of the inner dimension."""
@@ -52,12 +54,16 @@ class WideTile:
 
 @dataclass(frozen=True)
 class AttentionTile:
-    """Parts of the context, positions a program takes at a time, its warps and tiles in flight."""
+    """Parts of the context, positions a program takes at a time, its warps and tiles in flight.
+
+    With `staged` the first tiles go to shared memory before the kernel's predecessor ends.
+    """
 
     splits: int
     block_t: int
     warps: int = 4
     stages: int = 1
+    staged: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def _cut(position, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _place(
+def placed(
     slots, positions, capacity, KV: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
     APPEND: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def _read(keys, values, first, end, t, d, DIM: tl.constexpr, EVICT: tl.constexpr
 
 
 @triton.jit
-def _own(
+def owned(
     qkv, bias, keys, values, d, slot, position, cosine, sine, stride, HEADS: tl.constexpr,
     KV: tl.constexpr, DIM: tl.constexpr, ROTARY: tl.constexpr, PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
@@ -105,7 +105,7 @@ def _own(
 
 
 @triton.jit
-def _fold_alone(key, value, query, at, high, scale, top, total, acc):
+def fold_alone(key, value, query, at, high, scale, top, total, acc):
     """Take positions `at` in; every thread keeps a running softmax of its own positions."""
     score = tl.sum(key.to(tl.float32) * query[None, :], 1) * scale
     score = tl.where(at < high, score, float("-inf"))
@@ -130,7 +130,8 @@ def _fold_group(key, value, query, at, high, scale, top, total, acc, PRECISION: 
 
 
 @triton.jit
-def _add2(a, b, x, y):
+def add_pairs(a, b, x, y):
+    """Add two sums that are reduced side by side."""
     return a + x, b + y
 
 
@@ -153,7 +154,7 @@ def decode_attention(
     """
     kv, row = tl.program_id(1), tl.program_id(2)
     announce(PDL)
-    slot, position, low, high, stored, start = _place(slots, positions, capacity, KV, DIM, SPLITS,
+    slot, position, low, high, stored, start = placed(slots, positions, capacity, KV, DIM, SPLITS,
                                                       APPEND)  # fmt: skip
     keys += start
     values += start
@@ -166,7 +167,7 @@ def decode_attention(
     query = rotated(qkv, bias, kv, d, d < DIM, position, cosine, sine, stride, DIM, ROTARY, PARTS,
                     HAS_BIAS).to(keys.dtype.element_ty).to(tl.float32)  # fmt: skip
     if APPEND:
-        new_key, new_value = _own(qkv, bias, keys, values, d, slot, position, cosine, sine, stride,
+        new_key, new_value = owned(qkv, bias, keys, values, d, slot, position, cosine, sine, stride,
                                   HEADS, KV, DIM, ROTARY, PARTS, HAS_BIAS, SPLITS)  # fmt: skip
     top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_T,), tl.float32)
@@ -182,11 +183,11 @@ def decode_attention(
             own = (at == position)[:, None]
             key = tl.where(own, new_key[None, :], key)
             value = tl.where(own, new_value[None, :], value)
-        top, total, acc = _fold_alone(key, value, query, at, high, scale, top, total, acc)
+        top, total, acc = fold_alone(key, value, query, at, high, scale, top, total, acc)
     highest = tl.max(top, 0)
     share = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
     shares = tl.broadcast_to((total * share)[:, None], (BLOCK_T, BLOCK_D))
-    joined, weight_sum = tl.reduce((acc * share[:, None], shares), 0, _add2)
+    joined, weight_sum = tl.reduce((acc * share[:, None], shares), 0, add_pairs)
     average = tl.where(weight_sum > 0, joined / weight_sum, 0.0)
     head = row.to(tl.int64) * HEADS + kv
     if SPLITS == 1:
@@ -212,7 +213,7 @@ def group_attention(
     kv, row = tl.program_id(1), tl.program_id(2)
     announce(PDL)
     GROUP: tl.constexpr = HEADS // KV
-    slot, position, low, high, stored, start = _place(slots, positions, capacity, KV, DIM, SPLITS,
+    slot, position, low, high, stored, start = placed(slots, positions, capacity, KV, DIM, SPLITS,
                                                       APPEND)  # fmt: skip
     keys += start
     values += start
@@ -228,7 +229,7 @@ def group_attention(
     query = rotated(qkv, bias, kv * GROUP + g[:, None], line, both, position, cosine, sine, stride,
                     DIM, ROTARY, PARTS, HAS_BIAS).to(keys.dtype.element_ty)  # fmt: skip
     if APPEND:
-        new_key, new_value = _own(qkv, bias, keys, values, d, slot, position, cosine, sine, stride,
+        new_key, new_value = owned(qkv, bias, keys, values, d, slot, position, cosine, sine, stride,
                                   HEADS, KV, DIM, ROTARY, PARTS, HAS_BIAS, SPLITS)  # fmt: skip
     top = tl.full((BLOCK_G,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_G,), tl.float32)
