@@ -19,16 +19,17 @@ import cuda_cases as cases
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_launch import (
     Projected,
-    activation,
     attend,
     merge,
     residual_norm,
     stream,
     wide,
 )
+from porttool.engines.torch.cuda_library import activation
 from porttool.engines.torch.cuda_state import Scratch
 from porttool.engines.torch.cuda_tune import tuned_rows
 from porttool.engines.torch.cuda_tuning import (
+    SHARED_BYTES,
     AttentionTile,
     StreamTile,
     WideTile,
@@ -259,3 +260,16 @@ def test_a_tuning_says_what_it_chose() -> None:
     assert tuned_rows(1) == (1,)
     assert tuned_rows(200) == (1, 16, 32, 64, 128)
     assert tuned_rows(40) == (1, 16, 32, 40)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("rows", [16, 32, 64, 128])
+def test_the_rules_tiles_fit_shared_memory_in_every_type(rows: int, itemsize: int) -> None:
+    """float32's tiles are twice as large: fewer of them are in flight then."""
+    big = cases.config("gated rotary", d_model=2048, d_ff=5440, head_dim=128, vocab_size=256000)
+    for name, tile in default_tuning(big, "cpu").wide[str(rows)].items():
+        gated = name == "up"
+        columns = tile.block_n * (2 if gated else 1)
+        stages = tile.stages_within(rows, itemsize, gated=gated)
+        assert stages * tile.block_k * (rows + columns) * itemsize <= SHARED_BYTES
+        assert stages > 1 and (itemsize == 4 or stages == tile.stages)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_tuning import (
+    SHARED_BYTES,
     SMALL_ROWS,
     AttentionTile,
     StreamTile,
@@ -17,9 +18,6 @@ from porttool.engines.torch.cuda_tuning import (
 
 STAGED_ROWS = 32
 """Rows up to which `staged_linear` is worth trying: it reads all of them for every column tile."""
-
-_SHARED_BYTES = 220 << 10
-"""Shared memory of one program, at most."""
 
 _STREAM = (
     (2, 512, 2, 4), (2, 1024, 2, 2), (2, 1024, 4, 2), (2, 1024, 4, 3), (2, 2048, 8, 1),
@@ -70,7 +68,7 @@ def wide_candidates(
     for block_n, block_k, warps, stages, early in tiles:
         block_n //= 2 if gated else 1
         shared = 2 * stages * block_k * (rows + block_n * (2 if gated else 1))
-        if shared > _SHARED_BYTES or block_k >= 2 * k:
+        if shared > SHARED_BYTES or block_k >= 2 * k:
             continue
         for split in (1, 2, 4, 8) if name in ("qkv", "out", "down") else (1,):
             programs = -(-n // block_n) * split
@@ -117,7 +115,7 @@ def _several_candidates(config: ModelConfig, splits: int) -> Iterator[AttentionT
             if warps not in (1, 2, 4, 8):
                 continue
             yield AttentionTile(splits, block_t, warps)
-            if 12 * block_t * width <= _SHARED_BYTES // 2:
+            if 12 * block_t * width <= SHARED_BYTES // 2:
                 yield AttentionTile(splits, block_t, warps, stages=4)
 
 
@@ -131,6 +129,6 @@ def _staged_attention(config: ModelConfig, splits: int) -> Iterator[AttentionTil
                 pieces = 1 if group == 1 else max(warps // tall, 1)
                 each = block_t * width // (32 * warps)
                 suits = each in (16, 32) if group == 1 else warps in (tall, 2 * tall, 4 * tall)
-                room = _SHARED_BYTES // (4 if group == 1 else 2)
+                room = SHARED_BYTES // (4 if group == 1 else 2)
                 if suits and 4 * stages * pieces * block_t * width <= room:
                     yield AttentionTile(splits, block_t, warps, stages, staged=True)

@@ -242,8 +242,9 @@ def wide(
     grid = (-(-columns // tile.block_n), tile.split, -(-n // block_m))
     options: dict[str, Any] = dict(
         N=columns, K=inner, GATED=linear.gated, ACT=act, HAS_BIAS=biased, SPLIT=tile.split,
-        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages,
-        PDL=model.chained, num_warps=tile.warps, **model.launch,
+        BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, PDL=model.chained,
+        STAGES=tile.stages_within(block_m, model.dtype.itemsize, gated=linear.gated),
+        num_warps=tile.warps, **model.launch,
     )  # fmt: skip
     bias = linear.bias if biased else s.x
     result = s.delta if out is None else out

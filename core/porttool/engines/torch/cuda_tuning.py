@@ -17,6 +17,10 @@ MAX_TILE_ROWS = 128
 """More rows than this take several row tiles."""
 
 
+SHARED_BYTES = 220 << 10
+"""Shared memory of one program, at most."""
+
+
 @dataclass(frozen=True)
 class StreamTile:
     """How a single row's matrix is cut; `held` tiles are loaded before the predecessor ends."""
@@ -45,6 +49,11 @@ class WideTile:
     stages: int = 4
     split: int = 1
     staged: bool = False
+
+    def stages_within(self, rows: int, itemsize: int, *, gated: bool) -> int:
+        """Stages that shared memory holds with so many rows: float32 takes twice the room."""
+        stage = self.block_k * (rows + self.block_n * (2 if gated else 1)) * itemsize
+        return max(min(self.stages, SHARED_BYTES // stage), 1)
 
     def __str__(self) -> str:
         """Return rows x columns of a tile and the cuts of the inner dimension."""
