@@ -183,26 +183,26 @@ class CudaDecoder(DeviceDecoder):
         return self._logits_of(n)[: packed.n_tokens].clone()
 
     def _prefill(self, packed: Packed, *, all_positions: bool) -> Tensor:
-        c = self.config
         width = (packed.width,) if all_positions else ()
-        out = torch.zeros(packed.n_rows, *width, c.vocab_size, device=self.device)
+        out = torch.zeros(packed.n_rows, *width, self.config.vocab_size, device=self.device)
         for group in packed.groups(self._prefill_tokens):
-            rows = group.rows(self.device)
-            x = torch.empty(group.n_tokens, c.d_model, dtype=self.dtype, device=self.device)
-            embed(self.model, rows, x, group.n_tokens, self._table)
-            slots, starts, first = group.bounds(self.device)
-            prompt = Prompt(rows, slots, starts, first, group.width)
-            normed = prefill_layers(self.model, x, prompt)
-            if not all_positions:
-                last = normed[first[1:].long() - 1]
-                out[group.first_row : group.first_row + group.n_rows] = self._project(last)
-                continue
-            for i, (a, b) in enumerate(group.spans()):
-                out[group.first_row + i, : b - a] = self._project(normed[a:b])
+            self._prefill_group(group, out, all_positions=all_positions)
         return out
 
-    def _project(self, normed: Tensor) -> Tensor:
-        return project(normed, self.model.weights.head.weight)
+    def _prefill_group(self, group: Packed, out: Tensor, *, all_positions: bool) -> None:
+        """Write the logits of some rows to their places; their activations go when it ends."""
+        rows = group.rows(self.device)
+        x = torch.empty(group.n_tokens, self.config.d_model, dtype=self.dtype, device=self.device)
+        embed(self.model, rows, x, group.n_tokens, self._table)
+        slots, starts, first = group.bounds(self.device)
+        normed = prefill_layers(self.model, x, Prompt(rows, slots, starts, first, group.width))
+        head = self.model.weights.head.weight
+        if not all_positions:
+            last = normed[first[1:].long() - 1]
+            out[group.first_row : group.first_row + group.n_rows] = project(last, head)
+            return
+        for i, (a, b) in enumerate(group.spans()):
+            out[group.first_row + i, : b - a] = project(normed[a:b], head)
 
     # ---- rows and graphs ----------------------------------------------------------------------
 
