@@ -41,8 +41,9 @@ class ScreenedHead:
         among the rows that are computed here, in this code's own order.
         """
         near, out = torch.empty(len(x), len(self.kept[0])), torch.empty(len(x), dtype=torch.int64)
+        x = x.contiguous()
         self.library.porttool_choose(
-            byref(self.fields), x.contiguous().data_ptr(), len(x), near.data_ptr(), out.data_ptr(),
+            byref(self.fields), x.data_ptr(), len(x), near.data_ptr(), out.data_ptr(),
             min(threads, MOST_THREADS),
         )  # fmt: skip
         return out

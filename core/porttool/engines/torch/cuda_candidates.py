@@ -41,6 +41,10 @@ _STAGED = (
 )  # fmt: skip
 
 
+_BESIDE = ((32, 128, 4, 6), (64, 128, 4, 4), (64, 256, 8, 4), (128, 64, 4, 4))
+"""What has been faster than staged tiles in some model: every tile more is compiled for nothing."""
+
+
 def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
     """Tiles worth trying for a single row of a matrix [n, k], the rule's choices among them."""
     for residual in (False, True):
@@ -62,9 +66,10 @@ def wide_candidates(
     yield default_wide(n, k, rows, name, gated=gated)
     if rows > SMALL_ROWS and name != "head":
         yield WideTile(0, 0)
-    tiles = [(*tile, False) for tile in _WIDE]
     if staged and name != "head" and rows <= STAGED_ROWS and k % 8 == 0:
-        tiles += [(*tile, True) for tile in _STAGED]
+        tiles = [(*tile, False) for tile in _BESIDE] + [(*tile, True) for tile in _STAGED]
+    else:
+        tiles = [(*tile, False) for tile in _WIDE]
     for block_n, block_k, warps, stages, early in tiles:
         block_n //= 2 if gated else 1
         shared = 2 * stages * block_k * (rows + block_n * (2 if gated else 1))
@@ -123,8 +128,8 @@ def _staged_attention(config: ModelConfig, splits: int) -> Iterator[AttentionTil
     """Rings of up to a quarter of the shared memory, a half where heads share their keys."""
     width, group = power_of_two(config.head_dim), config.n_head // config.n_kv_head
     tall = max(16, power_of_two(group)) // 16
-    for block_t in (16, 32, 64):
-        for stages in (2, 3, 4, 6):
+    for block_t in (16, 32):
+        for stages in (2, 3, 4, 6) if group == 1 else (2, 3):
             for warps in (1, 2, 4, 8):
                 pieces = 1 if group == 1 else max(warps // tall, 1)
                 each = block_t * width // (32 * warps)
