@@ -21,6 +21,7 @@ from porttool.engines.torch.cuda_launch import (
     Projected,
     attend,
     merge,
+    ranged,
     residual_norm,
     stream,
     wide,
@@ -273,3 +274,14 @@ def test_the_rules_tiles_fit_shared_memory_in_every_type(rows: int, itemsize: in
         stages = tile.stages_within(rows, itemsize, gated=gated)
         assert stages * tile.block_k * (rows + columns) * itemsize <= SHARED_BYTES
         assert stages > 1 and (itemsize == 4 or stages == tile.stages)
+
+
+def test_every_layer_is_a_range_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", seen.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: seen.append("end"))
+    layers = decoder("learned", n_layer=2).model.weights.layers
+    for index, layer in ranged(layers, on_gpu=True):
+        assert layer is layers[index] and seen[-1] == f"layers.{index}"
+    assert seen == ["layers.0", "end", "layers.1", "end"]
+    assert len(list(ranged(layers, on_gpu=False))) == 2 and len(seen) == 4

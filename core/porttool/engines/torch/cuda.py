@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
-from porttool.engines.torch.cuda_chains import StreamChain, WideChain
+from porttool.engines.torch.cuda_chains import StreamChain, WideChain, graph_sizes
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_limits import overlaps, require_memory, unsupported
 from porttool.engines.torch.cuda_packed import Packed, arrange
@@ -37,9 +37,6 @@ from porttool.errors import EngineError, UsageError
 from porttool.nn import Step
 from porttool.runner import Choose
 
-TOKENS_A_GRAPH = (2, 16)
-"""Greedy tokens in the graphs. A short one goes first: a long one's launch hides behind it."""
-
 PREFILL_TOKENS = (4096, 16384)
 """Prompt tokens that go through the layers together: at least, and at most."""
 
@@ -47,21 +44,12 @@ PREFILL_SHARE = 0.03
 """Of the memory for weights and cache, what a prefill's activations may take in between."""
 
 
-def graph_sizes(count: int) -> list[int]:
-    """Cut a number of greedy tokens into graphs: a short one, long ones, the rest in short ones."""
-    short, long = TOKENS_A_GRAPH
-    if count < short:
-        return [1] * count
-    longs, rest = divmod(count - short, long)
-    return [short] + [long] * longs + [short] * (rest // short) + [1] * (rest % short)
-
-
 class CudaDecoder(DeviceDecoder):
     """A decoder on one GPU (or, slowly and for tests, under Triton's interpreter on a CPU).
 
     weights: the canonical tensors, on any device and in any type; `dtype` float16, bfloat16 or
     float32. `tuning` is what `tune` returned for this model, on this GPU; None takes the rule's
-    choice.
+    choice. Without `graphs` every kernel is launched by itself, each layer's in an NVTX range.
     """
 
     decodes_on_device = True
@@ -76,6 +64,7 @@ class CudaDecoder(DeviceDecoder):
         limits: Limits,
         device: str = "cuda",
         tuning: Mapping[str, Any] | None = None,
+        graphs: bool = True,
     ) -> None:
         super().__init__(config, weights, dtype=dtype, limits=limits)
         reason = unsupported(config, dtype)
@@ -85,7 +74,8 @@ class CudaDecoder(DeviceDecoder):
         n_slots, max_len = self.n_slots, self.max_len
         chosen = default_tuning(config, device) if tuning is None else Tuning.from_dict(tuning)
         self.tuning = chosen
-        self.description = f"{gpu_name(device)}, Triton kernels and CUDA graphs"
+        self.graphed = graphs and device != "cpu"
+        self.description = f"{gpu_name(device)}, Triton kernels" + " and CUDA graphs" * graphs
         if tuning is None:
             self.description += ", not tuned"
         require_memory(config, dtype, limits, device, given=weights)
@@ -254,7 +244,7 @@ class CudaDecoder(DeviceDecoder):
     def _replay(self, kind: str, n: int, count: int) -> None:
         """Run a captured step, capturing it first if this is its first time."""
         work = self._work(kind, n)
-        if self.device == "cpu":
+        if not self.graphed:
             for _ in range(count):
                 work()
             return

@@ -11,6 +11,7 @@ from porttool.engines.torch.cuda_launch import (
     attend,
     merge,
     pick,
+    ranged,
     residual_norm,
     stream,
     wide,
@@ -18,6 +19,18 @@ from porttool.engines.torch.cuda_launch import (
 from porttool.engines.torch.cuda_state import Rows, Scratch
 from porttool.engines.torch.cuda_tuning import power_of_two, tile_rows
 from porttool.engines.torch.cuda_weights import Linear
+
+TOKENS_A_GRAPH = (2, 16)
+"""Greedy tokens in the graphs. A short one goes first: a long one's launch hides behind it."""
+
+
+def graph_sizes(count: int) -> list[int]:
+    """Cut a number of greedy tokens into graphs: a short one, long ones, the rest in short ones."""
+    short, long = TOKENS_A_GRAPH
+    if count < short:
+        return [1] * count
+    longs, rest = divmod(count - short, long)
+    return [short] + [long] * longs + [short] * (rest // short) + [1] * (rest % short)
 
 
 class StreamChain:
@@ -30,7 +43,7 @@ class StreamChain:
         """Run n rows of the residual stream through every layer."""
         c, s, m = self.model.config, self.scratch, self.model
         tiles, attention = m.tuning.stream, m.tuning.attention
-        for index, layer in enumerate(m.weights.layers):
+        for index, layer in ranged(m.weights.layers, on_gpu=s.x.is_cuda):
             stream(m, s, layer.qkv, tiles["qkv"], n, s.x, s.qkv, early=index > 0)
             attend(m, self.rows, index, s, attention, n, Projected(s.qkv))
             if attention.splits > 1 and not self.joins_in_out:
@@ -71,7 +84,7 @@ class WideChain:
         tiles = m.tuning.wide[str(tile_rows(n))]
         attention = m.tuning.wide_attention[str(tile_rows(n))]
         before: Linear | None = None
-        for index, layer in enumerate(m.weights.layers):
+        for index, layer in ranged(m.weights.layers, on_gpu=s.x.is_cuda):
             self._norm(n, before, layer.qkv, early=index > 0)
             wide(m, s, layer.qkv, tiles["qkv"], n, s.normed, s.qkv)
             qkv = Projected(s.qkv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,12 @@ from porttool.engines.torch.cuda_tuning import (
     power_of_two,
     tile_rows,
 )
-from porttool.engines.torch.cuda_weights import DecoderWeights, Linear, NormWeights
+from porttool.engines.torch.cuda_weights import (
+    DecoderWeights,
+    LayerWeights,
+    Linear,
+    NormWeights,
+)
 from porttool.engines.torch.kernels.attention import (
     decode_attention,
     group_attention,
@@ -71,6 +77,16 @@ class Model:
     def launch(self) -> dict[str, Any]:
         """Options of every launch in the chain."""
         return {"launch_pdl": True} if self.chained else {}
+
+
+def ranged(layers: Sequence[LayerWeights], *, on_gpu: bool) -> Iterator[tuple[int, LayerWeights]]:
+    """Yield layers with their numbers, on a GPU each inside an NVTX range of its name."""
+    for index, layer in enumerate(layers):
+        if on_gpu:
+            torch.cuda.nvtx.range_push(f"layers.{index}")
+        yield index, layer
+        if on_gpu:
+            torch.cuda.nvtx.range_pop()
 
 
 def embed(model: Model, rows: Rows, x: Tensor, n: int, table: Tensor | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,12 +11,13 @@ from porttool.engines.torch.cuda_launch import (
     Model,
     Projected,
     append,
+    ranged,
     residual_norm,
 )
 from porttool.engines.torch.cuda_library import activated_product, product
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import head_block
-from porttool.engines.torch.cuda_weights import LayerWeights, Linear
+from porttool.engines.torch.cuda_weights import Linear
 from porttool.engines.torch.kernels.prefill import prefill_attention
 
 
@@ -34,16 +33,6 @@ class Prompt:
     ) -> None:
         self.rows, self.slots, self.starts, self.first = rows, slots, starts, first
         self.longest = longest
-
-
-def ranged(layers: Sequence[LayerWeights], *, on_gpu: bool) -> Iterator[tuple[int, LayerWeights]]:
-    """Yield layers with their numbers, on a GPU each inside an NVTX range of its name."""
-    for index, layer in enumerate(layers):
-        if on_gpu:
-            torch.cuda.nvtx.range_push(f"layers.{index}")
-        yield index, layer
-        if on_gpu:
-            torch.cuda.nvtx.range_pop()
 
 
 def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:

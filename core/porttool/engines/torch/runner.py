@@ -32,13 +32,15 @@ class TorchOptions(Options):
 
     `compiled` false keeps a CPU to plain torch, as where there is no compiler. `retune` auto
     measures the kernels' tiles, once, where an engine was tuned on another GPU; true also where
-    it never was; false takes nothing but what was measured at build.
+    it never was; false takes nothing but what was measured at build. `graphs` false launches a
+    GPU's kernels one by one, for profilers that shall see every layer as a range.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     canonical: bool = False
     compiled: bool = True
     retune: bool | Literal["auto"] = "auto"
+    graphs: bool = True
 
 
 class TorchRunner(Runner):
@@ -157,8 +159,8 @@ class TorchRunner(Runner):
             decoder = self._canonical()
             decoder.description += f" (not the Triton kernels: {reason})"
             return decoder
-        retune = cast("TorchOptions", self.options).retune
-        tiles = tiles_at_load(self.engine, self.device, retune, _log.warning)
+        asked = cast("TorchOptions", self.options)
+        tiles = tiles_at_load(self.engine, self.device, asked.retune, _log.warning)
         return CudaDecoder(
             manifest.config,
             load_weights(self.engine, self.device),
@@ -166,6 +168,7 @@ class TorchRunner(Runner):
             limits=manifest.limits,
             device=self.device,
             tuning=tiles.tuning.as_dict() if tiles.tuning else None,
+            graphs=asked.graphs,
         )
 
 
