@@ -84,3 +84,17 @@ def reference(decoder: Decoder, cache: KVCache, step: Step) -> Tensor:
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Return the norm of the difference over the norm of what is right."""
     return float((found.double().cpu() - wanted).norm() / wanted.norm())
+
+
+def assert_same_bits_in_any_batch(made: Any) -> None:
+    """A row's logits are the same bits in batches of 2 to 16, and of several tokens at once."""
+    lengths = [40 + 7 * i for i in range(16)]
+    made.step(Step.prefill(prompts(lengths)))
+    tokens = torch.arange(16)
+    whole = made.step(one_token(list(range(16)), tokens, lengths)).clone()
+    for n in (2, 5, 15):
+        part = made.step(one_token(list(range(n)), tokens[:n], lengths[:n]))
+        assert torch.equal(part, whole[:n])
+    drafted = torch.stack([tokens[:4], tokens[:4] + 1, tokens[:4] + 2], dim=1)
+    step = Step(torch.arange(4), drafted, torch.tensor(lengths[:4]), torch.tensor([3, 1, 3, 2]))
+    assert torch.equal(made.step(step, all_positions=True)[:, 0], whole[:4])

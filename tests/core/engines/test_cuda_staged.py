@@ -154,16 +154,7 @@ class TestDecoder:
         self, case: str, attention: tuple[int, int, int, int]
     ) -> None:
         made, _, _ = make(case, attention, torch.float16)
-        lengths = [40 + 7 * i for i in range(16)]
-        made.step(Step.prefill(prompts(lengths)))
-        tokens = torch.arange(16)
-        whole = made.step(cases.one_token(list(range(16)), tokens, lengths)).clone()
-        for n in (2, 5, 15):
-            part = made.step(cases.one_token(list(range(n)), tokens[:n], lengths[:n]))
-            assert torch.equal(part, whole[:n])
-        drafted = torch.stack([tokens[:4], tokens[:4] + 1, tokens[:4] + 2], dim=1)
-        step = Step(torch.arange(4), drafted, torch.tensor(lengths[:4]), torch.tensor([3, 1, 3, 2]))
-        assert torch.equal(made.step(step, all_positions=True)[:, 0], whole[:4])
+        cases.assert_same_bits_in_any_batch(made)
 
     def test_greedy_tokens_repeat(self, case: str, attention: tuple[int, int, int, int]) -> None:
         made, _, _ = make(case, attention, torch.float16)
