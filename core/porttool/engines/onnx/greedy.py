@@ -32,7 +32,7 @@ def choosing(folder: Path) -> tuple[bytes, ScreenedHead]:
 
 
 def screened_head(model: onnx.ModelProto, name: str, folder: Path) -> ScreenedHead:
-    """Map a weight from its file, as ONNX Runtime does: only rows that are read take memory."""
+    """Map a weight from its file, as ONNX Runtime does: the system can take its pages back."""
     stored = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     entry = {item.key: item.value for item in stored.external_data}
     rows = np.memmap(

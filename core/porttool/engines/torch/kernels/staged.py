@@ -93,8 +93,9 @@ def staged_linear(
 
     Moves each weight once, x [M, K] once a column tile (from the L2 cache: with 32 rows and 32
     columns as many bytes as weights, which is what limits it). STAGES - 1 tiles of weights are on
-    their way before the wait. GPT-2 XL at 32 rows, alone in a chain of its like: 20 MB in 7.0 to
-    7.6 us, 2.8 TB/s, against 8.2 to 8.7 us of `wide_linear`. Grid (column tiles, SPLIT, row tiles).
+    their way before the wait. GPT-2 XL at 32 rows, alone in a chain of its like: 20 MB in 6.7 to
+    7.6 us, 2.7 to 3.0 TB/s, against 8.2 to 8.7 us of `wide_linear`. Grid (column tiles, SPLIT,
+    row tiles).
     """
     announce(PDL)
     PIECES: gl.constexpr = gl.num_warps()
