@@ -123,7 +123,11 @@ def attend(
     model: Model, rows: Rows, layer: int, scratch: Scratch, tile: AttentionTile, n: int,
     qkv: Projected, *, append: bool = True,
 ) -> None:  # fmt: skip
-    """Attention of n single positions; leaves parts, or the average where nothing is split."""
+    """Attention of n single positions; leaves parts, or the average where nothing is split.
+
+    Without `append` it begins when its predecessor has ended: that one writes keys of this step,
+    which would otherwise be read before the wait that makes them visible.
+    """
     c, s = model.config, scratch
     options: dict[str, Any] = dict(
         HEADS=c.n_head, KV=c.n_kv_head, DIM=c.head_dim, ROTARY=model.rotary,
@@ -132,7 +136,8 @@ def attend(
         keys=model.cache.keys[layer], values=model.cache.values[layer], slots=rows.slots,
         positions=rows.positions, cosine=model.cosine, sine=model.sine, part=s.part,
         weight=s.weight, out=s.attended, scale=c.layer_scale(layer),
-        capacity=model.cache.capacity, **qkv.arguments(model, n), **model.launch,
+        capacity=model.cache.capacity, **qkv.arguments(model, n),
+        **(model.launch if append else {}),
     )  # fmt: skip
     grid = (tile.splits, c.n_kv_head, n)
     group = max(16, power_of_two(c.n_head // c.n_kv_head))
