@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import PTXASError
+
 import tiny
 from porttool import api
 from porttool.builder import BuildRequest
@@ -212,6 +214,18 @@ def test_the_same_gpu_takes_the_engines_own(machine, checkpoint, tmp_path):
     assert not machine.said
 
 
+def test_the_tiles_of_an_engine_that_knew_no_staged_ones(machine, checkpoint, tmp_path):
+    engine = tuned_engine(checkpoint, tmp_path / "old", HERE, attention=MEASURED)
+    tuning = engine.manifest.built[0]["tuning"]
+    products = [tile for group in tuning["wide"].values() for tile in group.values()]
+    for tile in (tuning["attention"], *tuning["wide_attention"].values(), *products):
+        del tile["staged"]
+    found = tiles_at_load(with_record(engine, {"tuning": tuning}), "cuda", "auto", print)
+    assert found.tuning.attention == MEASURED
+    assert not any(tile.staged for tile in found.tuning.wide["32"].values())
+    assert not machine.calls
+
+
 def test_another_gpu_measures_once(machine, engine, tmp_path):
     for n in range(2):
         machine.said.clear()
@@ -323,9 +337,14 @@ def test_of_a_tiny_model_nothing_is_said(machine, engine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "failure", [torch.OutOfMemoryError("CUDA out of memory"), EngineError("the GPU has 1 GB free")]
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        EngineError("the GPU has 1 GB free"),
+        PTXASError("a tile does not compile"),
+    ],
 )
-def test_too_little_memory_at_load(machine, engine, failure):
+def test_what_cannot_be_measured_at_load(machine, engine, failure):
     machine.failure = failure
     assert tiles_at_load(engine, "cuda", "auto", machine.said.append).tuning is None
     assert f"it runs in the rule's tiles: they could not be measured: {failure}" in machine.told

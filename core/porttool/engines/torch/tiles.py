@@ -116,7 +116,7 @@ def own_tiles(record: dict[str, Any], request: BuildRequest, gpu: str) -> Tiles:
 
 def measure(request: BuildRequest, key: TileKey, device: str, say: Say) -> Tiles:
     """Measure tiles now, which takes minutes and about as much memory as the engine; keep them."""
-    from triton import OutOfResources
+    from triton import TritonError
 
     from porttool.engines.torch.cuda_tune import tune
 
@@ -134,7 +134,7 @@ def measure(request: BuildRequest, key: TileKey, device: str, say: Say) -> Tiles
             device=device,
             report=say,
         )
-    except (RuntimeError, OutOfResources, EngineError) as error:  # most often too little memory
+    except (RuntimeError, TritonError, EngineError) as error:  # most often too little memory
         failure = f"they could not be measured: {str(error).strip() or type(error).__name__:.300}"
     release(device)
     if failure:
