@@ -38,11 +38,10 @@ class Prompt:
 def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:
     """Run the residual stream x [tokens, d_model] through every layer and the final norm."""
     c, n = model.config, len(x)
-    heads = c.n_head * c.head_dim
+    heads, (narrow, broad) = c.n_head * c.head_dim, _widths(c)
     # three buffers: attention's result takes the place of its normalised input, rotated queries
     # that of the sum which the norm has added, the MLP that of the projection
-    first, second = (x.new_empty(n * max(c.d_model, heads)) for _ in range(2))
-    wide = x.new_empty(n * max(c.qkv_dim, c.up_dim + (c.d_ff if c.gated else 0)))
+    first, second, wide = (x.new_empty(n * width) for width in (narrow, narrow, broad))
     normed, attended = _rows(first, n, c.d_model), _rows(first, n, heads)
     delta, turned = _rows(second, n, c.d_model), _rows(second, n, heads)
     qkv, gates = _rows(wide, n, c.qkv_dim), _rows(wide, n, c.up_dim)
@@ -69,9 +68,16 @@ def _rows(flat: Tensor, n: int, columns: int) -> Tensor:
 
 def activations(config: ModelConfig) -> int:
     """Elements that `prefill_layers` keeps of a token, the residual stream among them."""
-    c = config
-    wide = max(c.qkv_dim, c.up_dim + (c.d_ff if c.gated else 0))
-    return c.d_model + 2 * max(c.d_model, c.n_head * c.head_dim) + wide
+    narrow, broad = _widths(config)
+    return config.d_model + 2 * narrow + broad
+
+
+def _widths(c: ModelConfig) -> tuple[int, int]:
+    """Elements of a token in the two narrow buffers, and in the wide one."""
+    return (
+        max(c.d_model, c.n_head * c.head_dim),
+        max(c.qkv_dim, c.up_dim + (c.d_ff if c.gated else 0)),
+    )
 
 
 def _norm(
