@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import shutil
 
 import pytest
@@ -256,3 +257,12 @@ def test_why_nothing_was_compiled_is_said(monkeypatch, tmp_path, compiler, reaso
     with pytest.raises(library.NativeUnavailable, match=reason):
         library.load_library()
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_without_a_home_folder_nothing_is_compiled(monkeypatch):
+    library.load_library.cache_clear()
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(library.NativeUnavailable, match="home directory"):
+        library.load_library()

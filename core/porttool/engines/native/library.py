@@ -32,7 +32,7 @@ def load_library() -> ctypes.CDLL:
     """Compile the library if this machine has not yet, and load it."""
     try:
         library = ctypes.CDLL(str(build_library()))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home folder is known
         raise NativeUnavailable(f"the compiled step does not load: {error}") from error
     library.porttool_scratch.restype = c_int64
     library.porttool_scratch.argtypes = [c_void_p, c_int64, c_int64]
