@@ -115,7 +115,7 @@ def own_tiles(record: dict[str, Any], request: BuildRequest, gpu: str) -> Tiles:
 
 
 def measure(request: BuildRequest, key: TileKey, device: str, say: Say) -> Tiles:
-    """Measure tiles now, which takes minutes and about as much memory as the engine; keep them."""
+    """Measure tiles now, which takes minutes and the engine's memory, 2 GB at least; keep them."""
     from triton import TritonError
 
     from porttool.engines.torch.cuda_tune import tune
