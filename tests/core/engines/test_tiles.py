@@ -113,16 +113,20 @@ class Notes(Progress):
 
 def test_build_measures_where_there_is_a_gpu(machine, checkpoint, tmp_path):
     """Ranks of one shape share it, and so does the next build; `tune` true measures again."""
-    for n_calls, tune, name in ((1, "auto", "a"), (1, "auto", "b"), (2, True, "c")):
+    for n_calls, tune, n_ranks in ((0, "auto", 3), (1, "auto", 1), (1, "auto", 1), (2, True, 3)):
+        name = f"{len(machine.calls)} {n_calls} {len(machine.said)}"
         limits = Limits(max_batch_size=20, max_input_len=30, max_output_len=10)
-        built = tiny.built(checkpoint, tmp_path / name, world_size=3, dtype="float32",
+        built = tiny.built(checkpoint, tmp_path / name, world_size=n_ranks, dtype="float32",
                            limits=limits, builder_options={"tune": tune},
                            progress=Notes(machine.said))  # fmt: skip
         assert len(machine.calls) == n_calls
         for record in built.manifest.built:
+            if n_calls == 0:
+                assert record["not_tuned"] == "no runner takes several ranks yet"
+                continue
             assert record["tuning"]["gpu"] == HERE
             assert record["tuning"]["attention"] == {**vars(MEASURED)}
-    assert machine.calls[0]["config"].n_head == 1
+    assert machine.calls[1]["config"].n_head == 1
     assert machine.calls[0]["batch_sizes"] == (1, 16, 20)
     assert machine.calls[0]["context"] == 30
     assert machine.calls[0]["dtype"] == torch.float32

@@ -7,6 +7,7 @@
 
 #include "head.h"
 
+#include <system_error>
 #include <thread>
 
 namespace {
@@ -244,18 +245,29 @@ void decode(const Model& m, const Tokens& tokens, int64_t* ids, int64_t* positio
 }
 
 // The likeliest ids of x [n, d_model] on threads of its own, which end with it: OpenMP's would go
-// on spinning, on the cores that the caller's other library needs next.
+// on spinning, on the cores that the caller's other library needs next. Where the system lends fewer
+// threads than asked for, those share the work.
 void choose_apart(const Head& head, const float* x, long n, float* near, int64_t* out,
                   int threads) {
     std::vector<Best> best(threads * n);
     Team team;
-    team.size = threads;
+    std::atomic<bool> begun{false};
     auto work = [&](int id) {
         choose<float>(Worker(team, id), head, x, n, near, best.data(),
                       [&](long t, int64_t token) { out[t] = token; });
     };
     std::vector<std::thread> others;
-    for (int id = 1; id < threads; id++) others.emplace_back(work, id);
+    others.reserve(threads);
+    try {
+        for (int id = 1; id < threads; id++)
+            others.emplace_back([&, id] {
+                while (!begun.load(std::memory_order_acquire)) sched_yield();
+                work(id);
+            });
+    } catch (const std::system_error&) {
+    }
+    team.size = (int)others.size() + 1;
+    begun.store(true, std::memory_order_release);
     work(0);
     for (auto& other : others) other.join();
 }

@@ -61,9 +61,11 @@ class TorchBuilder(Builder):
         """Return the tiles' part of a rank's record; ranks of one shape share what is measured."""
         from porttool.engines.torch.tiles import tiles_at_build
 
+        tune = cast("TorchBuildOptions", self.options).tune
+        if tune == "auto" and rank.world_size > 1:
+            return {"not_tuned": "no runner takes several ranks yet"}
         shape = replace(request, config=rank_config(request.config, rank.world_size))
         if shape not in self._tiles:
-            tune = cast("TorchBuildOptions", self.options).tune
             self._tiles[shape] = tiles_at_build(shape, tune, progress.note).record()
         return self._tiles[shape]
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from triton import OutOfResources
+from triton import TritonError
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
@@ -68,7 +68,7 @@ class _Bench:
             buffer.normal_()
 
     def microseconds(self, tile: StreamTile | WideTile) -> float:
-        """Return the device time of one matrix; infinite where this GPU cannot hold the tile."""
+        """Return the device time of one matrix; infinite for a tile that this GPU does not take."""
 
         def work() -> None:
             for _ in range(self.passes):
@@ -77,7 +77,7 @@ class _Bench:
 
         try:
             recorded = captured(work)
-        except OutOfResources:
+        except TritonError:
             return float("inf")
         return milliseconds(recorded) * 1000 / (self.passes * len(self.linears))
 
@@ -143,7 +143,7 @@ class _Search:
         self.decoder.use(tuning)
         try:
             time = step_milliseconds(self.decoder, self.n, self.context)
-        except OutOfResources:
+        except TritonError:
             time = float("inf")
         if time < self.time:
             self.best, self.time = tuning, time

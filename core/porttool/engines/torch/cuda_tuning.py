@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from porttool.config import ModelConfig
 
@@ -106,21 +107,8 @@ class Tuning:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Tuning:
-        """Read what `as_dict` wrote."""
-        return cls(
-            gpu=data["gpu"],
-            stream={name: StreamTile(**tile) for name, tile in data["stream"].items()},
-            wide={
-                rows: {name: WideTile(**tile) for name, tile in tiles.items()}
-                for rows, tiles in data["wide"].items()
-            },
-            attention=AttentionTile(**data["attention"]),
-            wide_attention={
-                rows: AttentionTile(**tile) for rows, tile in data["wide_attention"].items()
-            },
-            join_in_out=data.get("join_in_out", False),
-            notes=data["notes"],
-        )
+        """Read what `as_dict` wrote; a pydantic ValidationError if it is something else."""
+        return TypeAdapter(cls).validate_python(data)
 
 
 def gpu_name(device: str) -> str:

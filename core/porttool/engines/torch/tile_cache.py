@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from porttool.builder import BuildRequest
 from porttool.checkpoint import Manifest, read_manifest
@@ -72,7 +72,7 @@ class TileFile(Manifest):
 def read_tuning(data: Mapping[str, Any], config: ModelConfig) -> Tuning | None:
     """Return what `Tuning.as_dict` gave; None if it is not for these kernels or this model."""
     try:
-        tuning = TypeAdapter(Tuning).validate_python(data)
+        tuning = Tuning.from_dict(data)
     except ValidationError:
         return None
     return tuning if outline(tuning) == outline(default_tuning(config, "cpu")) else None
