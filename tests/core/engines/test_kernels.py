@@ -27,6 +27,7 @@ from porttool.engines.torch.cuda_launch import (
     wide,
 )
 from porttool.engines.torch.cuda_library import activation
+from porttool.engines.torch.cuda_prefill import _blocks
 from porttool.engines.torch.cuda_state import Scratch
 from porttool.engines.torch.cuda_tune import tuned_rows
 from porttool.engines.torch.cuda_tuning import (
@@ -263,17 +264,30 @@ def test_a_tuning_says_what_it_chose() -> None:
     assert tuned_rows(40) == (1, 16, 32, 40)
 
 
+@pytest.mark.parametrize("shared", [SHARED_BYTES, 99 << 10])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
-def test_the_rules_tiles_fit_shared_memory_in_every_type(rows: int, itemsize: int) -> None:
-    """float32's tiles are twice as large: fewer of them are in flight then."""
+def test_the_rules_tiles_fit_shared_memory(rows: int, itemsize: int, shared: int) -> None:
+    """float32's tiles are twice as large, other GPUs' memory is half: fewer are in flight then."""
     big = cases.config("gated rotary", d_model=2048, d_ff=5440, head_dim=128, vocab_size=256000)
     for name, tile in default_tuning(big, "cpu").wide[str(rows)].items():
         gated = name == "up"
         columns = tile.block_n * (2 if gated else 1)
-        stages = tile.stages_within(rows, itemsize, gated=gated)
-        assert stages * tile.block_k * (rows + columns) * itemsize <= SHARED_BYTES
-        assert stages > 1 and (itemsize == 4 or stages == tile.stages)
+        stages = tile.stages_within(shared, rows, itemsize, gated=gated)
+        assert stages * tile.block_k * (rows + columns) * itemsize <= shared
+        assert stages > 1 or (itemsize == 4 and shared < SHARED_BYTES)
+        assert stages == tile.stages or itemsize == 4 or shared < SHARED_BYTES
+
+
+@pytest.mark.parametrize("block_d", [16, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_prefill_fits_smaller_gpus(block_d: int, dtype: torch.dtype) -> None:
+    for shared in (SHARED_BYTES, 99 << 10):
+        queries, keys, _, stages = _blocks(block_d, dtype, shared)
+        held = block_d * (queries + 2 * stages * keys) * dtype.itemsize
+        assert held <= shared
+    if dtype == torch.float16 and block_d == 128:
+        assert _blocks(128, dtype, SHARED_BYTES) == (128, 64, 8, 3)
 
 
 def test_every_layer_is_a_range_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,12 @@ from torch import Tensor
 from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_chains import StreamChain, WideChain, graph_sizes
 from porttool.engines.torch.cuda_launch import Model, embed
-from porttool.engines.torch.cuda_limits import overlaps, require_memory, unsupported
+from porttool.engines.torch.cuda_limits import (
+    overlaps,
+    require_memory,
+    shared_bytes,
+    unsupported,
+)
 from porttool.engines.torch.cuda_packed import Packed, arrange
 from porttool.engines.torch.cuda_prefill import Prompt, activations, prefill_layers, project
 from porttool.engines.torch.cuda_state import (
@@ -84,6 +89,7 @@ class CudaDecoder(DeviceDecoder):
         self.model = Model(
             config, pack_weights(config, weights, dtype, device), cache,
             *rotary_tables(config, max_len, device), chosen, dtype, overlaps(device),
+            shared_bytes(device),
         )  # fmt: skip
         # one step may carry several tokens of a slot, so that rows can outnumber slots
         self.rows = make_rows(max(n_slots, SMALL_ROWS), device)

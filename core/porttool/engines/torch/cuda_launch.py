@@ -62,6 +62,7 @@ class Model:
     tuning: Tuning
     dtype: torch.dtype
     chained: bool  # programmatic dependent launch; off under the interpreter
+    shared: int  # bytes of shared memory that a program may take
 
     @property
     def rotary(self) -> int:
@@ -264,7 +265,7 @@ def wide(
     options: dict[str, Any] = dict(
         N=columns, K=inner, GATED=linear.gated, ACT=act, HAS_BIAS=biased, SPLIT=tile.split,
         BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, PDL=model.chained,
-        STAGES=tile.stages_within(block_m, model.dtype.itemsize, gated=linear.gated),
+        STAGES=tile.stages_within(model.shared, block_m, model.dtype.itemsize, gated=linear.gated),
         num_warps=tile.warps, **model.launch,
     )  # fmt: skip
     bias = linear.bias if biased else s.x

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
+from porttool.engines.torch.cuda_tuning import SHARED_BYTES
 from porttool.errors import EngineError
 from porttool.nn import meta_decoder
 
@@ -35,6 +36,17 @@ def stageable(dtype: torch.dtype, device: str) -> bool:
         and device.startswith("cuda")
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
+
+
+def shared_bytes(device: str) -> int:
+    """Shared memory that one program may take: 99 KB of many GPUs, 163 of an A100, 227 of Hopper.
+
+    Hopper's is not taken whole, so that what a kernel needs beside its tiles has room.
+    """
+    if not device.startswith("cuda"):
+        return SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    return min(SHARED_BYTES, getattr(properties, "shared_memory_per_block_optin", SHARED_BYTES))
 
 
 def require_memory(

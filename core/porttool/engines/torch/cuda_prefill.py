@@ -103,7 +103,7 @@ def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt, out: Tensor
     """Causal attention of packed queries over the cache, which holds their keys already."""
     c = model.config
     block_d = head_block(c.head_dim)
-    block_q, block_t, warps, stages = _blocks(block_d, model.dtype)
+    block_q, block_t, warps, stages = _blocks(block_d, model.dtype, model.shared)
     prefill_attention[(-(-prompt.longest // block_q), c.n_head, prompt.slots.shape[0])](
         query, model.cache.keys[layer], model.cache.values[layer], prompt.slots, prompt.starts,
         prompt.first, out, c.layer_scale(layer), model.cache.capacity, query.shape[1],
@@ -113,10 +113,14 @@ def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt, out: Tensor
     )  # fmt: skip
 
 
-def _blocks(block_d: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Queries and keys a program holds, warps and stages, within shared memory."""
+def _blocks(block_d: int, dtype: torch.dtype, shared: int) -> tuple[int, int, int, int]:
+    """Queries and keys a program holds, warps and stages, within its shared memory."""
     if dtype == torch.float32:
         return (32, 32, 4, 1) if block_d > 64 else (64, 32, 4, 2)
-    if block_d > 128:
-        return 64, 64, 4, 2
-    return (128, 64, 8, 3) if block_d == 128 else (64, 64, 4, 3)
+    if block_d <= 64:
+        return 64, 64, 4, 3
+    choices = [(64, 64, 4, 2), (32, 32, 4, 2)]
+    if block_d == 128:
+        choices.insert(0, (128, 64, 8, 3))
+    fitting = (b for b in choices if 2 * block_d * (b[0] + 2 * b[3] * b[1]) <= shared)
+    return next(fitting, choices[-1])

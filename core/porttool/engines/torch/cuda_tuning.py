@@ -19,7 +19,7 @@ MAX_TILE_ROWS = 128
 
 
 SHARED_BYTES = 220 << 10
-"""Shared memory of one program, at most."""
+"""Shared memory of one program, at most: what a Hopper multiprocessor has for it."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class WideTile:
     split: int = 1
     staged: bool = False
 
-    def stages_within(self, rows: int, itemsize: int, *, gated: bool) -> int:
-        """Stages that shared memory holds with so many rows: float32 takes twice the room."""
+    def stages_within(self, shared: int, rows: int, itemsize: int, *, gated: bool) -> int:
+        """Stages that so many bytes hold with so many rows: float32 takes twice the room."""
         stage = self.block_k * (rows + self.block_n * (2 if gated else 1)) * itemsize
-        return max(min(self.stages, SHARED_BYTES // stage), 1)
+        return max(min(self.stages, shared // stage), 1)
 
     def __str__(self) -> str:
         """Return rows x columns of a tile and the cuts of the inner dimension."""
