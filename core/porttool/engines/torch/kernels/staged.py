@@ -82,20 +82,33 @@ def _finish(
 
 
 @gluon.jit
+def _places(begin, layout: gl.constexpr, PIECES: gl.constexpr, LENGTH: gl.constexpr,
+            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):  # fmt: skip
+    """This program's columns [BLOCK_N], rows [BLOCK_M] and inner elements from `begin` on.
+
+    The last are [PIECES, 1, LENGTH]; all are laid out for copies of [PIECES, rows, LENGTH].
+    """
+    rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, layout))
+    n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, rows)
+    m = gl.program_id(2) * BLOCK_M + gl.arange(0, BLOCK_M, rows)
+    piece = gl.arange(0, PIECES, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    inner = gl.arange(0, LENGTH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    return n, m, begin + piece[:, None, None] * LENGTH + inner[None, None, :]
+
+
+@gluon.jit
 def staged_linear(
     x, w, bias, out, part, M,
     N: gl.constexpr, K: gl.constexpr, GATED: gl.constexpr, ACT: gl.constexpr,
-    HAS_BIAS: gl.constexpr, SPLIT: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    PDL: gl.constexpr,
+    HAS_BIAS: gl.constexpr, SPLIT: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(x[m] . w[n] + bias[n]), or sums in part, as `wide_linear` has them.
 
     Moves each weight once, x [M, K] once a column tile (from the L2 cache: with 32 rows and 32
     columns as many bytes as weights, which is what limits it). STAGES - 1 tiles of weights are on
-    their way before the wait. GPT-2 XL at 32 rows, alone in a chain of its like: 20 MB in 6.7 to
-    7.6 us, 2.7 to 3.0 TB/s, against 8.2 to 8.7 us of `wide_linear`. Grid (column tiles, SPLIT,
-    row tiles).
+    their way before the wait. GPT-2 XL, 32 rows, in a chain of its like: 20 MB in 6.7 to 7.6 us,
+    2.7 to 3.0 TB/s; `wide_linear` 8.2 to 8.7 us. Grid (column tiles, SPLIT, row tiles).
     """
     announce(PDL)
     PIECES: gl.constexpr = gl.num_warps()
@@ -117,12 +130,7 @@ def staged_linear(
     SHARE: gl.constexpr = (TILES + SPLIT - 1) // SPLIT
     low = gl.program_id(1) * SHARE
     tiles = gl.minimum(SHARE, TILES - low)
-    rows: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, copied))
-    n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, rows)
-    m = gl.program_id(2) * BLOCK_M + gl.arange(0, BLOCK_M, rows)
-    piece = gl.arange(0, PIECES, gl.SliceLayout(1, gl.SliceLayout(2, copied)))
-    inner = gl.arange(0, LENGTH, gl.SliceLayout(0, gl.SliceLayout(1, copied)))
-    k = low * BLOCK_K + piece[:, None, None] * LENGTH + inner[None, None, :]
+    n, m, k = _places(low * BLOCK_K, copied, PIECES, LENGTH, BLOCK_M, BLOCK_N)
     for s in gl.static_range(STAGES - 1):
         _copy_weights(ws, gs, s, w, n, k + s * BLOCK_K, s < tiles, N, K, GATED)
         async_copy.commit_group()
