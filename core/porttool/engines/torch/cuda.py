@@ -19,7 +19,8 @@ from porttool.engines.torch.cuda_limits import (
     unsupported,
 )
 from porttool.engines.torch.cuda_packed import Packed, arrange
-from porttool.engines.torch.cuda_prefill import Prompt, activations, prefill_layers, project
+from porttool.engines.torch.cuda_prefill import activations, prefill, project
+from porttool.engines.torch.cuda_prefill_graph import GRAPH_TOKENS, PrefillGraphs
 from porttool.engines.torch.cuda_state import (
     HISTORY,
     DeviceCache,
@@ -97,6 +98,7 @@ class CudaDecoder(DeviceDecoder):
         self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
         self._scratch: dict[int, Scratch] = {}
+        self._prompts = PrefillGraphs(self.model)
         kept = 2 * cache.keys.nbytes + sum(w.nbytes for w in self.model.weights.linears())
         each = dtype.itemsize * activations(config)
         low, high = PREFILL_TOKENS
@@ -187,14 +189,13 @@ class CudaDecoder(DeviceDecoder):
 
     def _prefill_group(self, group: Packed, out: Tensor, *, all_positions: bool) -> None:
         """Write the logits of some rows to their places; their activations go when it ends."""
-        rows = group.rows(self.device)
-        x = torch.empty(group.n_tokens, self.config.d_model, dtype=self.dtype, device=self.device)
-        embed(self.model, rows, x, group.n_tokens, self._table)
-        slots, starts, first = group.bounds(self.device)
-        normed = prefill_layers(self.model, x, Prompt(rows, slots, starts, first, group.width))
+        if group.n_tokens <= GRAPH_TOKENS:
+            normed, first = self._prompts.run(group, self._table, graphed=self.graphed)
+        else:
+            normed, first = prefill(self.model, group, self._table)
         head = self.model.weights.head.weight
         if not all_positions:
-            last = normed[first[1:].long() - 1]
+            last = normed[first[1 : group.n_rows + 1].long() - 1]
             out[group.first_row : group.first_row + group.n_rows] = project(last, head)
             return
         for i, (a, b) in enumerate(group.spans()):

@@ -50,6 +50,17 @@ class Packed:
         return (self.step.slots.int().to(device), self.step.starts.int().to(device),
                 first.to(device))  # fmt: skip
 
+    def padded(self, n: int, columns: int) -> Tensor:
+        """Everything that a prompt's kernels read, with padding: int32 [3 * (n + columns)].
+
+        `block(n)`, then `bounds` of `columns` each, those after the rows of rows without tokens.
+        """
+        bounds = torch.zeros(3, columns, dtype=torch.int32)
+        for line, values in zip(bounds, self.bounds("cpu"), strict=True):
+            line[: len(values)] = values
+        bounds[2, self.n_rows + 1 :] = self.n_tokens
+        return torch.cat((self.block(n).flatten(), bounds.flatten()))
+
     def groups(self, limit: int) -> list[Packed]:
         """Cut into runs of whole rows of at most `limit` tokens, one row at least."""
         out, begin, size = [], 0, 0

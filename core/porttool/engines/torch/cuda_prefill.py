@@ -11,10 +11,12 @@ from porttool.engines.torch.cuda_launch import (
     Model,
     Projected,
     append,
+    embed,
     ranged,
     residual_norm,
 )
 from porttool.engines.torch.cuda_library import activated_product, product
+from porttool.engines.torch.cuda_packed import Packed
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import head_block
 from porttool.engines.torch.cuda_weights import Linear
@@ -35,13 +37,37 @@ class Prompt:
         self.longest = longest
 
 
-def prefill_layers(model: Model, x: Tensor, prompt: Prompt) -> Tensor:
-    """Run the residual stream x [tokens, d_model] through every layer and the final norm."""
+def prefill(model: Model, group: Packed, table: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run packed prompts: normalised states [tokens, d_model], first tokens [rows + 1] int32."""
+    device = model.cache.keys.device
+    rows, n = group.rows(str(device)), group.n_tokens
+    x = torch.empty(n, model.config.d_model, dtype=model.dtype, device=device)
+    embed(model, rows, x, n, table)
+    slots, starts, first = group.bounds(str(device))
+    prompt = Prompt(rows, slots, starts, first, group.width)
+    return prefill_layers(model, x, prompt, make_buffers(model, n)), first
+
+
+def make_buffers(model: Model, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate what n tokens leave between the kernels; fewer use the front of each buffer."""
+    narrow, broad = _widths(model.config)
+    like = model.cache.keys
+    first, second, wide = (like.new_empty(n * width) for width in (narrow, narrow, broad))
+    return first, second, wide
+
+
+def prefill_layers(
+    model: Model, x: Tensor, prompt: Prompt, buffers: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """Run the residual stream x [tokens, d_model] through every layer and the final norm.
+
+    The result [tokens, d_model] is the front of the first buffer.
+    """
     c, n = model.config, len(x)
-    heads, (narrow, broad) = c.n_head * c.head_dim, _widths(c)
+    heads = c.n_head * c.head_dim
     # three buffers: attention's result takes the place of its normalised input, rotated queries
     # that of the sum which the norm has added, the MLP that of the projection
-    first, second, wide = (x.new_empty(n * width) for width in (narrow, narrow, broad))
+    first, second, wide = buffers
     normed, attended = _rows(first, n, c.d_model), _rows(first, n, heads)
     delta, turned = _rows(second, n, c.d_model), _rows(second, n, heads)
     qkv, gates = _rows(wide, n, c.qkv_dim), _rows(wide, n, c.up_dim)

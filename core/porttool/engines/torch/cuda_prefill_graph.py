@@ -1,0 +1,124 @@
+"""Prompts of few tokens: padded to one of a few sizes, each a CUDA graph from its second time on.
+
+The host needs longer to launch eight or nine kernels a layer than a GPU to run them on few tokens.
+A graph is launched at once, but runs on what lies at the addresses it was captured with: so what a
+prompt brings is copied to buffers that stay, and its length is padded. Padding has a negative slot,
+which keeps it out of the cache, and belongs to no row, which keeps it out of attention.
+
+The library chooses its products by the number of tokens. Therefore sizes are padded whether a graph
+runs or not: the same launches on the same buffers give the same bits, first and later, with graphs
+and without.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from porttool.engines.torch.cuda_launch import Model, embed
+from porttool.engines.torch.cuda_packed import Packed
+from porttool.engines.torch.cuda_prefill import Prompt, make_buffers, prefill_layers
+from porttool.engines.torch.cuda_state import Rows
+from porttool.engines.torch.cuda_tuning import power_of_two
+
+GRAPH_TOKENS = 1024
+"""Prompt tokens that are padded, at most: more keep a GPU busy for longer, and the buffers stay."""
+
+KEPT = 24
+"""Sizes that are remembered: more than the 18 that a prompt alone can have."""
+
+
+def padded_tokens(n: int) -> int:
+    """Tokens that n are padded to: a product's last tile is as large, and as slow, without them."""
+    step = 16 if n <= 64 else 64
+    return -(-n // step) * step
+
+
+class PrefillGraphs:
+    """Runs prompts of up to GRAPH_TOKENS tokens together, in buffers as large as any needed yet.
+
+    Capturing costs the host what launching does, and a synchronisation. Hence a size's first prompt
+    is launched plainly, which compiles what a capture must find compiled. The second pays for the
+    capture, if it comes before KEPT other sizes, and those after it gain. The size that was used
+    longest ago is forgotten, graph and all.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        device = model.cache.keys.device
+        room = 3 * (GRAPH_TOKENS + _columns(power_of_two(GRAPH_TOKENS)))
+        self._inputs = torch.zeros(room, dtype=torch.int32, device=device)
+        self._graphs: OrderedDict[tuple[int, int], torch.cuda.CUDAGraph | None] = OrderedDict()
+        self._make_room(0)
+
+    def run(self, group: Packed, table: Tensor | None, *, graphed: bool) -> tuple[Tensor, Tensor]:
+        """Return normalised states [padded tokens, d_model] and first tokens [> rows] int32.
+
+        Both are overwritten by the next call.
+        """
+        n, n_rows = size = padded_tokens(group.n_tokens), power_of_two(group.n_rows)
+        if n > len(self._x):
+            self._make_room(n)
+        columns = _columns(n_rows)
+        self._inputs[: 3 * (n + columns)] = group.padded(n, columns)
+        prompt, x, buffers = self._prompt(n, n_rows), self._x[:n], self._buffers
+        embed(self._model, prompt.rows, x, n, table)  # not in the graph: tables come and go
+
+        def work() -> None:
+            prefill_layers(self._model, x, prompt, buffers)
+
+        run = self._recall(size, work) if graphed else work
+        run()
+        width = x.shape[1]
+        return buffers[0][: n * width].view(n, width), prompt.first
+
+    def _prompt(self, n: int, n_rows: int) -> Prompt:
+        """View the inputs as a prompt of n tokens; any of its rows may be as long as all."""
+        columns = _columns(n_rows)
+        tokens, positions, slots = self._inputs[: 3 * n].view(3, n)
+        row_slots, starts, first = self._inputs[3 * n : 3 * (n + columns)].view(3, columns)
+        rows = Rows(tokens, positions, slots, tokens, tokens)
+        return Prompt(rows, row_slots[:n_rows], starts, first, n)
+
+    def _recall(self, size: tuple[int, int], work: Callable[[], None]) -> Callable[[], None]:
+        """Return what runs a size: `work` the first time, its graph from the second on."""
+        if size not in self._graphs:
+            self._graphs[size] = None
+            if len(self._graphs) > KEPT:
+                self._graphs.popitem(last=False)
+            return work
+        self._graphs.move_to_end(size)
+        graph = self._graphs[size]
+        if graph is None:
+            others = [other for other in self._graphs.values() if other is not None]
+            graph = self._graphs[size] = capture(work, others[:1])
+        return graph.replay
+
+    def _make_room(self, n: int) -> None:
+        """Make buffers for n tokens; the graphs go with the old ones, their sizes stay known."""
+        self._graphs = OrderedDict.fromkeys(self._graphs)
+        for tokens in (0, n):  # the old ones go before the new ones come
+            self._buffers = make_buffers(self._model, tokens)
+            self._x = self._model.cache.keys.new_empty(tokens, self._model.config.d_model)
+
+
+def capture(
+    work: Callable[[], None], beside: Sequence[torch.cuda.CUDAGraph]
+) -> torch.cuda.CUDAGraph:
+    """Record launches that have been made before, and so need no compiler.
+
+    The library's temporary memory is that of a graph `beside` it, one being enough: a pool lives
+    as long as a graph that has it, and never are two of them running.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=beside[0].pool() if beside else None):
+        work()
+    return graph
+
+
+def _columns(n_rows: int) -> int:
+    """Columns for the bounds of so many rows, in whole 16 bytes: kernels compile for addresses."""
+    return -(-(n_rows + 1) // 4) * 4

@@ -1,0 +1,283 @@
+"""Prompts of few tokens: padded, and replayed from graphs, with the bits of plain launches.
+
+On a CPU the kernels run under Triton's interpreter, and what a graph would replay runs again: that
+covers what may not change between capture and replay. On a GPU the graphs are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import cuda_cases as cases
+from cuda_cases import GPU_SHAPES, TOLERANCE, prompts
+from porttool.engines.torch import cuda_prefill_graph
+from porttool.engines.torch.cuda import CudaDecoder
+from porttool.engines.torch.cuda_packed import Packed
+from porttool.engines.torch.cuda_prefill import prefill
+from porttool.engines.torch.cuda_prefill_graph import GRAPH_TOKENS, KEPT, padded_tokens
+from porttool.nn import KVCache, Step
+
+on_cpu = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU's tests cover these there"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, on masked lanes
+]
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+class Again:
+    """In place of a graph: replaying runs the captured launches once more."""
+
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self.replay = replay
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Put the double in place of capturing; how many graphs each capture found beside it."""
+    seen: list[int] = []
+
+    def capture(work: Callable[[], None], beside: Sequence[Again]) -> Again:
+        seen.append(len(beside))
+        return Again(work)
+
+    monkeypatch.setattr(cuda_prefill_graph, "capture", capture)
+    return seen
+
+
+def make(case: str, *, graphs: bool, dtype: torch.dtype = torch.float32) -> CudaDecoder:
+    """Return a decoder whose unset memory is NaN; on a CPU it can only pretend to have graphs."""
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    shape = cases.config(case, **(GPU_SHAPES[case] if gpu else {"n_layer": 1}))
+    weights = cases.drawn(shape, dtype, device).state_dict()
+    size = cases.limits(8, 600) if gpu else cases.limits(4, 60)
+    made = CudaDecoder(shape, weights, dtype=dtype, limits=size, device=device, graphs=graphs)
+    made.graphed = graphs
+    for cached in (made.model.cache.keys, made.model.cache.values):
+        cached.fill_(float("nan"))
+    return made
+
+
+@torch.inference_mode()
+def poison(made: CudaDecoder) -> None:
+    """Leave nothing in the buffers that a former prompt wrote."""
+    held = made._prompts
+    for tensor in (held._x, *held._buffers):
+        tensor.fill_(float("nan"))
+    held._inputs.fill_(-1)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return a tensor's bits, for NaN equals itself in them."""
+    return tensor.view(torch.uint8).cpu()
+
+
+def continued(slot: int, tokens: list[int], start: int) -> Step:
+    """Return the step that feeds more tokens to one slot."""
+    return Step(torch.tensor([slot]), torch.tensor([tokens]), torch.tensor([start]),
+                torch.tensor([len(tokens)]))  # fmt: skip
+
+
+def run(made: CudaDecoder, steps: list[tuple[Step, bool]]) -> list[Tensor]:
+    """Return each step's logits, of all positions where it says so; buffers poisoned before."""
+    out = []
+    for step, every in steps:
+        poison(made)
+        out.append(made.step(step, all_positions=every))
+    return out
+
+
+def assert_same(one: CudaDecoder, other: CudaDecoder, steps: list[tuple[Step, bool]]) -> None:
+    """Both decoders give the same bits and leave the same cache, poison included.
+
+    The second has no graphs and captures none.
+    """
+    for found, wanted in zip(run(one, steps), run(other, steps), strict=True):
+        assert torch.isfinite(found).all()
+        assert torch.equal(found, wanted)
+    for mine, theirs in zip(vars(one.model.cache).values(), vars(other.model.cache).values(),
+                            strict=True):  # fmt: skip
+        assert torch.equal(bits(mine), bits(theirs))
+    assert not other._prompts._graphs
+
+
+def test_padding_is_bounded() -> None:
+    sizes = {n: padded_tokens(n) for n in range(17, GRAPH_TOKENS + 1)}
+    assert all(n <= size < n + (16 if n <= 64 else 64) for n, size in sizes.items())
+    assert max(sizes.values()) == GRAPH_TOKENS
+    assert len(set(sizes.values())) < KEPT  # prompts alone forget no size of theirs
+
+
+def test_padding_belongs_to_no_slot_and_no_row() -> None:
+    group = Packed(Step.prefill([[5, 6, 7], [8]], [4, 2]))
+    found = group.padded(8, 4)
+    tokens, positions, slots = found[:24].view(3, 8)
+    assert tokens.tolist() == [5, 6, 7, 8, 0, 0, 0, 0]
+    assert positions.tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
+    assert slots.tolist() == [4, 4, 4, 2, -1, -1, -1, -1]
+    row_slots, starts, first = found[24:].view(3, 4)
+    assert row_slots.tolist() == [4, 2, 0, 0] and starts.tolist() == [0] * 4
+    assert first.tolist() == [0, 3, 4, 4]  # rows after the second are empty
+
+
+class TestUnderTheInterpreter:
+    """What runs before and around graphs, on a CPU."""
+
+    pytestmark = on_cpu
+
+    @pytest.mark.parametrize("case", list(cases.CASES))
+    def test_padded_equals_unpadded(self, case: str) -> None:
+        padded, plain = make(case, graphs=False), make(case, graphs=False)
+        step = Step.prefill([[i % 101 for i in range(3, 20)], [7, 1], [9]], [2, 0, 3])
+        padded.step(continued(1, [5] * 33, 0))  # larger buffers than these need
+        poison(padded)
+        with torch.inference_mode():
+            normed, first = prefill(plain.model, Packed(step), None)
+        with torch.inference_mode():
+            found, bounds = padded._prompts.run(Packed(step), None, graphed=False)
+        assert bounds.tolist()[:4] == first.tolist() == [0, 17, 19, 20]
+        torch.testing.assert_close(found[:20], normed, rtol=1e-5, atol=1e-5)
+        for mine, theirs in zip(vars(padded.model.cache).values(),
+                                vars(plain.model.cache).values(), strict=True):  # fmt: skip
+            for slot, n in ((2, 17), (0, 2), (3, 1)):
+                torch.testing.assert_close(
+                    mine[:, slot, :, :n], theirs[:, slot, :, :n], rtol=1e-5, atol=1e-5
+                )
+                assert mine[:, slot, :, n:].isnan().all()
+
+    def test_what_is_captured_is_read_again(self, captures: list[int]) -> None:
+        """Other tokens, lengths, slots, starts and tables than when a size was captured."""
+        long = [(7 * i) % 101 for i in range(60)]
+        steps = [
+            (Step.prefill([long[:30]], [3]), False),
+            (Step.prefill([long[:17]], [1]), True),
+            (continued(3, long[:29], 30), True),
+        ]
+        graphed, plain = make("grouped rms", graphs=True), make("grouped rms", graphs=False)
+        assert_same(graphed, plain, steps)
+        assert captures == [0]  # at the second of one size
+        table = torch.randn(4, graphed.config.d_model) * 0.2
+        virtual = [(Step.prefill([[104, 101, *long[:20]]], [2]), False)]
+        for made in (graphed, plain):
+            made.load_prompt_table(table)
+        assert_same(graphed, plain, virtual)
+        for made in (graphed, plain):
+            made.load_prompt_table(None)
+        assert_same(graphed, plain, steps[-1:])
+        assert captures == [0]
+
+    def test_rows_share_the_sizes_of_powers_of_two(self, captures: list[int]) -> None:
+        graphed, plain = make("multi-query", graphs=True), make("multi-query", graphs=False)
+        steps = [
+            (Step.prefill([[1, 2, 3] * 3, [4] * 9, [5] * 3], [2, 0, 3]), False),
+            (Step.prefill([[9] * 5, [3] * 6, [2] * 7, [8] * 8], [1, 2, 3, 0]), True),
+            (Step.prefill([[6] * 11, [1] * 11], [1, 2]), False),
+        ]
+        assert_same(graphed, plain, steps)
+        assert captures == [0] and len(graphed._prompts._graphs) == 2
+
+    def test_larger_prompts_take_larger_buffers(self, captures: list[int]) -> None:
+        """Graphs of the old ones are captured anew, at the size's next prompt."""
+        graphed, plain = make("learned", graphs=True), make("learned", graphs=False)
+        short, long = Step.prefill([[4] * 20], [1]), Step.prefill([[6] * 40], [2])
+        steps = [(step, False) for step in (short, short, long, short)]
+        assert_same(graphed, plain, steps)
+        assert captures == [0, 0]
+        assert len(graphed._prompts._x) == 48
+
+    def test_sizes_used_longest_ago_are_forgotten(
+        self, captures: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cuda_prefill_graph, "KEPT", 2)
+        monkeypatch.setattr(cuda_prefill_graph, "prefill_layers", lambda *_: None)
+        made = make("learned", graphs=True)
+        short, two, three = (
+            Step.prefill([[1] * 20]), Step.prefill([[1] * 10] * 2), Step.prefill([[1] * 7] * 3)
+        )  # fmt: skip
+        for step in (short, two, short, two):
+            made.step(step)
+        assert len(captures) == 2
+        for step in (short, three, short):  # three takes the place of two
+            made.step(step)
+        assert len(captures) == 2
+        made.step(two)
+        assert len(captures) == 2 and len(made._prompts._graphs) == 2
+        made.step(two)
+        assert len(captures) == 3
+
+
+@pytest.mark.parametrize("case", list(GPU_SHAPES))
+class TestGraphs:
+    """Real graphs beside plain launches, bit for bit."""
+
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("dtype", list(TOLERANCE))
+    def test_every_use_of_a_size(self, case: str, dtype: torch.dtype) -> None:
+        """First, captured, replayed; several lengths of a size; then sizes in any order."""
+        graphed, plain = (make(case, graphs=g, dtype=dtype) for g in (True, False))
+        lengths = [128, 65, 100, 500, 512, 449, 17, 30, 32, 66, 128, 500, 17, 590, 590, 590, 128]
+        lengths += [449, 449, 60]
+        drawn = prompts(lengths)
+        steps = [(Step.prefill([p], [i % 8]), i % 5 == 4) for i, p in enumerate(drawn)]
+        assert_same(graphed, plain, steps)
+        assert any(graph is not None for graph in graphed._prompts._graphs.values())
+
+    def test_continued_prompts_and_others_between(self, case: str) -> None:
+        graphed, plain = (make(case, graphs=g, dtype=torch.float16) for g in (True, False))
+        parts = prompts([100, 120, 90, 120, 110, 60, 33])
+        steps = []
+        for _ in range(3):
+            steps += [
+                (Step.prefill([parts[0]], [3]), False),
+                (Step.prefill([parts[1]], [5]), False),
+                (continued(3, parts[2], 100), True),
+                (continued(5, parts[3], 120), False),
+                (continued(3, parts[4], 190), False),
+                (Step.prefill([parts[5], parts[6], parts[2]], [0, 7, 2]), True),
+                (cases.one_token([3], torch.tensor([9]), [300]), False),
+            ]
+        assert_same(graphed, plain, steps)
+
+    def test_prompt_tables_come_and_go(self, case: str) -> None:
+        graphed, plain = (make(case, graphs=g, dtype=torch.float16) for g in (True, False))
+        virtual = list(range(1003, 1020))
+        for i in range(4):
+            table = torch.randn(17, graphed.config.d_model, device="cuda") * 0.2
+            for made in (graphed, plain):
+                made.load_prompt_table(table)
+            assert_same(graphed, plain, [(Step.prefill([virtual + prompts([60])[0]], [i]), False)])
+            for made in (graphed, plain):
+                made.load_prompt_table(None)
+            assert_same(graphed, plain, [(Step.prefill(prompts([77]), [i]), False)])
+
+    def test_decoding_goes_on_between(self, case: str) -> None:
+        """Graphs of decoded steps and of prompts share one capture stream, not their memory."""
+        graphed, plain = (make(case, graphs=g, dtype=torch.float16) for g in (True, False))
+        for i, prompt in enumerate(prompts([90, 70, 110, 128])):
+            found: list[Any] = []
+            for made in (graphed, plain):
+                first = made.step(Step.prefill([prompt], [i])).argmax(-1).cpu()
+                begin = cases.one_token([i], first, [len(prompt)])
+                found.append(torch.cat((made.decode(begin, 20).cpu()[0], first)))
+            assert torch.equal(*found)
+
+    def test_logits(self, case: str) -> None:
+        """Against the canonical decoder in float64, from the graph."""
+        made = make(case, graphs=True, dtype=torch.float16)
+        plain = cases.drawn(made.config, torch.float16, "cuda")
+        cache = KVCache(made.config, 8, 600, dtype=torch.float64, device="cuda")
+        for slot, prompt in enumerate(prompts([500, 470, 460, 512])):
+            step = Step.prefill([prompt], [slot])
+            wanted = cases.reference(plain, cache, step)
+            assert cases.relative_error(made.step(step), wanted) < TOLERANCE[torch.float16]
