@@ -150,13 +150,14 @@ def test_wide_linear_activates_and_gates() -> None:
 
 @pytest.mark.parametrize("case", ["learned", "grouped rms"])
 @pytest.mark.parametrize("parts", [0, 3])
-def test_residual_norm(case: str, parts: int) -> None:
+@pytest.mark.parametrize("width", [48, 4300])
+def test_residual_norm(case: str, parts: int, width: int) -> None:
     made = decoder(case)
     rms = made.config.norm == "rmsnorm"
-    x, out = torch.randn(5, 48) * 2 + 1, torch.full((5, 48), float("nan"))
-    delta = torch.randn(parts, 5, 48) if parts else None
-    bias = torch.randn(48) if parts else None
-    norm = random_norm(48, shift=not rms)
+    x, out = torch.randn(5, width) * 2 + 1, torch.full((5, width), float("nan"))
+    delta = torch.randn(parts, 5, width) if parts else None
+    bias = torch.randn(width) if parts else None
+    norm = random_norm(width, shift=not rms)
     total = x.double() + (0 if delta is None or bias is None else delta.double().sum(0) + bias)
     residual_norm(made.model, x, delta, bias, norm, out, parts=parts)
     assert cases.relative_error(x, total) < TOLERANCE

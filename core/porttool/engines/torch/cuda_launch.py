@@ -33,7 +33,7 @@ from porttool.engines.torch.kernels.attention import (
     merge_kernel,
 )
 from porttool.engines.torch.kernels.linear import stream_linear
-from porttool.engines.torch.kernels.norm import residual_norm_kernel
+from porttool.engines.torch.kernels.norm import blocking, residual_norm_kernel
 from porttool.engines.torch.kernels.prefill import append_kernel
 from porttool.engines.torch.kernels.staged import staged_linear
 from porttool.engines.torch.kernels.staged_attention import (
@@ -207,11 +207,10 @@ def residual_norm(
     residual_norm_kernel[(rows,)](
         x, x if delta is None else delta, norm.gamma if bias is None else bias, norm.gamma,
         norm.gamma if norm.beta is None else norm.beta, out, model.config.norm_eps, rows,
-        D=width, BLOCK=power_of_two(width), PARTS=0 if delta is None else parts,
+        D=width, PARTS=0 if delta is None else parts,
         HAS_BIAS=bias is not None, RMS=model.config.norm == "rmsnorm",
         HAS_BETA=norm.beta is not None, PDL=chained, EARLY=early,
-        num_warps=min(max(power_of_two(width) // 512, 1), 8),
-        **(model.launch if chained else {}),
+        **blocking(width, x.element_size()), **(model.launch if chained else {}),
     )  # fmt: skip
 
 
