@@ -11,6 +11,7 @@ from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_chains import StreamChain, WideChain, graph_sizes
+from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_limits import (
     overlaps,
@@ -19,7 +20,8 @@ from porttool.engines.torch.cuda_limits import (
     unsupported,
 )
 from porttool.engines.torch.cuda_packed import Packed, arrange
-from porttool.engines.torch.cuda_prefill import activations, prefill, project
+from porttool.engines.torch.cuda_persistent import PersistentRow, persistent_row
+from porttool.engines.torch.cuda_prefill import prefill, prefill_tokens, project
 from porttool.engines.torch.cuda_prefill_graph import GRAPH_TOKENS, PrefillGraphs
 from porttool.engines.torch.cuda_state import (
     HISTORY,
@@ -42,12 +44,6 @@ from porttool.engines.torch.device_decoder import DeviceDecoder
 from porttool.errors import EngineError, UsageError
 from porttool.nn import Step
 from porttool.runner import Choose
-
-PREFILL_TOKENS = (4096, 16384)
-"""Prompt tokens that go through the layers together: at least, and at most."""
-
-PREFILL_SHARE = 0.03
-"""Of the memory for weights and cache, what a prefill's activations may take in between."""
 
 
 class CudaDecoder(DeviceDecoder):
@@ -79,7 +75,6 @@ class CudaDecoder(DeviceDecoder):
         self.device = device
         n_slots, max_len = self.n_slots, self.max_len
         chosen = default_tuning(config, device) if tuning is None else Tuning.from_dict(tuning)
-        self.tuning = chosen
         self.graphed = graphs and device != "cpu"
         self.description = f"{gpu_name(device)}, Triton kernels" + " and CUDA graphs" * graphs
         if tuning is None:
@@ -100,9 +95,11 @@ class CudaDecoder(DeviceDecoder):
         self._scratch: dict[int, Scratch] = {}
         self._prompts = PrefillGraphs(self.model)
         kept = 2 * cache.keys.nbytes + sum(w.nbytes for w in self.model.weights.linears())
-        each = dtype.itemsize * activations(config)
-        low, high = PREFILL_TOKENS
-        self._prefill_tokens = min(max(int(PREFILL_SHARE * kept / each), low), high)
+        self._prefill_tokens = prefill_tokens(config, kept, dtype.itemsize)
+        try:
+            self.use(chosen)
+        except CompilerUnavailable as error:
+            self.description += f", no persistent kernel for one row: {error}"
 
     def use(self, tuning: Tuning) -> None:
         """Run with another tuning from now on; graphs are captured anew."""
@@ -110,6 +107,9 @@ class CudaDecoder(DeviceDecoder):
         self.model = replace(self.model, tuning=tuning)
         self._graphs.clear()
         self._scratch.clear()
+        self._alone: PersistentRow | None = None
+        if self.graphed:
+            self._alone = persistent_row(self.model, self.rows, self._scratch_of(1).x[0])
 
     @torch.inference_mode()
     def rewind(self, n: int, context: int) -> None:
@@ -141,7 +141,7 @@ class CudaDecoder(DeviceDecoder):
         while n_tokens > 0:
             count = min(n_tokens, HISTORY)
             self.rows.cursor.zero_()
-            for size in graph_sizes(count):
+            for size in [count] if n == 1 and self._alone else graph_sizes(count):
                 self._replay("greedy", n, size)
             pieces.append(self.rows.history[:n_rows, :count].long())
             n_tokens -= count
@@ -250,6 +250,9 @@ class CudaDecoder(DeviceDecoder):
 
     def _replay(self, kind: str, n: int, count: int) -> None:
         """Run a captured step, capturing it first if this is its first time."""
+        if self._alone is not None and n == 1:
+            self._alone.run(count, None if kind == "greedy" else self._logits_of(1))
+            return
         work = self._work(kind, n)
         if not self.graphed:
             for _ in range(count):

@@ -9,6 +9,7 @@ from porttool.engines.torch.cuda_tuning import (
     SHARED_BYTES,
     SMALL_ROWS,
     AttentionTile,
+    PersistentTile,
     StreamTile,
     WideTile,
     default_stream,
@@ -54,6 +55,20 @@ def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
         tiles = -(-k // block_k)
         if block_n and n // block_n >= 48 and block_k < 2 * k and held <= tiles <= 64:
             yield StreamTile(block_n, block_k, warps, held)
+
+
+def persistent_candidates(config: ModelConfig, programs: int) -> Iterator[list[PersistentTile]]:
+    """Lists of persistent tiles to measure in turn; their zeros are the fastest's so far.
+
+    programs: the GPU's multiprocessors, each of which runs one.
+    """
+    row = config.d_model // 32
+    steps = -(-row // -(-row // 32))
+    most = min(programs // config.n_head, 8)
+    yield [PersistentTile(steps, 3, splits) for splits in (1, 2, 3, 4, 5, 6, 8) if splits <= most]
+    yield [PersistentTile(steps, flying, 0) for flying in (2, 4)]
+    yield [PersistentTile(2 * steps, flying, 0) for flying in (2, 3)]
+    yield [PersistentTile(0, 0, 0, fillers=2)]
 
 
 def wide_candidates(

@@ -22,6 +22,12 @@ from porttool.engines.torch.cuda_tuning import head_block
 from porttool.engines.torch.cuda_weights import Linear
 from porttool.engines.torch.kernels.prefill import prefill_attention
 
+PREFILL_TOKENS = (4096, 16384)
+"""Prompt tokens that go through the layers together: at least, and at most."""
+
+PREFILL_SHARE = 0.03
+"""Of the memory for weights and cache, what a prefill's activations may take in between."""
+
 
 class Prompt:
     """Packed rows on the device: token i is at rows.positions[i] of slot rows.slots[i].
@@ -96,6 +102,12 @@ def activations(config: ModelConfig) -> int:
     """Elements that `prefill_layers` keeps of a token, the residual stream among them."""
     narrow, broad = _widths(config)
     return config.d_model + 2 * narrow + broad
+
+
+def prefill_tokens(config: ModelConfig, kept: int, itemsize: int) -> int:
+    """Return how many tokens go through the layers together beside so many bytes that stay."""
+    low, high = PREFILL_TOKENS
+    return min(max(int(PREFILL_SHARE * kept / (itemsize * activations(config))), low), high)
 
 
 def _widths(c: ModelConfig) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from porttool.config import ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_candidates import (
     attention_candidates,
+    persistent_candidates,
     stream_candidates,
     wide_candidates,
 )
+from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_launch import stream, wide
 from porttool.engines.torch.cuda_limits import stageable
 from porttool.engines.torch.cuda_measure import (
@@ -25,8 +27,10 @@ from porttool.engines.torch.cuda_measure import (
     milliseconds,
     random_weights,
 )
+from porttool.engines.torch.cuda_persistent import programs_of, unsuited
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
 from porttool.engines.torch.cuda_tuning import (
+    PersistentTile,
     StreamTile,
     Tuning,
     WideTile,
@@ -140,10 +144,10 @@ class _Search:
 
     def offer(self, tuning: Tuning) -> float:
         """Measure a whole step; keep the tuning if the step got faster."""
-        self.decoder.use(tuning)
         try:
+            self.decoder.use(tuning)
             time = step_milliseconds(self.decoder, self.n, self.context)
-        except TritonError:
+        except (TritonError, CompilerUnavailable):
             time = float("inf")
         if time < self.time:
             self.best, self.time = tuning, time
@@ -164,6 +168,18 @@ class _Search:
             else:
                 several = {**self.best.wide_attention, str(tile_rows(self.n)): tile}
                 self.offer(replace(self.best, wide_attention=several))
+
+    def offer_persistent(self) -> None:
+        """Measure the persistent kernel, one of its numbers after the other."""
+        d, times = self.decoder, dict[PersistentTile, float]()
+        if unsuited(d.config, d.dtype, d.device):
+            return
+        for tiles in persistent_candidates(d.config, programs_of(d.device)):
+            best = min(times, key=times.__getitem__, default=None)
+            for tile in tiles:
+                given = {k: v for k, v in asdict(tile).items() if v}
+                whole = tile if best is None else replace(best, **given)
+                times[whole] = self.offer(replace(self.best, persistent=whole))
 
 
 def leaders(
@@ -205,6 +221,7 @@ def refine(
             search.offer_tile(name, tile)
     if n == 1:
         search.offer(replace(search.best, join_in_out=True))
+        search.offer_persistent()
     decoder.use(search.best)
     return search.time
 

@@ -77,13 +77,28 @@ class AttentionTile:
 
 
 @dataclass(frozen=True)
+class PersistentTile:
+    """How the persistent kernel cuts a row's decoding.
+
+    Pieces of up to `steps` x 64 bytes of a matrix row, `flying` slots of eight such pieces on their
+    way to a multiprocessor at a time, the context of a head in `splits` parts, `fillers` warps that
+    ask for all of it.
+    """
+
+    steps: int
+    flying: int
+    splits: int
+    fillers: int = 4
+
+
+@dataclass(frozen=True)
 class Tuning:
     """Everything measured for one model on one GPU; `as_dict` goes into the engine's folder.
 
     `stream` by linear ("qkv", "out", "up", "down", "head"); `wide` and `wide_attention` by rows
     of a tile, `wide` then by linear; with `join_in_out` the output projection of a single row
-    joins the parts of split attention, else a kernel of its own does; `notes` say what was
-    measured with it.
+    joins the parts of split attention, else a kernel of its own does; with `persistent` one kernel
+    decodes a single row in place of the chain; `notes` say what was measured with it.
     """
 
     gpu: str
@@ -92,10 +107,17 @@ class Tuning:
     attention: AttentionTile
     wide_attention: Mapping[str, AttentionTile]
     join_in_out: bool = False
+    persistent: PersistentTile | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def described(self, n: int) -> str:
         """Say in a line which tiles steps of n rows run in."""
+        if n == 1 and self.persistent:
+            tile = self.persistent
+            return (
+                f"one persistent kernel, pieces of {64 * tile.steps} bytes, {tile.flying} slots on "
+                f"their way, attention in {tile.splits} parts"
+            )
         tiles = self.stream if n == 1 else self.wide[str(tile_rows(n))]
         attention = self.attention if n == 1 else self.wide_attention[str(tile_rows(n))]
         parts = [f"{name} {tile}" for name, tile in tiles.items()]

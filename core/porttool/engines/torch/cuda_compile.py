@@ -1,0 +1,124 @@
+"""CUDA C++ compiled on the user's machine by NVRTC, which PyTorch brings, and launched."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from porttool.errors import EngineError
+from porttool.folder import cache_folder
+
+
+class CompilerUnavailable(Exception):
+    """Why a CUDA C++ kernel cannot be compiled or loaded here; never shown as an error."""
+
+
+def compile_cubin(source: str, *, name: str, arch: str, macros: Mapping[str, object]) -> bytes:
+    """Return machine code for `arch` (as "sm_90a"), from the user's cache if it was built before.
+
+    macros: what the source finds defined. Raises CompilerUnavailable with the compiler's first
+    complaint.
+    """
+    defined = [f"-D{key}={value}" for key, value in macros.items()]
+    options = ["--std=c++17", f"--gpu-architecture={arch}", *defined]
+    nvrtc = _nvrtc()
+    version = _checked(nvrtc.nvrtcVersion())
+    identity = "\0".join([source, *options, str(version)])
+    target = _place(f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.cubin")
+    if target is not None and target.is_file():
+        return target.read_bytes()
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
+        raise CompilerUnavailable(lines[0] if lines else str(error))
+    cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))  # which fills the bytes in place
+    nvrtc.nvrtcDestroyProgram(program)
+    if target is not None:
+        _keep(target, cubin)
+    return cubin
+
+
+class CompiledKernel:
+    """A kernel of a cubin in the current context, which is PyTorch's."""
+
+    def __init__(self, cubin: bytes, name: str, *, shared: int) -> None:
+        driver = _driver()
+        self._module = _checked(driver.cuModuleLoadData(cubin))
+        self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+        self.shared = shared
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self._function, limit, shared))
+
+    def launch_together(
+        self, programs: int, threads: int, stream: int, values: Sequence[int], kinds: Sequence[Any]
+    ) -> None:
+        """Enqueue a cooperative launch: all programs are resident at once, or none runs.
+
+        kinds: of the arguments, POINTER or INTEGER. Raises EngineError if the GPU refuses.
+        """
+        (status,) = _driver().cuLaunchCooperativeKernel(
+            self._function, programs, 1, 1, threads, 1, 1, self.shared, stream,
+            (tuple(values), tuple(kinds)),
+        )  # fmt: skip
+        if int(status) != 0:
+            raise EngineError(f"the GPU does not launch the persistent kernel: {status!r}")
+
+
+POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int
+
+
+@cache
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:
+        raise CompilerUnavailable(f"CUDA's run-time compiler is not there: {error}") from error
+    return nvrtc
+
+
+@cache
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise CompilerUnavailable(f"CUDA's bindings are not there: {error}") from error
+    return driver
+
+
+def _checked(result: Sequence[Any]) -> Any:
+    """Return what a call gave beside its status, or raise with the status."""
+    status, *values = result
+    if int(status) != 0:
+        raise CompilerUnavailable(f"CUDA says {status!r}")
+    return values[0] if len(values) == 1 else values
+
+
+def _place(name: str) -> Path | None:
+    """Return the file in the user's cache, None where nobody's home folder is known."""
+    try:
+        return cache_folder() / name
+    except RuntimeError:
+        return None
+
+
+def _keep(target: Path, cubin: bytes) -> None:
+    """Write to the cache, whole or not at all; without it the next run compiles again."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            made.write_bytes(cubin)
+            made.replace(target)
+    except OSError:
+        return

@@ -1,0 +1,192 @@
+// Attention of the row's position: parts of the context, each by another program, and their join.
+
+// A lane holds eight elements of every (32 / LANES)-th position, with a running softmax of its own
+// positions (Milakov and Gimelshein 2018).
+struct Running {
+    float top = LOWEST, total = 0.0f, acc[8] = {};
+
+    __device__ void take(float score, const float* value) {
+        const float above = fmaxf(top, score);
+        const float shrink = __expf(top - above), chance = __expf(score - above);
+        top = above, total = total * shrink + chance;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[i] = acc[i] * shrink + chance * value[i];
+    }
+};
+
+struct Attention : Program {
+    // Element d of a head of `qkv`, rotated by its position (Su et al. 2021): i is paired with
+    // i + ROTARY / 2, elements from ROTARY on pass through.
+    __device__ float rotated(int head, int d) const {
+        const u64* from = s.plan.qkv + head * DIM;
+        float value = hear(from + d, flag());
+        if (d < ROTARY) {
+            constexpr int HALF = most(ROTARY / 2, 1);
+            const float other = hear(from + (d < HALF ? d + HALF : d - HALF), flag());
+            const long long angle = static_cast<long long>(position) * HALF + d % HALF;
+            value = value * s.plan.cosine[angle] + (d < HALF ? -other : other) * s.plan.sine[angle];
+        }
+        return value;
+    }
+
+    // The step's query, and where this program attends to the step's own position its key and
+    // value.
+    __device__ void load_heads(const Part& part, bool own) {
+        const Layer& w = weights();
+        const int kv = part.kv();
+        for (int i = threadIdx.x; i < (own ? 3 : 1) * DIM; i += THREADS) {
+            const int d = i % DIM, kind = i / DIM;
+            if (kind == 0) {
+                s.query[d] = rotated(part.head, d) * static_cast<float>(w.scale);
+                continue;
+            }
+            const u16 kept =
+                narrow(kind == 1 ? rotated(HEADS + kv, d)
+                                 : hear(s.plan.qkv + (HEADS + KV + kv) * DIM + d, flag()));
+            (kind == 1 ? s.key : s.value)[d] = widen_one(kept);
+            if (part.head % (HEADS / KV) == 0)
+                (kind == 1 ? w.keys : w.values)[(kv * s.plan.capacity + position) * DIM + d] = kept;
+        }
+        together();
+    }
+
+    __device__ static float dot(const float* a, const float* b) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += a[i] * b[i];
+#pragma unroll
+        for (int step = LANES / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        return sum;
+    }
+
+    __device__ void attend() {
+        const Part part(position);
+        if (!part.live()) return;
+        const bool own = part.high == position + 1 && part.low <= position;
+        load_heads(part, own);
+        Running run;
+        float query[8], key[8], value[8];
+        const int at = lane % LANES * 8, group = lane / LANES;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) query[i] = s.query[at + i];
+        const int end = part.stored(position);
+        for (int first = part.low; first < end; first += CHUNK) {
+            const char* chunk = slot(0);
+            for (int i = 0; i < CHUNK && first + i < end; i += TOGETHER) {
+                const int t = i + warp * (32 / LANES) + group;
+                const int offset = (t * DIM + at) * 2;
+                const bool inside = first + t < end;
+                widen8(chunk + offset, key);
+                const float score = dot(query, key);
+                widen8(chunk + CHUNK * DIM * 2 + offset, value);
+                if (inside) run.take(score, value);
+            }
+            release(0, 1);
+            ++taken;
+        }
+        if (own && warp == 0) {
+            const float score = dot(query, s.key + at);
+            if (group == 0) run.take(score, s.value + at);
+        }
+        join(part, run, at);
+    }
+
+    // The softmax of all warps' positions; tells the part's average and its logarithmic weight.
+    __device__ void join(const Part& part, Running& run, int at) {
+        float* sums = reinterpret_cast<float*>(s.input);
+        float* tops = sums + WARPS * DIM;
+        float* totals = tops + WARPS;
+        float top = run.top;
+#pragma unroll
+        for (int step = 16; step >= LANES; step /= 2)
+            top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        const float shrink = __expf(run.top - top);
+        run.total *= shrink;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) run.acc[i] *= shrink;
+#pragma unroll
+        for (int step = 16; step >= LANES; step /= 2) {
+            run.total += __shfl_xor_sync(~0u, run.total, step);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) run.acc[i] += __shfl_xor_sync(~0u, run.acc[i], step);
+        }
+        if (lane < LANES)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) sums[warp * DIM + at + i] = run.acc[i];
+        if (lane == 0) tops[warp] = top, totals[warp] = run.total;
+        together();
+        const int d = 2 * threadIdx.x, place = part.head * SPLITS + part.split;
+        if (d >= DIM) return;
+        top = LOWEST;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) top = fmaxf(top, tops[i]);
+        float total = 0.0f, even = 0.0f, odd = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) {
+            const float weight = __expf(tops[i] - top);
+            total += totals[i] * weight;
+            even += sums[i * DIM + d] * weight, odd += sums[i * DIM + d + 1] * weight;
+        }
+        const float scale = total > 0.0f ? 1.0f / total : 0.0f;
+        if (d == 0) tell(s.plan.share + place, total > 0.0f ? top + __logf(total) : LOWEST, flag());
+        tell(s.plan.part + (place * DIM + d) / 2,
+             narrow(even * scale) | static_cast<u32>(narrow(odd * scale)) << 16, flag());
+    }
+
+    // Attention's result joined from its parts.
+    __device__ void load_attended() {
+        constexpr int EACH = (ATTENDED / 4 + THREADS - 1) / THREADS;
+        static_assert(HEADS * SPLITS <= THREADS, "a thread hears of each part");
+        constexpr bool FEW = EACH <= 2;  // else parts are asked for when all have been told
+        if (!FEW) {
+            if (threadIdx.x < HEADS * SPLITS)
+                s.share[threadIdx.x] = hear(s.plan.share + threadIdx.x, flag());
+            together();
+        }
+        Words parts[EACH][SPLITS];
+        bool all;
+        do {
+            all = true;
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const int at = min(i * THREADS + static_cast<int>(threadIdx.x), ATTENDED / 4 - 1);
+#pragma unroll
+                for (int p = 0; p < SPLITS; ++p)
+                    parts[i][p] =
+                        peek(s.plan.part, (at * 4 / DIM * SPLITS + p) * DIM / 4 + at % (DIM / 4));
+            }
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+#pragma unroll
+                for (int p = 0; p < SPLITS; ++p) all = all && parts[i][p].of(flag());
+        } while (!all);
+        if (FEW) {
+            if (threadIdx.x < HEADS * SPLITS)
+                s.share[threadIdx.x] = hear(s.plan.share + threadIdx.x, flag());
+            together();
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int at = i * THREADS + threadIdx.x;
+            if (at >= ATTENDED / 4) break;
+            const float* share = s.share + at * 4 / DIM * SPLITS;
+            const Words(&heard)[SPLITS] = parts[i];
+            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float top = LOWEST, sum = 0.0f;
+#pragma unroll
+            for (int p = 0; p < SPLITS; ++p) top = fmaxf(top, share[p]);
+#pragma unroll
+            for (int p = 0; p < SPLITS; ++p) {
+                const float weight = __expf(share[p] - top);
+                const float2 low = widen(heard[p].a.bits), high = widen(heard[p].b.bits);
+                sum += weight;
+                v.x += low.x * weight, v.y += low.y * weight;
+                v.z += high.x * weight, v.w += high.y * weight;
+            }
+            const float scale = 1.0f / sum;
+            v.x *= scale, v.y *= scale, v.z *= scale, v.w *= scale;
+            put<ATTENDED>(4 * at, v.x, v.y), put<ATTENDED>(4 * at + 2, v.z, v.w);
+        }
+        together();
+    }
+};

@@ -1,0 +1,215 @@
+// What the persistent kernel needs of the machine: asynchronous copies, loads, barriers, numbers.
+// No header is included: NVRTC compiles this where no CUDA toolkit is installed.
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int UNIT = 16;  // bytes of a lane's load from shared memory
+constexpr float LOWEST = -3.402823466e38f;
+constexpr int NOBODY = 0x7fffffff;
+
+__device__ __forceinline__ u32 shared_address(const void* p) {
+    return static_cast<u32>(__cvta_generic_to_shared(p));
+}
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+// Two 16-bit numbers of one word as float32.
+__device__ __forceinline__ float2 widen(u32 pair) {
+    float2 v;
+#if BF16
+    v.x = __uint_as_float(pair << 16);
+    v.y = __uint_as_float(pair & 0xffff0000u);
+#else
+    asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }"
+        : "=f"(v.x), "=f"(v.y)
+        : "r"(pair));
+#endif
+    return v;
+}
+
+__device__ __forceinline__ float widen_one(u16 value) { return widen(value).x; }
+
+// Eight 16-bit numbers.
+__device__ __forceinline__ void widen8(const char* from, float* to) {
+    const uint4 w = *reinterpret_cast<const uint4*>(from);
+    const float2 a = widen(w.x), b = widen(w.y), c = widen(w.z), d = widen(w.w);
+    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
+    to[4] = c.x, to[5] = c.y, to[6] = d.x, to[7] = d.y;
+}
+
+__device__ __forceinline__ u16 narrow(float value) {
+    u16 bits;
+#if BF16
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+    return bits;
+}
+
+__device__ __forceinline__ float logistic(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// The activation functions of ModelConfig; the tanh of GELU is written as a sigmoid.
+__device__ __forceinline__ float activate(float x) {
+#if ACT_gelu
+    return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+#elif ACT_gelu_tanh
+    return x * logistic(1.5957691216057308f * (x + 0.044715f * x * x * x));
+#elif ACT_quick_gelu
+    return x * logistic(1.702f * x);
+#elif ACT_relu
+    return fmaxf(x, 0.0f);
+#elif ACT_relu2
+    x = fmaxf(x, 0.0f);
+    return x * x;
+#elif ACT_silu
+    return x * logistic(x);
+#else
+#error "unknown activation"
+#endif
+}
+
+// Tensor cores: sum [16, 8] += a [16, 16] b [16, 8], 16-bit factors.
+__device__ __forceinline__ void multiply_add(float (&sum)[4], uint4 a, uint2 b) {
+#if BF16
+#define FACTORS "bf16.bf16"
+#else
+#define FACTORS "f16.f16"
+#endif
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." FACTORS
+        ".f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+    return v;
+}
+
+// Asked for here and now, however late it is used.
+__device__ __forceinline__ float2 read_constant(const float* from) {
+    float2 v;
+    asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from));
+    return v;
+}
+
+// ---- words that carry their own news
+// -------------------------------------------------------------
+
+// What programs tell each other travels in 8-byte words, 32 bits and a flag that says of which
+// stage they are. A reader asks again until it sees the flag: no barrier of the grid, no fence, one
+// way through the L2 cache. A word's place is written again only after all programs have read
+// it: before that each of them has to answer with words of its own.
+struct Word {
+    u32 bits, flag;
+};
+
+struct Words {
+    Word a, b;
+    __device__ bool of(u32 flag) const { return a.flag == flag && b.flag == flag; }
+};
+
+__device__ __forceinline__ void tell(u64* place, u32 bits, u32 flag) {
+    const u64 word = static_cast<u64>(flag) << 32 | bits;
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(place), "l"(word) : "memory");
+}
+
+__device__ __forceinline__ void tell(u64* place, float value, u32 flag) {
+    tell(place, __float_as_uint(value), flag);
+}
+
+// Words 2 `pair` and 2 `pair` + 1 as they are now.
+__device__ __forceinline__ Words peek(const u64* places, int pair) {
+    u64 a, b;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(a), "=l"(b)
+                 : "l"(places + 2 * pair)
+                 : "memory");
+    return {{static_cast<u32>(a), static_cast<u32>(a >> 32)},
+            {static_cast<u32>(b), static_cast<u32>(b >> 32)}};
+}
+
+// One word of the stage.
+__device__ __forceinline__ float hear(const u64* place, u32 flag) {
+    u64 word;
+    do {
+        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
+    } while (static_cast<u32>(word >> 32) != flag);
+    return __uint_as_float(static_cast<u32>(word));
+}
+
+// Pairs first, first + step, ... below `end`, all asked for together.
+template <int N>
+__device__ __forceinline__ void hear(Words (&heard)[N], const u64* places, int first, int step,
+                                     int end, u32 flag) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        heard[i].a.flag = heard[i].b.flag = first + i * step < end ? flag - 1 : flag;
+    bool all;
+    do {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            if (!heard[i].of(flag)) heard[i] = peek(places, first + i * step);
+        all = true;
+#pragma unroll
+        for (int i = 0; i < N; ++i) all = all && heard[i].of(flag);
+    } while (!all);
+}
+
+// What this thread's program wrote or read before is seen wherever a word is heard that is told
+// after.
+__device__ __forceinline__ void fence_all() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
+// ---- asynchronous copies to shared memory
+// ----------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 times) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(times)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again; }" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Weights leave the L2 cache first: each is read once a step.
+__device__ __forceinline__ void copy_once(u32 to, const void* from, u32 bytes, u32 barrier) {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy(u32 to, const void* from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// Ordinary writes before it are seen by asynchronous copies after it.
+__device__ __forceinline__ void fence_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }

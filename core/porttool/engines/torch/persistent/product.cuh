@@ -1,0 +1,209 @@
+// A program's products: eight rows at a time on the tensor cores, and the input that they meet.
+
+// The computing warps' barrier: the filling ones are elsewhere.
+__device__ __forceinline__ void together() {
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+// Eight rows times the input on the tensor cores. A lane's 16 bytes of a row are its part of the
+// first operand as they lie: words 0 and 2 count as row r, words 1 and 3 as row r + 8. So the
+// second operand has the input's words 0 and 2 in column 0, 1 and 3 in column 1 (their first 16
+// bits; the rest is in columns 2 and 3), and (r, 0) + (r + 8, 1) is the product. What the other
+// columns come to is of no use.
+struct Product {
+    float acc[4][4] = {};
+
+    __device__ void piece(const char* weights, const char* input, int n) {
+        int i = 0;
+        for (; i + 8 <= n; i += 8) several<8>(weights + i * STEP, input + i * STEP);
+        if (i + 4 <= n) several<4>(weights + i * STEP, input + i * STEP), i += 4;
+        for (; i < n; ++i) several<1>(weights + i * STEP, input + i * STEP);
+    }
+
+    template <int N>
+    __device__ void several(const char* weights, const char* input) {
+        uint4 w[N];
+        uint2 x[N];
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            w[j] = *reinterpret_cast<const uint4*>(weights + j * STEP);
+            x[j] = *reinterpret_cast<const uint2*>(input + j * STEP);
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j) multiply_add(acc[j % 4], w[j], x[j]);
+    }
+
+    // Lane 4 r gets the sum of row r, over the input's rest too where it has one.
+    __device__ float sum(bool rest) const {
+        float sum = acc[0][0] + acc[1][0] + acc[2][0] + acc[3][0];
+        sum += acc[0][3] + acc[1][3] + acc[2][3] + acc[3][3];
+        const float more = __shfl_down_sync(~0u, sum, 1);
+        return rest ? sum + more : sum;
+    }
+};
+
+// Where a program is: the token and layer it works on, and its place in the ring.
+struct Program {
+    Shared& shared;
+    Desk& s;
+    const u32 base;  // flags up to this one are of earlier launches
+    const int warp, lane;
+    int position, token = 0, layer = 0;
+    u32 taken = 0;  // slots of the ring
+
+    __device__ const Layer& weights() const { return s.plan.layers[layer]; }
+
+    // The flag of this layer's words; the stream is told twice, then with the next flag.
+    __device__ u32 flag() const { return base + 2 * (token * LAYERS + layer) + 1; }
+
+    // The n-th slot from here, once it is full. A barrier tells one turn of the ring from the next
+    // alone, so a slot that another warp may still hold has to have been opened.
+    __device__ const char* slot(int n) const {
+        const Place place(taken + n);
+        if (n >= SLOTS)
+            while (*const_cast<volatile u32*>(&shared.opened) <= taken + n) {
+            }
+        barrier_wait(shared_address(&shared.full[place.slot]), place.parity);
+        return shared.ring[place.slot];
+    }
+
+    // So many of the warps have done with it.
+    __device__ void release(int n, u32 warps) const {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(&shared.empty[Place(taken + n).slot]), warps);
+    }
+
+    // Rows of a stage's matrix, a slot a warp; the sums of each row's pieces are complete after the
+    // barrier. The rest of the input's elements lies behind their first 16 bits; the MLP's inner
+    // ones have none.
+    template <int STAGE>
+    __device__ void multiply(int rows) {
+        constexpr Matrix m = matrix(STAGE);
+        constexpr int pieces = m.pieces, rest = STAGE == DOWN ? 0 : m.steps * STEP + STEP;
+        const int slots = (rows + ROWS - 1) / ROWS * pieces;
+        const char* input = s.input + lane % 4 * UNIT + lane / 4 % 2 * 8 + lane / 8 % 2 * rest;
+        const int offset = lane / 4 * PITCH + lane % 4 * UNIT;
+        for (int i = warp; i < slots; i += WARPS) {
+            const int group = i / pieces, piece = i % pieces, begin = m.begin(piece);
+            Product product;
+            product.piece(slot(i) + offset, input + begin * STEP, m.begin(piece + 1) - begin);
+            release(i, WARPS);
+            const float sum = product.sum(rest);
+            if (lane % 4 == 0) s.sums[(group * ROWS + lane / 4) * pieces + piece] = sum;
+        }
+        taken += slots;
+        together();
+    }
+
+    // A row's sum over its pieces.
+    __device__ float total(const Matrix& m, int local) const {
+        float sum = 0.0f;
+        for (int i = 0; i < m.pieces; ++i) sum += s.sums[local * m.pieces + i];
+        return sum;
+    }
+
+    // ---- inputs
+    // -----------------------------------------------------------------------------------
+
+    // Element `at` of the chosen token's embedding at its position.
+    __device__ float embedding(int at) const {
+        float value = widen_one(__ldg(s.plan.embedding + static_cast<long long>(s.token) * D + at));
+        if (s.plan.learned) {
+            const long long row = min(static_cast<long long>(position), s.plan.last_position);
+            value += widen_one(__ldg(s.plan.learned + row * D + at));
+        }
+        return value;
+    }
+
+    // Where a pair of elements goes: a unit's middle words change places.
+    __device__ static int placed(int word) {
+        return (word & ~3) | (word & 1) << 1 | (word >> 1 & 1);
+    }
+
+    // Two neighbouring elements of the input: their first 16 bits, and the rest behind all of
+    // those, half a line further, so that both are read at once.
+    template <int K>
+    __device__ void put(int at, float a, float b) {
+        const u16 x = narrow(a), y = narrow(b);
+        u32* to = reinterpret_cast<u32*>(s.input) + placed(at / 2);
+        to[0] = x | static_cast<u32>(y) << 16;
+        to[(K * 2 + STEP) / 4] =
+            narrow(a - widen_one(x)) | static_cast<u32>(narrow(b - widen_one(y))) << 16;
+    }
+
+    template <int N>
+    __device__ static void load_constants(float2 (&g)[N], float2 (&b)[N], const float* scale,
+                                          const float* shift) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const int at = min(i * THREADS + static_cast<int>(threadIdx.x), D / 2 - 1);
+            g[i] = read_constant(scale + 2 * at);
+            b[i] = shift ? read_constant(shift + 2 * at) : make_float2(0.0f, 0.0f);
+        }
+    }
+
+    // The normalised residual stream (Ba, Kiros and Hinton 2016; Zhang and Sennrich 2019). `before`
+    // is the flag of the words to hear; the first layer's input is an embedding.
+    __device__ void load_normed(const float* scale, const float* shift, u32 before, bool first) {
+        constexpr int EACH = (D / 2 + THREADS - 1) / THREADS;
+        constexpr bool AHEAD = EACH <= 4;  // scale and shift are read before the words come
+        float2 g[EACH], b[EACH], x[EACH];
+        float sum = 0.0f, square = 0.0f;
+        if (AHEAD) load_constants(g, b, scale, shift);
+        if (first) {
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const int at = min(i * THREADS + static_cast<int>(threadIdx.x), D / 2 - 1);
+                x[i] = token ? make_float2(embedding(2 * at), embedding(2 * at + 1))
+                             : reinterpret_cast<const float2*>(s.plan.x)[at];
+            }
+        } else {
+            Words heard[EACH];
+            hear(heard, s.plan.stream, threadIdx.x, THREADS, D / 2, before);
+#pragma unroll
+            for (int i = 0; i < EACH; ++i)
+                x[i] =
+                    make_float2(__uint_as_float(heard[i].a.bits), __uint_as_float(heard[i].b.bits));
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            if (i * THREADS + threadIdx.x >= D / 2) break;
+            sum += x[i].x + x[i].y;
+            square += x[i].x * x[i].x + x[i].y * x[i].y;
+        }
+        if (!AHEAD) load_constants(g, b, scale, shift);
+        sum = warp_sum(sum), square = warp_sum(square);
+        if (lane == 0) s.square[warp] = make_float2(sum, square);
+        together();
+        sum = square = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) sum += s.square[i].x, square += s.square[i].y;
+        const float mean = RMS ? 0.0f : sum / D;
+        const float r = rsqrtf(fmaxf(square / D - mean * mean, 0.0f) + EPS);
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int at = i * THREADS + threadIdx.x;
+            if (at >= D / 2) break;
+            put<D>(2 * at, (x[i].x - mean) * r * g[i].x + b[i].x,
+                   (x[i].y - mean) * r * g[i].y + b[i].y);
+        }
+        together();
+    }
+
+    // The MLP's inner activations, two to a word, as they are stored.
+    __device__ void load_hidden() {
+        constexpr int PAIRS = FF / 4, EACH = (PAIRS + THREADS - 1) / THREADS,
+                      AT_ONCE = EACH < 8 ? EACH : 8;
+        for (int first = threadIdx.x; first < PAIRS; first += AT_ONCE * THREADS) {
+            Words heard[AT_ONCE];
+            hear(heard, s.plan.hidden, first, THREADS, PAIRS, flag());
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i)
+                if (first + i * THREADS < PAIRS) {
+                    u32* to = reinterpret_cast<u32*>(s.input) + placed(2 * (first + i * THREADS));
+                    to[0] = heard[i].a.bits, to[2] = heard[i].b.bits;
+                }
+        }
+        together();
+    }
+};

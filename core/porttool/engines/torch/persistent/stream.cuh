@@ -1,0 +1,219 @@
+// How a program's weights and cached keys reach it: a ring of shared memory that some warps fill.
+//
+// Program c owns columns N c / GRID .. N (c + 1) / GRID of every matrix [N, K], eight rows of K at
+// a time, in pieces of a few KB a row; one slot of the ring holds a piece of all eight. What comes
+// next is known ahead of all activations, so the filling warps run through the whole model by
+// themselves and wait only for free slots: the ring fills up whatever the computing warps wait for.
+// (One warp alone does not issue copies fast enough.)
+
+constexpr int WARPS = 8, THREADS = WARPS * 32;  // that compute
+constexpr int ALL_THREADS = THREADS + FILLERS * 32;
+constexpr int ROWS = 8;   // rows of a slot
+constexpr int STEP = 64;  // bytes of a row that one load of a warp covers, 32 elements
+constexpr int ATTENDED = HEADS * DIM;
+constexpr int LANES = DIM / 8;  // lanes that hold a position's key, eight elements each
+
+__device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+
+// One matrix's geometry. A gated one holds its two halves one after the other; a column's two rows
+// follow each other in its program. Columns are cut in groups of `cut`.
+struct Matrix {
+    int columns, steps, pieces, span, paired, cut;  // a row is `steps` long, a piece `span` at most
+
+    __device__ constexpr Matrix(int columns, int inner, int paired = 0, int cut = 1)
+        : columns(columns),
+          steps(inner / 32),
+          pieces((steps + MOST_STEPS - 1) / MOST_STEPS),
+          span((steps + pieces - 1) / pieces),
+          paired(paired),
+          cut(cut) {}
+    __device__ constexpr int most_rows() const {
+        return (columns / cut + GRID - 1) / GRID * cut * (paired ? 2 : 1);
+    }
+    __device__ int begin(int piece) const { return min(piece * span, steps); }
+    __device__ int edge(int program) const {
+        return static_cast<u32>(columns / cut) * program / GRID * cut;
+    }
+    __device__ int first() const { return edge(blockIdx.x); }
+    __device__ int owned() const { return edge(blockIdx.x + 1) - first(); }
+    __device__ int rows() const { return owned() << paired; }
+};
+
+enum Stage { QKV, OUT, UP, DOWN, HEAD };
+
+__constant__ constexpr Matrix QKV_MATRIX((HEADS + 2 * KV) * DIM, D), OUT_MATRIX(D, ATTENDED),
+    UP_MATRIX(FF, D, GATED, 2), DOWN_MATRIX(D, FF), HEAD_MATRIX(VOCAB, D);
+__device__ constexpr Matrix matrix(int stage) {
+    return stage == QKV    ? QKV_MATRIX
+           : stage == OUT  ? OUT_MATRIX
+           : stage == UP   ? UP_MATRIX
+           : stage == DOWN ? DOWN_MATRIX
+                           : HEAD_MATRIX;
+}
+__constant__ constexpr Matrix MATRICES[] = {QKV_MATRIX, OUT_MATRIX, UP_MATRIX, DOWN_MATRIX,
+                                            HEAD_MATRIX};
+
+__device__ constexpr int most_of(int a, int b, int c, int d, int e) {
+    return most(most(most(a, b), most(c, d)), e);
+}
+constexpr int LONGEST =
+    most_of(QKV_MATRIX.span, OUT_MATRIX.span, UP_MATRIX.span, DOWN_MATRIX.span, HEAD_MATRIX.span);
+// Rows of a slot lie an odd number of steps apart: the two that eight lanes read meet no bank
+// twice.
+constexpr int PITCH = (LONGEST | 1) * STEP;
+constexpr int TOGETHER = THREADS / LANES;  // positions that the warps meet at once
+constexpr int CHUNK = most(ROWS * PITCH / (4 * DIM) / TOGETHER, 1) * TOGETHER;  // of a slot
+constexpr int SLOT = most(ROWS * PITCH, CHUNK * DIM * 4);                       // keys, then values
+constexpr int BATCH = THREADS;  // rows of the head between two reductions
+
+struct Layer {
+    const char *qkv, *out, *up, *down;
+    const float *qkv_scale, *qkv_shift;  // of the norm before it
+    const u16 *qkv_bias, *out_bias;
+    const float *up_scale, *up_shift;
+    const u16 *up_bias, *down_bias;
+    u16 *keys, *values;  // of the row's slot: [KV, capacity, DIM]
+    double scale;
+};
+
+struct Plan {
+    const char* head;
+    const float *head_scale, *head_shift;
+    const u16 *embedding, *learned;
+    const float *cosine, *sine;
+    int *tokens, *positions, *slots, *cursor, *history;
+    float* x;  // [D], the residual stream of the next token to be fed
+    u64 *stream, *qkv, *part, *share, *hidden, *best;  // words
+    long long capacity, last_position;
+    Layer layers[LAYERS];
+};
+
+static_assert(sizeof(Plan) == 8 * PLAN_WORDS, "the plan is laid out as plan_words does it");
+
+constexpr int INPUT_BYTES = most(most(most(D, ATTENDED) * 4 + STEP, FF * 2), WARPS*(DIM + 2) * 4);
+__device__ constexpr int sums_of(const Matrix& m, int rows) { return (rows + ROWS) * m.pieces; }
+constexpr int SUMS =
+    most_of(sums_of(QKV_MATRIX, QKV_MATRIX.most_rows()),
+            sums_of(OUT_MATRIX, OUT_MATRIX.most_rows()), sums_of(UP_MATRIX, UP_MATRIX.most_rows()),
+            sums_of(DOWN_MATRIX, DOWN_MATRIX.most_rows()), sums_of(HEAD_MATRIX, BATCH));
+
+// A program's shared memory beside the rings.
+struct Desk {
+    Plan plan;
+    alignas(16) char input[INPUT_BYTES];     // activations of a stage; attention's parts
+    float sums[SUMS];                        // of each row, by pieces
+    float residual[OUT_MATRIX.most_rows()];  // this program's elements of the residual stream
+    float2 square[WARPS];                    // sums and sums of squares of the norm's input
+    float share[HEADS * SPLITS];             // logarithmic weights of attention's parts
+    alignas(16) float query[DIM], key[DIM], value[DIM];
+    float best[WARPS];
+    int where[WARPS];
+    int token;
+};
+
+constexpr int SLOTS = (SHARED - sizeof(Desk) - 256) / (SLOT + 16);
+static_assert(SLOTS >= 2, "too little shared memory for the ring");
+
+struct Shared {
+    alignas(128) char ring[SLOTS][SLOT];
+    alignas(8) u64 full[SLOTS];
+    u64 empty[SLOTS], chosen;
+    u32 opened;  // slots that have been asked for since the start
+    alignas(16) Desk desk;
+};
+static_assert(sizeof(Shared) <= SHARED, "more shared memory than there is");
+
+// Which part of the context this program attends to, for one query head.
+struct Part {
+    int head, split, low, high;
+
+    __device__ Part(int position) {
+        head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
+        const int each = (position / SPLITS + 1 + 7) / 8 * 8;
+        low = min(split * each, position + 1);
+        high = head < HEADS ? min(low + each, position + 1) : low;
+    }
+    __device__ bool live() const { return head < HEADS; }
+    __device__ int kv() const { return head / (HEADS / KV); }
+    // What the cache holds of it before the step: the last position is the step's own.
+    __device__ int stored(int position) const { return min(high, position); }
+};
+
+// Where in the ring the n-th slot since the start lies, and in which of its turns.
+struct Place {
+    int slot;
+    u32 parity;
+
+    __device__ explicit Place(u32 n) : slot(n % SLOTS), parity(n / SLOTS & 1) {}
+};
+
+// A filling warp's only active lane: asks for its rows of everything, in the order of consumption.
+struct Filler {
+    Shared& shared;
+    const int number;
+    u32 asked = 0;
+
+    // The address of the next slot once it is empty; it will receive so many bytes of this warp. No
+    // more than FLYING slots are on their way at a time: what programs tell each other queues up
+    // behind them.
+    __device__ u32 open(u32 bytes) {
+        if (asked >= FLYING) {
+            const Place flying(asked - FLYING);
+            barrier_wait(shared_address(&shared.full[flying.slot]), flying.parity);
+        }
+        const Place place(asked);
+        barrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
+        barrier_expect(full(), bytes);
+        if (number == 0) *const_cast<volatile u32*>(&shared.opened) = asked + 1;
+        return shared_address(shared.ring[place.slot]);
+    }
+    __device__ u32 full() const { return shared_address(&shared.full[Place(asked).slot]); }
+
+    __device__ void rows(const Matrix& m, const char* matrix) {
+        const int rows = m.rows();
+        const long long row = m.steps * STEP;
+        for (int group = 0; group < rows; group += ROWS) {
+            const int n = min(rows - group, ROWS);
+            const char* from = matrix + (m.first() + (group >> m.paired)) * row;
+            for (int piece = 0; piece < m.pieces; ++piece, ++asked) {
+                const int begin = m.begin(piece) * STEP, bytes = m.begin(piece + 1) * STEP - begin;
+                const u32 to = open((n - number + FILLERS - 1) / FILLERS * bytes), barrier = full();
+                for (int i = number; i < n; i += FILLERS) {
+                    const long long at = m.paired ? i / 2 + (i & 1) * m.columns : i;
+                    copy_once(to + i * PITCH, from + at * row + begin, bytes, barrier);
+                }
+            }
+        }
+    }
+
+    __device__ void context(const Layer& w, int position) {
+        const Part part(position);
+        const int end = part.stored(position);
+        if (!part.live()) return;
+        for (int at = part.low; at < end; at += CHUNK, ++asked) {
+            const u32 bytes = min(end - at, CHUNK) * DIM * 2, to = open(number < 2 ? bytes : 0);
+            const long long from = (part.kv() * shared.desk.plan.capacity + at) * DIM;
+            if (number == 0) copy(to, w.keys + from, bytes, full());
+            if (number == 1) copy(to + CHUNK * DIM * 2, w.values + from, bytes, full());
+        }
+    }
+
+    // The cache holds a token's keys once every program has chosen the token.
+    __device__ void run(int start, int count) {
+        const Plan& plan = shared.desk.plan;
+        for (int token = 0; token < count; ++token) {
+            for (int layer = 0; layer < LAYERS; ++layer) {
+                const Layer& w = plan.layers[layer];
+                rows(MATRICES[QKV], w.qkv);
+                if (token && !layer) {
+                    barrier_wait(shared_address(&shared.chosen), (token - 1) & 1);
+                    fence_copies();
+                }
+                context(w, start + token);
+                for (int stage = OUT; stage <= DOWN; ++stage)
+                    rows(MATRICES[stage], stage == OUT ? w.out : stage == UP ? w.up : w.down);
+            }
+            rows(MATRICES[HEAD], plan.head);
+        }
+    }
+};
