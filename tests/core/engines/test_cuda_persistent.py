@@ -58,14 +58,16 @@ def test_it_compiles_for_every_kind_of_model(case: str, compiler) -> None:
         assert b"decode_row" in cubin
 
 
-def test_compiled_code_is_kept(compiler, monkeypatch) -> None:
+def test_compiled_code_is_kept_and_checked(compiler, monkeypatch) -> None:
     source = 'extern "C" __global__ void f(int* x) { *x = N; }'
-    first = compile_cubin(source, name="f", arch="sm_90a", macros={"N": 3})
+    made = [compile_cubin(source, name="f", arch="sm_90a", macros={"N": 3})]
+    monkeypatch.setattr(cuda_compile, "_compiled", lambda *a: made[0] + b"again")
+    assert compile_cubin(source, name="f", arch="sm_90a", macros={"N": 3}) == made[0]
     (kept,) = compiler.rglob("f-*.cubin")
-    assert kept.read_bytes() == first
-    kept.write_bytes(b"as kept")
-    assert compile_cubin(source, name="f", arch="sm_90a", macros={"N": 3}) == b"as kept"
-    assert compile_cubin(source, name="f", arch="sm_90a", macros={"N": 4}) != b"as kept"
+    for damaged in (b"", kept.read_bytes()[:-1]):
+        kept.write_bytes(damaged)
+        again = compile_cubin(source, name="f", arch="sm_90a", macros={"N": 3})
+        assert again == made[0] + b"again"
 
 
 def test_a_refused_source_says_why(compiler) -> None:
@@ -73,10 +75,18 @@ def test_a_refused_source_says_why(compiler) -> None:
         compile_cubin("__device__ int f() { return nowhere; }", name="f", arch="sm_90a", macros={})
 
 
-def test_a_model_too_large_for_shared_memory_says_why(compiler) -> None:
-    with pytest.raises(CompilerUnavailable, match="too little shared memory"):
-        compile_row(shape_of("learned", d_ff=12800), torch.float16,
-                    PersistentTile(400, 2, 1), HOPPER)  # fmt: skip
+@pytest.mark.parametrize(
+    ("tile", "reason"),
+    [
+        (PersistentTile(400, 2, 1), "too little shared memory"),
+        (PersistentTile(24, 40, 1), "that it has asked for"),
+        (PersistentTile(24, 3, 67), "one part of a head"),
+        (PersistentTile(24, 3, 1, 1), "keys, another for the values"),
+    ],
+)
+def test_tiles_that_would_hang_are_refused(compiler, tile: PersistentTile, reason: str) -> None:
+    with pytest.raises(CompilerUnavailable, match=reason):
+        compile_row(shape_of("learned", d_ff=12800), torch.float16, tile, HOPPER)
 
 
 @pytest.mark.parametrize(

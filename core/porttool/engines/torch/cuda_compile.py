@@ -30,43 +30,58 @@ def compile_cubin(source: str, *, name: str, arch: str, macros: Mapping[str, obj
     version = _checked(nvrtc.nvrtcVersion())
     identity = "\0".join([source, *options, str(version)])
     target = _place(f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.cubin")
-    if target is not None and target.is_file():
-        return target.read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
-    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-    if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
-        raise CompilerUnavailable(lines[0] if lines else str(error))
-    cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
-    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))  # which fills the bytes in place
-    nvrtc.nvrtcDestroyProgram(program)
+    kept = _read(target)
+    if kept is not None:
+        return kept
+    cubin = _compiled(nvrtc, source, name, options)
     if target is not None:
         _keep(target, cubin)
+    return cubin
+
+
+def _compiled(nvrtc: Any, source: str, name: str, options: Sequence[str]) -> bytes:
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
+    try:
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            nvrtc.nvrtcGetProgramLog(program, log)  # which fills the bytes in place
+            lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
+            raise CompilerUnavailable(lines[0] if lines else str(error))
+        cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
     return cubin
 
 
 class CompiledKernel:
     """A kernel of a cubin in the current context, which is PyTorch's."""
 
-    def __init__(self, cubin: bytes, name: str, *, shared: int) -> None:
-        driver = _driver()
-        self._module = _checked(driver.cuModuleLoadData(cubin))
-        self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
-        self.shared = shared
+    def __init__(self, cubin: bytes, name: str, *, threads: int, shared: int) -> None:
+        driver, self.threads, self.shared = _driver(), threads, shared
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(self._function, limit, shared))
+        try:
+            self._module = _checked(driver.cuModuleLoadData(cubin))
+            self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
+            _checked(driver.cuFuncSetAttribute(self._function, limit, shared))
+            resident = _checked(
+                driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared)
+            )
+        except RuntimeError as error:  # a driver that is older than the bindings
+            raise CompilerUnavailable(f"CUDA's driver: {error}") from error
+        if not resident:
+            raise CompilerUnavailable("a multiprocessor has no room for it")
 
     def launch_together(
-        self, programs: int, threads: int, stream: int, values: Sequence[int], kinds: Sequence[Any]
+        self, programs: int, stream: int, values: Sequence[int], kinds: Sequence[Any]
     ) -> None:
         """Enqueue a cooperative launch: all programs are resident at once, or none runs.
 
         kinds: of the arguments, POINTER or INTEGER. Raises EngineError if the GPU refuses.
         """
         (status,) = _driver().cuLaunchCooperativeKernel(
-            self._function, programs, 1, 1, threads, 1, 1, self.shared, stream,
+            self._function, programs, 1, 1, self.threads, 1, 1, self.shared, stream,
             (tuple(values), tuple(kinds)),
         )  # fmt: skip
         if int(status) != 0:
@@ -112,13 +127,23 @@ def _place(name: str) -> Path | None:
         return None
 
 
+def _read(target: Path | None) -> bytes | None:
+    """Return code that was kept, if it is whole: its SHA-256 is in front of it."""
+    try:
+        kept = b"" if target is None else target.read_bytes()
+    except OSError:
+        return None
+    cubin = kept[32:]
+    return cubin if kept[:32] == hashlib.sha256(cubin).digest() else None
+
+
 def _keep(target: Path, cubin: bytes) -> None:
     """Write to the cache, whole or not at all; without it the next run compiles again."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
-            made.write_bytes(cubin)
+            made.write_bytes(hashlib.sha256(cubin).digest() + cubin)
             made.replace(target)
     except OSError:
         return

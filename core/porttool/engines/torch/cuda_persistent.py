@@ -27,7 +27,7 @@ SHARED = 227 << 10
 
 _SOURCES = Path(__file__).parent / "persistent"
 _PARTS = ("machine.cuh", "stream.cuh", "product.cuh", "attention.cuh", "step.cu")
-_COMPUTING = 256  # threads, as stream.cuh has them
+_COMPUTING = 256  # threads of a program; others fill its ring
 _MOST_FLAGS = 1 << 31
 
 
@@ -76,7 +76,7 @@ def macros(
         "RMS": int(c.norm == "rmsnorm"), f"ACT_{c.activation}": 1, "EPS": f"{c.norm_eps!r}f",
         "BF16": int(dtype == torch.bfloat16), "GRID": programs, "SHARED": SHARED,
         "PLAN_WORDS": 21 + 15 * c.n_layer, "MOST_STEPS": tile.steps, "FLYING": tile.flying,
-        "SPLITS": tile.splits, "FILLERS": tile.fillers,
+        "SPLITS": tile.splits, "FILLERS": tile.fillers, "THREADS": _COMPUTING,
     }  # fmt: skip
 
 
@@ -100,6 +100,8 @@ class PersistentRow:
     def __init__(self, model: Model, rows: Rows, x: Tensor, tile: PersistentTile) -> None:
         c, self._device = model.config, x.device
         reason = unsuited(c, model.dtype, str(x.device))
+        if reason is None and any(w.weight.data_ptr() % 16 for w in model.weights.linears()):
+            reason = "a matrix does not begin at a multiple of 16 bytes"
         if reason:
             raise CompilerUnavailable(reason)
         self.programs = programs_of(x.device)
@@ -111,20 +113,23 @@ class PersistentRow:
         plan = plan_words(model, rows, (x, *self._words))
         self._plan = torch.tensor(plan, device=x.device)
         self._flags, self._told = 2 * c.n_layer, 0
-        self._threads = _COMPUTING + 32 * tile.fillers
+        threads = _COMPUTING + 32 * tile.fillers
         with torch.cuda.device(x.device):
             cubin = compile_row(c, model.dtype, tile, self.programs)
-            self._kernel = CompiledKernel(cubin, "decode_row", shared=SHARED)
+            self._kernel = CompiledKernel(cubin, "decode_row", threads=threads, shared=SHARED)
 
     def run(self, tokens: int, logits: Tensor | None = None) -> None:
-        """Enqueue greedy tokens; with `logits` [vocab_size] float32 one step that fills them."""
+        """Enqueue greedy tokens; with `logits` [vocab_size] float32 one step that fills them.
+
+        The row's slot is a real one, and its history has room for the tokens, one at least.
+        """
         if self._told + self._flags * tokens >= _MOST_FLAGS:
             for words in self._words:
                 words.zero_()
             self._told = 0
         with torch.cuda.device(self._device):
             self._kernel.launch_together(
-                self.programs, self._threads, torch.cuda.current_stream().cuda_stream,
+                self.programs, torch.cuda.current_stream().cuda_stream,
                 (self._plan.data_ptr(), tokens, self._told, _address(logits)),
                 (POINTER, INTEGER, INTEGER, POINTER),
             )  # fmt: skip

@@ -38,6 +38,7 @@ from porttool.engines.torch.cuda_tuning import (
     tile_rows,
 )
 from porttool.engines.torch.cuda_weights import Linear
+from porttool.errors import EngineError
 from porttool.nn import Step
 
 _COLD_BYTES = 400 << 20
@@ -147,7 +148,7 @@ class _Search:
         try:
             self.decoder.use(tuning)
             time = step_milliseconds(self.decoder, self.n, self.context)
-        except (TritonError, CompilerUnavailable):
+        except (TritonError, CompilerUnavailable, EngineError):
             time = float("inf")
         if time < self.time:
             self.best, self.time = tuning, time
@@ -210,7 +211,8 @@ def refine(
     decoder: CudaDecoder, found: Mapping[str, list[StreamTile | WideTile]], n: int, context: int
 ) -> float:
     """Try the leaders in the whole step of n rows, where neighbours matter; milliseconds."""
-    first = decoder.tuning
+    alone = decoder.tuning.persistent
+    first = replace(decoder.tuning, persistent=None)  # only a single row's search shall build one
     for name, tiles in found.items():
         first = with_tile(first, name, next(t for t in tiles if t.block_n), n)
     decoder.use(first)
@@ -222,7 +224,8 @@ def refine(
     if n == 1:
         search.offer(replace(search.best, join_in_out=True))
         search.offer_persistent()
-    decoder.use(search.best)
+        alone = search.best.persistent
+    decoder.use(replace(search.best, persistent=alone))
     return search.time
 
 

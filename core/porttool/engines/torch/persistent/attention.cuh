@@ -127,8 +127,9 @@ struct Attention : Program {
             total += totals[i] * weight;
             even += sums[i * DIM + d] * weight, odd += sums[i * DIM + d + 1] * weight;
         }
-        const float scale = total > 0.0f ? 1.0f / total : 0.0f;
-        if (d == 0) tell(s.plan.share + place, total > 0.0f ? top + __logf(total) : LOWEST, flag());
+        const bool empty = total == 0.0f;  // a NaN is not: it shall be seen in the logits
+        const float scale = empty ? 0.0f : 1.0f / total;
+        if (d == 0) tell(s.plan.share + place, empty ? LOWEST : top + __logf(total), flag());
         tell(s.plan.part + (place * DIM + d) / 2,
              narrow(even * scale) | static_cast<u32>(narrow(odd * scale)) << 16, flag());
     }
@@ -136,7 +137,6 @@ struct Attention : Program {
     // Attention's result joined from its parts.
     __device__ void load_attended() {
         constexpr int EACH = (ATTENDED / 4 + THREADS - 1) / THREADS;
-        static_assert(HEADS * SPLITS <= THREADS, "a thread hears of each part");
         constexpr bool FEW = EACH <= 2;  // else parts are asked for when all have been told
         if (!FEW) {
             if (threadIdx.x < HEADS * SPLITS)

@@ -1,5 +1,10 @@
 // What the persistent kernel needs of the machine: asynchronous copies, loads, barriers, numbers.
 // No header is included: NVRTC compiles this where no CUDA toolkit is installed.
+//
+// Defined outside: D, HEADS, KV, DIM, FF, VOCAB, LAYERS (the model's sizes), ROTARY (rotated elements
+// of a head), GATED, RMS, BF16 (0 or 1), ACT_name, EPS (of the norms), GRID (multiprocessors), SHARED
+// (bytes of shared memory), THREADS (that compute), FILLERS (warps that fill), MOST_STEPS, FLYING,
+// SPLITS (see PersistentTile) and PLAN_WORDS.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -13,7 +18,7 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
-// ---- numbers ------------------------------------------------------------------------------------
+// ---- numbers ----
 
 // Two 16-bit numbers of one word as float32.
 __device__ __forceinline__ float2 widen(u32 pair) {
@@ -98,13 +103,17 @@ __device__ __forceinline__ float2 read_constant(const float* from) {
     return v;
 }
 
-// ---- words that carry their own news
-// -------------------------------------------------------------
+// ---- words that carry their own news ----
 
 // What programs tell each other travels in 8-byte words, 32 bits and a flag that says of which
 // stage they are. A reader asks again until it sees the flag: no barrier of the grid, no fence, one
-// way through the L2 cache. A word's place is written again only after all programs have read
-// it: before that each of them has to answer with words of its own.
+// way through the L2 cache.
+//
+// A word's place is written again only after all programs have read it: in every layer each program
+// tells words of qkv, of the stream and of hidden, after it has heard all of those before, and
+// who writes a place again has heard those. So every program must own a column of each of them,
+// or it could fall behind and wait for ever. (That a store is not performed before the loads that its
+// value and its being reached depend on is how GPUs work, not a promise of PTX's relaxed order.)
 struct Word {
     u32 bits, flag;
 };
@@ -161,12 +170,11 @@ __device__ __forceinline__ void hear(Words (&heard)[N], const u64* places, int f
     } while (!all);
 }
 
-// What this thread's program wrote or read before is seen wherever a word is heard that is told
-// after.
+// Before a word is told: what this thread wrote or saw is seen wherever that word is heard. After
+// words are heard: what their tellers saw is seen here. Behind a barrier of the program, for all of it.
 __device__ __forceinline__ void fence_all() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
-// ---- asynchronous copies to shared memory
-// ----------------------------------------------------------
+// ---- asynchronous copies to shared memory ----
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)

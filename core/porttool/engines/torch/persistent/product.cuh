@@ -56,8 +56,9 @@ struct Program {
     // The flag of this layer's words; the stream is told twice, then with the next flag.
     __device__ u32 flag() const { return base + 2 * (token * LAYERS + layer) + 1; }
 
-    // The n-th slot from here, once it is full. A barrier tells one turn of the ring from the next
-    // alone, so a slot that another warp may still hold has to have been opened.
+    // The n-th slot from here, once it is full. A barrier's parity is the same every second turn.
+    // All slots before this stage have been emptied, so that up to SLOTS there is no doubt; beyond,
+    // wait until the filler has opened the slot, which it does once the turn before is emptied.
     __device__ const char* slot(int n) const {
         const Place place(taken + n);
         if (n >= SLOTS)
@@ -78,7 +79,7 @@ struct Program {
     // ones have none.
     template <int STAGE>
     __device__ void multiply(int rows) {
-        constexpr Matrix m = matrix(STAGE);
+        constexpr Matrix m = MATRICES[STAGE];
         constexpr int pieces = m.pieces, rest = STAGE == DOWN ? 0 : m.steps * STEP + STEP;
         const int slots = (rows + ROWS - 1) / ROWS * pieces;
         const char* input = s.input + lane % 4 * UNIT + lane / 4 % 2 * 8 + lane / 8 % 2 * rest;
@@ -102,8 +103,7 @@ struct Program {
         return sum;
     }
 
-    // ---- inputs
-    // -----------------------------------------------------------------------------------
+    // ---- inputs ----
 
     // Element `at` of the chosen token's embedding at its position.
     __device__ float embedding(int at) const {

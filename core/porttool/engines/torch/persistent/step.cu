@@ -115,7 +115,7 @@ struct Step : Attention {
                     prefer(top, where, __uint_as_float(heard[i].a.bits),
                            static_cast<int>(heard[i].b.bits));
             prefer_warp(top, where);
-            if (lane == 0) s.token = min(where, VOCAB - 1);  // only when every logit is NaN
+            if (lane == 0) s.token = min(where, VOCAB - 1);  // of nothing but NaN
             fence_all();
         }
         together();
@@ -131,12 +131,14 @@ struct Step : Attention {
 
 // Decode `count` tokens of the row that the plan points to, from the residual stream x of the first
 // on: greedy ones into its history, or with `logits` [VOCAB] those of a single token. Words with
-// flags above `base` have never been told; this launch tells up to base + 2 count LAYERS.
+// flags above `base` have never been told; this launch tells up to base + 2 count LAYERS. The row's
+// slot is a real one, never padding.
 extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     decode_row(const Plan* plan, int count, u32 base, float* logits) {
-    extern __shared__ char memory[];
+    extern __shared__ __align__(128) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Desk& s = shared.desk;
+    if (logits) count = 1;
     const int start = *plan->positions, cursor = *plan->cursor;
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(Plan) / 8); i += ALL_THREADS)
         reinterpret_cast<u64*>(&s.plan)[i] = reinterpret_cast<const u64*>(plan)[i];

@@ -6,7 +6,7 @@
 // themselves and wait only for free slots: the ring fills up whatever the computing warps wait for.
 // (One warp alone does not issue copies fast enough.)
 
-constexpr int WARPS = 8, THREADS = WARPS * 32;  // that compute
+constexpr int WARPS = THREADS / 32;
 constexpr int ALL_THREADS = THREADS + FILLERS * 32;
 constexpr int ROWS = 8;   // rows of a slot
 constexpr int STEP = 64;  // bytes of a row that one load of a warp covers, 32 elements
@@ -43,13 +43,6 @@ enum Stage { QKV, OUT, UP, DOWN, HEAD };
 
 __constant__ constexpr Matrix QKV_MATRIX((HEADS + 2 * KV) * DIM, D), OUT_MATRIX(D, ATTENDED),
     UP_MATRIX(FF, D, GATED, 2), DOWN_MATRIX(D, FF), HEAD_MATRIX(VOCAB, D);
-__device__ constexpr Matrix matrix(int stage) {
-    return stage == QKV    ? QKV_MATRIX
-           : stage == OUT  ? OUT_MATRIX
-           : stage == UP   ? UP_MATRIX
-           : stage == DOWN ? DOWN_MATRIX
-                           : HEAD_MATRIX;
-}
 __constant__ constexpr Matrix MATRICES[] = {QKV_MATRIX, OUT_MATRIX, UP_MATRIX, DOWN_MATRIX,
                                             HEAD_MATRIX};
 
@@ -72,7 +65,7 @@ struct Layer {
     const u16 *qkv_bias, *out_bias;
     const float *up_scale, *up_shift;
     const u16 *up_bias, *down_bias;
-    u16 *keys, *values;  // of the row's slot: [KV, capacity, DIM]
+    u16 *keys, *values;  // [KV, capacity, DIM] of slot 0; in shared memory, of the row's slot
     double scale;
 };
 
@@ -111,8 +104,21 @@ struct Desk {
     int token;
 };
 
+// Two barriers a slot; 256 bytes for the rest and for alignment.
 constexpr int SLOTS = (SHARED - sizeof(Desk) - 256) / (SLOT + 16);
 static_assert(SLOTS >= 2, "too little shared memory for the ring");
+static_assert(FLYING >= 1 && FLYING <= SLOTS, "a filler waits for slots that it has asked for");
+static_assert(FILLERS >= 2, "one warp asks for the keys, another for the values");
+static_assert(SPLITS >= 1 && HEADS * SPLITS <= GRID, "a program attends to one part of a head");
+static_assert(QKV_MATRIX.most_rows() <= THREADS && OUT_MATRIX.most_rows() <= THREADS &&
+                  UP_MATRIX.most_rows() <= THREADS,
+              "a thread tells of each row");
+static_assert(QKV_MATRIX.columns >= GRID && D >= GRID && FF / 2 >= GRID && VOCAB >= GRID,
+              "every program tells words in every stage");
+static_assert(static_cast<u64>(VOCAB) * (GRID + 1) < 1ull << 32, "edges are computed in 32 bits");
+static_assert(D % 32 == 0 && ATTENDED % 32 == 0 && FF % 32 == 0, "rows are whole steps");
+static_assert(DIM >= 8 && DIM <= 128 && (DIM & (DIM - 1)) == 0 && HEADS % KV == 0,
+              "a head's lanes divide a warp");
 
 struct Shared {
     alignas(128) char ring[SLOTS][SLOT];
@@ -131,7 +137,7 @@ struct Part {
         head = blockIdx.x / SPLITS, split = blockIdx.x % SPLITS;
         const int each = (position / SPLITS + 1 + 7) / 8 * 8;
         low = min(split * each, position + 1);
-        high = head < HEADS ? min(low + each, position + 1) : low;
+        high = min(low + each, position + 1);
     }
     __device__ bool live() const { return head < HEADS; }
     __device__ int kv() const { return head / (HEADS / KV); }
@@ -186,6 +192,7 @@ struct Filler {
         }
     }
 
+    // Keys are the first filling warp's, values the second's.
     __device__ void context(const Layer& w, int position) {
         const Part part(position);
         const int end = part.stored(position);
