@@ -32,7 +32,7 @@ from gpu_models import REQUIRED, SHAPES, config, peer, weights_of
 from porttool.config import Limits
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_measure import milliseconds, random_weights
-from porttool.engines.torch.kernels.norm import residual_norm_kernel
+from porttool.engines.torch.kernels.norm import blocking, residual_norm_kernel
 from porttool.nn import Step
 
 PROMPT, NEW = 512, 64
@@ -71,13 +71,11 @@ def _norm_at(width: int) -> dict[str, float]:
     gamma, beta = torch.randn(2, width, device="cuda")
     half = gamma.half(), beta.half()
     normed = torch.empty_like(x)
-    block = triton.next_power_of_2(width)
 
     def ours() -> None:
         residual_norm_kernel[(16384,)](
-            x, delta, gamma, gamma, beta, normed, 1e-5, 16384, D=width, BLOCK=block,
-            PARTS=1, HAS_BIAS=False, RMS=False, HAS_BETA=True, PDL=False, EARLY=False,
-            num_warps=min(max(block // 512, 1), 8),
+            x, delta, gamma, gamma, beta, normed, 1e-5, 16384, D=width, PARTS=1, HAS_BIAS=False,
+            RMS=False, HAS_BETA=True, PDL=False, EARLY=False, **blocking(width, x.element_size()),
         )  # fmt: skip
 
     def theirs() -> None:
