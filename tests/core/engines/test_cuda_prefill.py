@@ -21,7 +21,12 @@ from porttool.engines.torch import cuda_prefill_graph
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_packed import Packed
 from porttool.engines.torch.cuda_prefill import prefill
-from porttool.engines.torch.cuda_prefill_graph import GRAPH_TOKENS, KEPT, padded_tokens
+from porttool.engines.torch.cuda_prefill_graph import (
+    GRAPH_TOKENS,
+    KEPT,
+    padded_tokens,
+    waits_for_host,
+)
 from porttool.nn import KVCache, Step
 
 on_cpu = [
@@ -116,6 +121,19 @@ def test_padding_is_bounded() -> None:
     assert all(n <= size < n + (16 if n <= 64 else 64) for n, size in sizes.items())
     assert max(sizes.values()) == GRAPH_TOKENS
     assert len(set(sizes.values())) < KEPT  # prompts alone forget no size of theirs
+
+
+def test_what_waits_for_the_gpu_is_not_padded() -> None:
+    """Widths of GPT-2 XL, camel-5b and StarCoder: a layer of 31, 201 and 378 million weights."""
+    xl, camel, star = (
+        cases.config("learned", n_head=1, n_kv_head=1, head_dim=wide, d_model=wide, d_ff=4 * wide)
+        for wide in (1600, 4096, 5616)
+    )
+    assert waits_for_host(xl, GRAPH_TOKENS, 2)
+    assert not waits_for_host(xl, GRAPH_TOKENS + 1, 2)
+    assert waits_for_host(camel, 128, 2)
+    assert not waits_for_host(camel, 512, 2)
+    assert not waits_for_host(star, 17, 2)
 
 
 def test_padding_belongs_to_no_slot_and_no_row() -> None:

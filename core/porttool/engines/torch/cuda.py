@@ -22,7 +22,7 @@ from porttool.engines.torch.cuda_limits import (
 from porttool.engines.torch.cuda_packed import Packed, arrange
 from porttool.engines.torch.cuda_persistent import PersistentRow, persistent_row
 from porttool.engines.torch.cuda_prefill import prefill, prefill_tokens, project
-from porttool.engines.torch.cuda_prefill_graph import GRAPH_TOKENS, PrefillGraphs
+from porttool.engines.torch.cuda_prefill_graph import PrefillGraphs, waits_for_host
 from porttool.engines.torch.cuda_state import (
     HISTORY,
     DeviceCache,
@@ -189,7 +189,7 @@ class CudaDecoder(DeviceDecoder):
 
     def _prefill_group(self, group: Packed, out: Tensor, *, all_positions: bool) -> None:
         """Write the logits of some rows to their places; their activations go when it ends."""
-        if group.n_tokens <= GRAPH_TOKENS:
+        if waits_for_host(self.config, group.n_tokens, self.dtype.itemsize):
             normed, first = self._prompts.run(group, self._table, graphed=self.graphed)
         else:
             normed, first = prefill(self.model, group, self._table)
