@@ -300,3 +300,7 @@ def test_every_layer_is_a_range_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
         assert layer is layers[index] and seen[-1] == f"layers.{index}"
     assert seen == ["layers.0", "end", "layers.1", "end"]
     assert len(list(ranged(layers, on_gpu=False))) == 2 and len(seen) == 4
+    with pytest.raises(ZeroDivisionError):
+        for index, _ in ranged(layers, on_gpu=True):
+            index / 0
+    assert seen[4:] == ["layers.0", "end"]

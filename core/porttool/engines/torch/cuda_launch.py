@@ -85,9 +85,11 @@ def ranged(layers: Sequence[LayerWeights], *, on_gpu: bool) -> Iterator[tuple[in
     for index, layer in enumerate(layers):
         if on_gpu:
             torch.cuda.nvtx.range_push(f"layers.{index}")
-        yield index, layer
-        if on_gpu:
-            torch.cuda.nvtx.range_pop()
+        try:
+            yield index, layer
+        finally:
+            if on_gpu:
+                torch.cuda.nvtx.range_pop()
 
 
 def embed(model: Model, rows: Rows, x: Tensor, n: int, table: Tensor | None) -> None:
