@@ -142,6 +142,60 @@ def test_candidates_vary_what_was_fastest() -> None:
     assert all(tile.splits <= 2 for tile in next(persistent_candidates(shape, 17)))
 
 
+class Decoder:
+    """In place of a decoder on a GPU: what it is told to use, and how long that would take."""
+
+    dtype, device = torch.float16, "cuda"
+
+    def __init__(self, shape: ModelConfig) -> None:
+        self.config, self.used = shape, [default_tuning(shape, "cpu")]
+
+    @property
+    def tuning(self) -> Tuning:
+        return self.used[-1]
+
+    def use(self, tuning: Tuning) -> None:
+        tile = tuning.persistent
+        if tile is not None and tile.splits == 5:
+            raise CompilerUnavailable("five parts do not compile")
+        self.used.append(tuning)
+
+    def milliseconds(self) -> float:
+        tile = self.tuning.persistent
+        if tile is None:
+            return 1.0
+        off = abs(tile.splits - 5), abs(tile.flying - 2), tile.steps > 32, tile.fillers != 2
+        return 0.5 + 0.1 * off[0] + 0.05 * off[1] + 0.2 * off[2] + 0.01 * off[3]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    from porttool.engines.torch import cuda_tune
+
+    monkeypatch.setattr(cuda_tune, "unsuited", lambda *a: None)
+    monkeypatch.setattr(cuda_tune, "programs_of", lambda device: HOPPER)
+    monkeypatch.setattr(cuda_tune, "stageable", lambda *a: False)
+    monkeypatch.setattr(cuda_tune, "step_milliseconds", lambda d, n, context: d.milliseconds())
+    return cuda_tune
+
+
+def test_the_tuner_varies_one_number_after_the_other(measured) -> None:
+    decoder = Decoder(shape_of("multi-query"))
+    assert measured.refine(decoder, {}, 1, 512) == pytest.approx(0.6)
+    best = decoder.tuning.persistent
+    assert best.splits in (4, 6)  # 5 is faster, and does not compile
+    assert (best.flying, best.steps, best.fillers) == (2, 25, 2)
+
+
+def test_several_rows_keep_the_single_row_s_tile_and_never_build_it(measured) -> None:
+    decoder = Decoder(shape_of("multi-query"))
+    decoder.use(replace(decoder.tuning, persistent=TILES[0]))
+    begin = len(decoder.used)
+    measured.refine(decoder, {}, 20, 512)
+    assert decoder.tuning.persistent == TILES[0]
+    assert all(tuning.persistent is None for tuning in decoder.used[begin:-1])
+
+
 def tuned(case: str, dtype: torch.dtype, tile: PersistentTile, **changes: object):  # type: ignore[no-untyped-def]
     """Return the decoder under test, the reference and its cache; unset memory is NaN."""
     from porttool.engines.torch.cuda import CudaDecoder
