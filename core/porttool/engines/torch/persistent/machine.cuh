@@ -1,10 +1,10 @@
 // What the persistent kernel needs of the machine: asynchronous copies, loads, barriers, numbers.
 // No header is included: NVRTC compiles this where no CUDA toolkit is installed.
 //
-// Defined outside: D, HEADS, KV, DIM, FF, VOCAB, LAYERS (the model's sizes), ROTARY (rotated elements
-// of a head), GATED, RMS, BF16 (0 or 1), ACT_name, EPS (of the norms), GRID (multiprocessors), SHARED
-// (bytes of shared memory), THREADS (that compute), FILLERS (warps that fill), MOST_STEPS, FLYING,
-// SPLITS (see PersistentTile) and PLAN_WORDS.
+// Defined outside: D, HEADS, KV, DIM, FF, VOCAB, LAYERS (the model's sizes), ROTARY (rotated
+// elements of a head), GATED, RMS, BF16 (0 or 1), ACT_name, EPS (of the norms), GRID
+// (multiprocessors), SHARED (bytes of shared memory), THREADS (that compute), FILLERS (warps that
+// fill), MOST_STEPS, FLYING, SPLITS (see PersistentTile) and PLAN_WORDS.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -112,8 +112,9 @@ __device__ __forceinline__ float2 read_constant(const float* from) {
 // A word's place is written again only after all programs have read it: in every layer each program
 // tells words of qkv, of the stream and of hidden, after it has heard all of those before, and
 // who writes a place again has heard those. So every program must own a column of each of them,
-// or it could fall behind and wait for ever. (That a store is not performed before the loads that its
-// value and its being reached depend on is how GPUs work, not a promise of PTX's relaxed order.)
+// or it could fall behind and wait for ever. (That a store is not performed before the loads that
+// its value and its being reached depend on is how GPUs work, not a promise of PTX's relaxed
+// order.)
 struct Word {
     u32 bits, flag;
 };
@@ -171,7 +172,8 @@ __device__ __forceinline__ void hear(Words (&heard)[N], const u64* places, int f
 }
 
 // Before a word is told: what this thread wrote or saw is seen wherever that word is heard. After
-// words are heard: what their tellers saw is seen here. Behind a barrier of the program, for all of it.
+// words are heard: what their tellers saw is seen here. Behind a barrier of the program, for all of
+// it.
 __device__ __forceinline__ void fence_all() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // ---- asynchronous copies to shared memory ----

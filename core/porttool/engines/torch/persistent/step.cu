@@ -5,8 +5,8 @@
 // come through the ring of stream.cuh, which waits for nobody.
 //
 // A token moves every weight and the row's cache once: on an H200 camel-5b's 10 GB at 90 % of what
-// its memory reads, GPT-2 XL's 3.1 GB at 69 %, 124M's 0.25 GB at 37 % (docs/performance.md), the rest
-// being the words' way through the L2 cache.
+// its memory reads, GPT-2 XL's 3.1 GB at 69 %, 124M's 0.25 GB at 37 % (docs/performance.md), the
+// rest being the words' way through the L2 cache.
 
 struct Step : Attention {
     // One product: what it meets, the product, what becomes of it.
