@@ -142,6 +142,34 @@ def test_candidates_vary_what_was_fastest() -> None:
     assert all(tile.splits <= 2 for tile in next(persistent_candidates(shape, 17)))
 
 
+def test_a_row_alone_goes_to_the_kernel_in_one_launch(monkeypatch) -> None:
+    from porttool.engines.torch import cuda
+
+    runs: list[tuple[int, bool]] = []
+
+    class Row:
+        def __init__(self, model, rows, x, tile) -> None:
+            assert x.shape == (48,) and tile == TILES[0]
+
+        def run(self, tokens, logits) -> None:
+            runs.append((tokens, logits is not None))
+
+    shape = cases.config("learned", n_positions=640)
+    plain = cases.drawn(shape, torch.float32)
+    made = cuda.CudaDecoder(shape, plain.state_dict(), dtype=torch.float32,
+                            limits=cases.limits(2, 600), device="cpu")  # fmt: skip
+    monkeypatch.setattr(cuda, "PersistentRow", Row)
+    chosen = replace(made.tuning, persistent=TILES[0])
+    made.use(chosen)
+    assert made._alone is None  # plain launches are the chain's
+    made.graphed = True
+    made.use(chosen)
+    begin = cases.one_token([1], torch.tensor([7]), [3])
+    made.step(begin)
+    made.decode(begin, 300)
+    assert runs == [(1, True), (256, False), (44, False)]
+
+
 class Decoder:
     """In place of a decoder on a GPU: what it is told to use, and how long that would take."""
 
@@ -205,7 +233,7 @@ def tuned(case: str, dtype: torch.dtype, tile: PersistentTile, **changes: object
     tuning = {**default_tuning(shape, "cuda").as_dict(), "persistent": asdict(tile)}
     made = CudaDecoder(shape, plain.state_dict(), dtype=dtype, limits=cases.limits(3, 600),
                        tuning=tuning)  # fmt: skip
-    assert "no persistent kernel" not in made.description
+    assert "one row in a persistent kernel" in made.description
     for cached in (made.model.cache.keys, made.model.cache.values):
         cached.fill_(float("nan"))
     return made, plain, KVCache(shape, 3, 600, dtype=torch.float64, device="cuda")

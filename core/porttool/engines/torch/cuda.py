@@ -20,7 +20,7 @@ from porttool.engines.torch.cuda_limits import (
     unsupported,
 )
 from porttool.engines.torch.cuda_packed import Packed, arrange
-from porttool.engines.torch.cuda_persistent import PersistentRow, persistent_row
+from porttool.engines.torch.cuda_persistent import PersistentRow
 from porttool.engines.torch.cuda_prefill import prefill, prefill_tokens, project
 from porttool.engines.torch.cuda_prefill_graph import PrefillGraphs, waits_for_host
 from porttool.engines.torch.cuda_state import (
@@ -77,8 +77,7 @@ class CudaDecoder(DeviceDecoder):
         chosen = default_tuning(config, device) if tuning is None else Tuning.from_dict(tuning)
         self.graphed = graphs and device != "cpu"
         self.description = f"{gpu_name(device)}, Triton kernels" + " and CUDA graphs" * graphs
-        if tuning is None:
-            self.description += ", not tuned"
+        self.description += ", not tuned" * (tuning is None)
         require_memory(config, dtype, limits, device, given=weights)
         shape = (config.n_layer, n_slots, config.n_kv_head, max_len, config.head_dim)
         cache = DeviceCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
@@ -98,6 +97,7 @@ class CudaDecoder(DeviceDecoder):
         self._prefill_tokens = prefill_tokens(config, kept, dtype.itemsize)
         try:
             self.use(chosen)
+            self.description += ", one row in a persistent kernel" * bool(self._alone)
         except CompilerUnavailable as error:
             self.description += f", no persistent kernel for one row: {error}"
 
@@ -108,8 +108,9 @@ class CudaDecoder(DeviceDecoder):
         self._graphs.clear()
         self._scratch.clear()
         self._alone: PersistentRow | None = None
-        if self.graphed:
-            self._alone = persistent_row(self.model, self.rows, self._scratch_of(1).x[0])
+        if self.graphed and tuning.persistent:
+            x = self._scratch_of(1).x[0]
+            self._alone = PersistentRow(self.model, self.rows, x, tuning.persistent)
 
     @torch.inference_mode()
     def rewind(self, n: int, context: int) -> None:
@@ -126,11 +127,9 @@ class CudaDecoder(DeviceDecoder):
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
         """Feed tokens; float32 logits as the `Runner` contract says."""
         packed = Packed(step)
-        if packed.n_tokens <= SMALL_ROWS or packed.width == 1:
-            logits = self._small_step(packed)
-        else:
+        if packed.n_tokens > SMALL_ROWS and packed.width > 1:
             return self._prefill(packed, all_positions=all_positions)
-        return arrange(logits, packed, all_positions=all_positions)
+        return arrange(self._small_step(packed), packed, all_positions=all_positions)
 
     @torch.inference_mode()
     def decode(self, step: Step, n_tokens: int) -> Tensor:

@@ -136,12 +136,6 @@ class PersistentRow:
         self._told += self._flags * tokens
 
 
-def persistent_row(model: Model, rows: Rows, x: Tensor) -> PersistentRow | None:
-    """Return what decodes a single row, where the model's tuning says that it does so."""
-    tile = model.tuning.persistent
-    return None if tile is None else PersistentRow(model, rows, x, tile)
-
-
 def plan_words(model: Model, rows: Rows, buffers: tuple[Tensor, ...]) -> list[int]:
     """Return the kernel's `Plan` as 64-bit words: addresses, and a few numbers."""
     c, w = model.config, model.weights
