@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
-from porttool.engines.torch.cuda_chains import StreamChain, WideChain, graph_sizes
+from porttool.engines.torch.cuda_chains import ClusterChain, StreamChain, WideChain, graph_sizes
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_limits import (
@@ -283,11 +283,12 @@ class CudaDecoder(DeviceDecoder):
     def _work(self, kind: str, n: int) -> Callable[[], None]:
         """Return what enqueues one step of n rows: logits, several (of a slot) or greedy."""
         scratch = self._scratch_of(n)
-        chain = (
-            StreamChain(self.model, self.rows, scratch)
-            if n == 1
-            else WideChain(self.model, self.rows, scratch, append=kind != "several")
-        )
+        chain: StreamChain | WideChain
+        if n == 1:
+            chain = StreamChain(self.model, self.rows, scratch)
+        else:
+            wide = ClusterChain if str(tile_rows(n)) in self.tuning.cluster else WideChain
+            chain = wide(self.model, self.rows, scratch, append=kind != "several")
         logits = None if kind == "greedy" else self._logits_of(n)
 
         def work() -> None:

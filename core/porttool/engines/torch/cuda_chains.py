@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from porttool.engines.torch.cuda_cluster import layer_products
 from porttool.engines.torch.cuda_launch import (
     Model,
     Projected,
@@ -82,7 +83,6 @@ class WideChain:
         """Run n rows of the residual stream through every layer and the final norm."""
         m, s, c = self.model, self.scratch, self.model.config
         tiles = m.tuning.wide[str(tile_rows(n))]
-        attention = m.tuning.wide_attention[str(tile_rows(n))]
         before: Linear | None = None
         for index, layer in ranged(m.weights.layers, on_gpu=s.x.is_cuda):
             self._norm(n, before, layer.qkv, early=index > 0)
@@ -90,11 +90,7 @@ class WideChain:
             qkv = Projected(s.qkv)
             if tiles["qkv"].split > 1:
                 qkv = Projected(s.delta, layer.qkv.bias, tiles["qkv"].split)
-            if not self.append:
-                append(m, self.rows, index, qkv, s.attended, n)
-            attend(m, self.rows, index, s, attention, n, qkv, append=self.append)
-            if attention.splits > 1:
-                merge(m, s, attention.splits, n)
+            self._attend(n, index, qkv)
             wide(m, s, layer.out, tiles["out"], n, s.attended, None)
             self._norm(n, layer.out, layer.up, name="out")
             wide(m, s, layer.up, tiles["up"], n, s.normed, s.hidden, act=c.activation)
@@ -113,6 +109,16 @@ class WideChain:
         block = self.model.tuning.wide[str(tile_rows(n))]["head"].block_n
         pick(self.model, self.rows, self.scratch, n, -(-self.model.config.vocab_size // block))
 
+    def _attend(self, n: int, index: int, qkv: Projected) -> None:
+        """Run n rows' attention of a layer, and join its parts."""
+        m, s = self.model, self.scratch
+        attention = m.tuning.wide_attention[str(tile_rows(n))]
+        if not self.append:
+            append(m, self.rows, index, qkv, s.attended, n)
+        attend(m, self.rows, index, s, attention, n, qkv, append=self.append)
+        if attention.splits > 1:
+            merge(m, s, attention.splits, n)
+
     def _norm(
         self, n: int, before: Linear | None, after: Linear, *, name: str = "down",
         early: bool = True,
@@ -128,3 +134,23 @@ class WideChain:
             None if before is None else before.bias, after.norm, s.normed, parts=tile.split,
             early=early,
         )  # fmt: skip
+
+
+class ClusterChain(WideChain):
+    """As WideChain, with products that share their work in clusters and apply the norms."""
+
+    def layers(self, n: int) -> None:
+        """Run n rows of the residual stream through every layer and the final norm."""
+        layers, head = self.model.weights.layers, self.model.weights.head
+        norms = [*(layer.qkv.norm for layer in layers[1:]), head.norm]
+        self._norm(n, None, layers[0].qkv, early=False)
+        for index, layer in ranged(layers, on_gpu=True):
+            qkv, out, up, down = layer_products(
+                self.model, self.scratch, layer, n, first=index == 0, last=norms[index]
+            )
+            qkv.enqueue()
+            self._attend(n, index, Projected(self.scratch.qkv))
+            out.enqueue()
+            up.enqueue()
+            down.enqueue()
+        self._norm(n, None, head)

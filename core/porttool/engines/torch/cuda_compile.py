@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from porttool.errors import EngineError
 from porttool.folder import cache_folder
 
@@ -86,6 +88,58 @@ class CompiledKernel:
         )  # fmt: skip
         if int(status) != 0:
             raise EngineError(f"the GPU does not launch the persistent kernel: {status!r}")
+
+    def launch_clusters(
+        self, grid: tuple[int, int], cluster: int, stream: int, argument: ctypes.Structure, *,
+        chained: bool,
+    ) -> None:  # fmt: skip
+        """Enqueue programs in clusters along the grid's first side; one argument, by value.
+
+        With `chained` they may start before their predecessor in the stream ends. Raises
+        EngineError if the GPU refuses.
+        """
+        driver, config = _driver(), _driver().CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self.threads, 1, 1
+        config.sharedMemBytes, config.hStream = self.shared, stream
+        kinds, attributes = driver.CUlaunchAttributeID, [driver.CUlaunchAttribute()]
+        attributes[0].id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        shape = attributes[0].value.clusterDim
+        shape.x, shape.y, shape.z = cluster, 1, 1
+        if chained:
+            attributes.append(driver.CUlaunchAttribute())
+            attributes[1].id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attributes[1].value.programmaticStreamSerializationAllowed = 1
+        import os
+        policy = driver.CUlaunchAttribute()
+        policy.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE
+        policy.value.clusterSchedulingPolicyPreference = driver.CUclusterSchedulingPolicy(int(os.environ.get("POLICY", "0")))
+        attributes.append(policy)
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        (status,) = driver.cuLaunchKernelEx(config, self._function, ((argument,), (None,)), 0)
+        if int(status) != 0:
+            raise EngineError(f"the GPU does not launch a product in clusters: {status!r}")
+
+
+def tensor_map(matrix: Tensor, box: tuple[int, ...]) -> tuple[int, ...]:
+    """Describe a 16-bit tensor for the GPU's copies of boxes of it, sides last to first.
+
+    A box is 128 bytes wide; its rows are swizzled in shared memory as the tensor cores want it.
+    What lies outside the tensor is zero. Raises CompilerUnavailable for what the GPU cannot copy.
+    """
+    driver = _driver()
+    long, short = driver.cuuint64_t, driver.cuuint32_t
+    *strides, _ = (long(stride * matrix.itemsize) for stride in matrix.stride())
+    made = _checked(driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16, matrix.dim(),
+        matrix.data_ptr(), [long(side) for side in reversed(matrix.shape)],
+        list(reversed(strides)), [short(side) for side in box], [short(1)] * matrix.dim(),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    ))  # fmt: skip
+    return tuple(int(word) for word in made.opaque)
 
 
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int

@@ -1,4 +1,4 @@
-"""A single row's decoding in one launch: the persistent kernel of `persistent/step.cu`."""
+"""A single row's decoding in one launch: the persistent kernel of `hopper/step.cu`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARCH = "sm_90a"
 SHARED = 227 << 10
 """Shared memory of a multiprocessor's only program: all that Hopper gives it."""
 
-_SOURCES = Path(__file__).parent / "persistent"
+_SOURCES = Path(__file__).parent / "hopper"
 _PARTS = ("machine.cuh", "stream.cuh", "product.cuh", "attention.cuh", "step.cu")
 _COMPUTING = 256  # threads of a program; others fill its ring
 _MOST_FLAGS = 1 << 31

@@ -35,6 +35,7 @@ class Scratch:
     hidden: Tensor  # [rows, d_ff]
     delta: Tensor  # float32 sums [split, rows, columns] that the next kernel adds
     sum: Tensor  # [rows, d_model]: the same from the library's products
+    moments: Tensor  # float32 [columns / 64, rows, 2]: sums and sums of squares of x, by tiles
     gates: Tensor  # [rows, up_dim] of a gated MLP, before its activation
     part: Tensor  # [rows, n_head, splits, head_dim] float32
     weight: Tensor  # [rows, n_head, splits] float32
@@ -70,6 +71,7 @@ def make_scratch(
         hidden=new(c.d_ff, kind=dtype),
         delta=new(sums),
         sum=new(c.d_model, kind=dtype),
+        moments=new(-(-c.d_model // 64), 2),
         gates=new(c.up_dim if c.gated else 1, kind=dtype),
         part=new(c.n_head, splits, c.head_dim),
         weight=new(c.n_head, splits),

@@ -77,6 +77,34 @@ class AttentionTile:
 
 
 @dataclass(frozen=True)
+class ClusterTile:
+    """How a product is cut for clusters: columns of one, its programs, their slots of 64 elements.
+
+    `ahead` slots are asked for before the kernel's predecessor ends. With `eager` the next kernel may
+    start at once, else when this one has asked for all its weights.
+    """
+
+    block_n: int
+    split: int
+    stages: int
+    ahead: int
+    eager: bool = False
+
+    def shared(self, rows: int, *, gated: bool, residual: bool) -> int:
+        """Bytes of shared memory of a program for a tile of so many rows."""
+        parts, share = 2 if gated else 1, -(-rows // self.split)
+        sent = 4 * parts * share * (self.block_n + 4)
+        ring = self.stages * 128 * (parts * self.block_n + rows)
+        beside = max(self.split - 1, 1) * sent + 4 * self.block_n * (share if residual else 1)
+        beside += 16 * self.stages + 8 * share + 4 * self.block_n * (2 * parts + 1) + 128
+        return (-(-max(ring, self.split * sent) // 1024) - (-beside // 1024) + 1) * 1024
+
+    def __str__(self) -> str:
+        """Return the columns and programs of a cluster."""
+        return f"{self.block_n} by {self.split}"
+
+
+@dataclass(frozen=True)
 class PersistentTile:
     """How the persistent kernel cuts a row's decoding.
 
@@ -108,6 +136,7 @@ class Tuning:
     wide_attention: Mapping[str, AttentionTile]
     join_in_out: bool = False
     persistent: PersistentTile | None = None
+    cluster: Mapping[str, Mapping[str, ClusterTile]] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def described(self, n: int) -> str:

@@ -14,6 +14,8 @@ constexpr int UNIT = 16;  // bytes of a lane's load from shared memory
 constexpr float LOWEST = -3.402823466e38f;
 constexpr int NOBODY = 0x7fffffff;
 
+__device__ constexpr int most(int a, int b) { return a > b ? a : b; }
+
 __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));
 }
@@ -54,7 +56,7 @@ __device__ __forceinline__ u16 narrow(float value) {
     return bits;
 }
 
-__device__ __forceinline__ float logistic(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float logistic(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
 // The activation functions of ModelConfig; the tanh of GELU is written as a sigmoid.
 __device__ __forceinline__ float activate(float x) {

@@ -13,8 +13,6 @@ constexpr int STEP = 64;  // bytes of a row that one load of a warp covers, 32 e
 constexpr int ATTENDED = HEADS * DIM;
 constexpr int LANES = DIM / 8;  // lanes that hold a position's key, eight elements each
 
-__device__ constexpr int most(int a, int b) { return a > b ? a : b; }
-
 // One matrix's geometry. A gated one holds its two halves one after the other; a column's two rows
 // follow each other in its program. Columns are cut in groups of `cut`.
 struct Matrix {

@@ -1,0 +1,459 @@
+// A product of several rows whose programs share the work in clusters: out = f(x . w), or the sum
+// that the residual stream takes. Behind machine.cuh.
+//
+// A cluster owns BLOCK_N columns. Each of its SPLIT programs multiplies its part of the inner
+// dimension, 64 elements of all its columns and rows a slot of the ring; then they add each other's
+// sums, read from the others' shared memory, each for its share of the rows. So activations are
+// read once for BLOCK_N columns, in pieces, and nothing but finished rows goes to memory.
+// The norm before a product is applied after it: with xg = x gamma, y = r (w . xg - mean w . gamma)
+// + w . beta + bias, where mean and r come from sums that the products before have left.
+//
+// Defined outside beside machine.cuh's: BLOCK_M (rows), BLOCK_N, SPLIT, STAGES, AHEAD (slots that
+// are asked for before the predecessor ends), EAGER (see ClusterTile), GATED, NORM, RESIDUAL and
+// ACTIVATED (0 or 1).
+
+constexpr int GROUPS = BLOCK_N / 64;  // warpgroups, 64 columns each
+constexpr int WARPS = GROUPS * 4;     // that multiply; one more fills the ring, another helps
+constexpr int PARTS = GATED ? 2 : 1;
+constexpr int WEIGHTS = BLOCK_N * 128, INPUTS = BLOCK_M * 128;  // bytes of a slot
+constexpr int SHARE = (BLOCK_M + SPLIT - 1) / SPLIT;  // rows that a program finishes
+constexpr int PITCH = BLOCK_N + 4;                    // of a row of sums: no bank is met twice
+constexpr int SENT = SHARE * PITCH;                   // sums that one program gives another
+constexpr float SCALED = 0.0625f;                     // of x gamma, so that float16 holds it
+
+constexpr int QUADS = BLOCK_N / 4;                    // of columns, a thread each when finished
+
+static_assert(BLOCK_N % 64 == 0 && BLOCK_N <= 256, "a warpgroup multiplies 64 columns");
+static_assert(!RESIDUAL || BLOCK_N == 64 || BLOCK_N == 128, "a warp sums up whole rows");
+static_assert(SPLIT >= 1 && SPLIT <= 8, "a cluster has up to eight programs");
+static_assert(AHEAD >= 1 && AHEAD <= STAGES, "asked for before there is a slot");
+
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+struct Arguments {
+    TensorMap weights, inputs, first_inputs;
+    const void* bias;  // [columns]: 16-bit, or float32 with the norm's shift
+    const float* column_sum;
+    const float2* heard;  // [heard_tiles, rows]: sums and sums of squares of x
+    float* x;             // [rows, columns], the residual stream
+    u16* out;             // [rows, columns]; x times the next norm's scale with RESIDUAL
+    const float* gamma;   // of the next norm
+    float2* told;         // [tiles, rows], as `heard`
+    int rows, columns, chunks, heard_tiles, width;
+};
+
+struct Shared {
+    union {
+        struct {
+            alignas(1024) char weights[STAGES][PARTS * WEIGHTS];
+            char inputs[STAGES][INPUTS];
+        };
+        float sums[PARTS][SPLIT][SENT];  // by the programs that finish them
+    };
+    alignas(16) float heard[SPLIT - 1 + !(SPLIT - 1)][PARTS][SENT];  // from the other programs
+    alignas(16) float old[RESIDUAL ? SHARE : 1][BLOCK_N];             // of the residual stream
+    alignas(8) u64 full[STAGES];
+    u64 empty[STAGES], begun, all_heard, old_read;
+    float2 moments[SHARE];  // mean and inverse deviation
+    alignas(16) float bias[PARTS][BLOCK_N], column_sum[PARTS][BLOCK_N], gamma[BLOCK_N];
+};
+static_assert(sizeof(Shared) + 1024 <= SHARED, "more shared memory than there is");
+
+// ---- the machine ----
+
+__device__ __forceinline__ void let_next_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ void await_last() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// A box of 64 inner elements and some rows from `row`.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int inner, int row,
+                                         u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(&map), "r"(inner), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// Boxes of 64 inner elements one after the other, from the chunk-th of a row.
+__device__ __forceinline__ void copy_chunks(u32 to, const TensorMap& map, int row, int chunk,
+                                            u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+        "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(barrier)
+        : "memory");
+}
+
+// Barriers that were just made are seen by the other programs and by copies.
+__device__ __forceinline__ void fence_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_copies();
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 address_in(u32 program, u32 address) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(program));
+    return there;
+}
+
+// To another program's shared memory, which its barrier hears of.
+__device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+        "[%0], [%1], %2, [%3];" ::"r"(to),
+        "r"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// Warps that meet at one of the program's barriers, some of them without waiting.
+template <int NAME, int THREADS>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
+
+template <int NAME, int THREADS>
+__device__ __forceinline__ void pass() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
+
+// A matrix of 128-byte rows in shared memory, eight rows of 16-byte units swizzled together.
+__device__ __forceinline__ u64 described(u32 address) {
+    return (u64(address & 0x3ffff) >> 4) | (u64(1) << 16) | (u64(64) << 32) | (u64(1) << 62);
+}
+
+#define S1(i) "+f"(sum[i])
+#define S4(i) S1(i), S1(i + 1), S1(i + 2), S1(i + 3)
+#define S8(i) S4(i), S4(i + 4)
+#define S16(i) S8(i), S8(i + 8)
+#define S32(i) S16(i), S16(i + 16)
+#if BLOCK_M == 16
+#define SHAPE "m64n16k16"
+#define PLACES "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9"
+#define SUM_REGISTERS S8(0)
+#elif BLOCK_M == 32
+#define SHAPE "m64n32k16"
+#define PLACES                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17"
+#define SUM_REGISTERS S16(0)
+#elif BLOCK_M == 64
+#define SHAPE "m64n64k16"
+#define PLACES                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33"
+#define SUM_REGISTERS S32(0)
+#elif BLOCK_M == 128
+#define SHAPE "m64n128k16"
+#define PLACES                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "           \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "           \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65"
+#define SUM_REGISTERS S32(0), S32(32)
+#else
+#error "a tile has 16, 32, 64 or 128 rows"
+#endif
+#if BF16
+#define KINDS ".f32.bf16.bf16"
+#else
+#define KINDS ".f32.f16.f16"
+#endif
+
+constexpr int HELD = BLOCK_M / 2;  // sums of a thread
+
+// sum [64, BLOCK_M] += w [64, 16] x [16, BLOCK_M], a warpgroup.
+__device__ __forceinline__ void multiply_tile(float (&sum)[HELD], u64 w, u64 x) {
+    asm volatile("wgmma.mma_async.sync.aligned." SHAPE KINDS " " PLACES ", 1, 1, 1, 0, 0;"
+                 : SUM_REGISTERS
+                 : "l"(w), "l"(x));
+}
+
+// What the compiler must not keep elsewhere while the tensor cores write it.
+__device__ __forceinline__ void pinned(float (&sum)[HELD]) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
+
+// ---- the product ----
+
+struct Place {
+    int tile, rank, row0, first, chunks;  // first of this program's chunks of 64 inner elements
+
+    __device__ Place(const Arguments& a)
+        : tile(blockIdx.x / SPLIT), rank(blockIdx.x % SPLIT), row0(blockIdx.y * BLOCK_M) {
+        first = a.chunks * rank / SPLIT;
+        chunks = a.chunks * (rank + 1) / SPLIT - first;
+    }
+};
+
+struct Filler {
+    const Arguments& a;
+    Shared& s;
+    const Place& at;
+    u64 once;
+
+    __device__ Filler(const Arguments& a, Shared& s, const Place& at) : a(a), s(s), at(at) {
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    }
+
+    __device__ u32 full(int i) const { return shared_address(&s.full[i % STAGES]); }
+
+    __device__ void weights(int i, int bytes) const {
+        barrier_expect(full(i), bytes);
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p)
+            copy_box(shared_address(s.weights[i % STAGES]) + p * WEIGHTS, a.weights,
+                     (at.first + i) * 64, at.tile * BLOCK_N + p * a.columns, full(i), once);
+    }
+
+    // What does not depend on the predecessor.
+    __device__ void begin() const {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(full(i), 1);
+            barrier_init(shared_address(&s.empty[i]), GROUPS);
+        }
+        barrier_init(shared_address(&s.begun), 1);
+        barrier_init(shared_address(&s.all_heard), 1);
+        barrier_init(shared_address(&s.old_read), 1);
+        fence_barriers();
+        for (int i = 0; i < min(AHEAD, at.chunks); ++i) weights(i, PARTS * WEIGHTS);
+    }
+
+    // The first slots' inputs come in one box: asked for one by one they would come late. Unless it is
+    // EAGER, the next kernel starts when all weights of this one are on their way.
+    __device__ void run() const {
+        const u32 begun = shared_address(&s.begun);
+        barrier_expect(begun, AHEAD * INPUTS);
+        if (EAGER || at.chunks <= AHEAD) let_next_start();
+        await_last();
+        copy_chunks(shared_address(s.inputs[0]), a.first_inputs, at.row0, at.first, begun);
+        for (int i = AHEAD; i < at.chunks; ++i) {
+            barrier_wait(shared_address(&s.empty[i % STAGES]), (i / STAGES & 1) ^ 1);
+            weights(i, PARTS * WEIGHTS + INPUTS);
+            copy_chunks(shared_address(s.inputs[i % STAGES]), a.inputs, at.row0, at.first + i,
+                        full(i));
+        }
+        let_next_start();
+    }
+};
+
+// Constants of the columns, which no earlier kernel writes.
+__device__ __forceinline__ void read_constants(const Arguments& a, Shared& s, const Place& at) {
+    for (int i = threadIdx.x; i < PARTS * BLOCK_N; i += WARPS * 32) {
+        const int p = i / BLOCK_N, n = at.tile * BLOCK_N + i % BLOCK_N;
+        const int from = p * a.columns + n;
+        float bias = 0.0f;
+        if (a.bias && n < a.columns)
+            bias = NORM ? static_cast<const float*>(a.bias)[from]
+                        : widen_one(static_cast<const u16*>(a.bias)[from]);
+        s.bias[p][i % BLOCK_N] = bias;
+        if (NORM) s.column_sum[p][i % BLOCK_N] = n < a.columns ? a.column_sum[from] : 0.0f;
+        if (RESIDUAL) s.gamma[i % BLOCK_N] = n < a.columns ? a.gamma[n] * SCALED : 0.0f;
+    }
+}
+
+// Mean and inverse deviation of the rows that this program will finish, a lane each.
+__device__ __forceinline__ void read_moments(const Arguments& a, Shared& s, const Place& at,
+                                             int lane) {
+    for (int j = lane; j < SHARE; j += 32) {
+        const int m = at.rank * SHARE + j;
+        if (m >= BLOCK_M || at.row0 + m >= a.rows) break;
+        const float2* parts = a.heard + at.row0 + m;
+        float2 sum = {0.0f, 0.0f};
+#pragma unroll 16
+        for (int t = 0; t < a.heard_tiles; ++t) {
+            const float2 part = parts[t * a.rows];
+            sum.x += part.x, sum.y += part.y;
+        }
+        const float mean = RMS ? 0.0f : sum.x / a.width;
+        const float square = sum.y / a.width - mean * mean;
+        s.moments[j] = {mean, rsqrtf(fmaxf(square, 0.0f) + EPS)};
+    }
+}
+
+__device__ __forceinline__ void multiply(float (&sum)[PARTS][HELD], Shared& s, int chunks,
+                                         int group, int leader) {
+    barrier_wait(shared_address(&s.begun), 0);
+    for (int i = 0; i < chunks; ++i) {
+        const u32 weights = shared_address(s.weights[i % STAGES]) + group * 8192;
+        const u32 inputs = shared_address(s.inputs[i % STAGES]);
+        barrier_wait(shared_address(&s.full[i % STAGES]), i / STAGES & 1);
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p) pinned(sum[p]);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p)
+                multiply_tile(sum[p], described(weights + p * WEIGHTS + k * 32),
+                              described(inputs + k * 32));
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int p = 0; p < PARTS; ++p) pinned(sum[p]);
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (leader && i) barrier_arrive(shared_address(&s.empty[(i - 1) % STAGES]), 1);
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p) pinned(sum[p]);
+}
+
+// This program's rows of the residual stream, as they were.
+__device__ __forceinline__ void read_old(const Arguments& a, Shared& s, const Place& at,
+                                         int lane) {
+    const int column = at.tile * BLOCK_N, first = at.row0 + at.rank * SHARE;
+    const u32 bytes = min(BLOCK_N, a.columns - column) * 4, barrier = shared_address(&s.old_read);
+    const int rows = max(min(min(SHARE, BLOCK_M - at.rank * SHARE), a.rows - first), 0);
+    if (lane == 0) barrier_expect(barrier, rows * bytes);
+    __syncwarp();
+    for (int j = lane; j < rows; j += 32)
+        copy(shared_address(s.old[j]),
+             a.x + static_cast<long long>(first + j) * a.columns + column, bytes, barrier);
+}
+
+// This warpgroup's sums to shared memory.
+__device__ __forceinline__ void leave(const float (&sum)[PARTS][HELD], Shared& s) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int column = warp * 16 + lane / 4;
+#pragma unroll
+    for (int p = 0; p < PARTS; ++p)
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            s.sums[p][0][m * PITCH + column + i / 2 % 2 * 8] = sum[p][i];
+        }
+}
+
+// Give every other program of the cluster the sums of its rows.
+__device__ __forceinline__ void tell_others(Shared& s, int rank, int lane) {
+    if (lane == 0) barrier_expect(shared_address(&s.all_heard), (SPLIT - 1) * sizeof(s.heard[0]));
+    if (lane < SPLIT && lane != rank)
+        for (int p = 0; p < PARTS; ++p)
+            send(address_in(lane, shared_address(s.heard[rank - (rank > lane)][p])),
+                 shared_address(s.sums[p][lane]), sizeof(s.sums[0][0]),
+                 address_in(lane, shared_address(&s.all_heard)));
+}
+
+// Columns n to n + 3 of one of this program's rows, finished but for the activation.
+__device__ __forceinline__ float4 joined(const Shared& s, int rank, int part, int j, int n) {
+    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int r = 0; r < SPLIT; ++r) {
+        const float* from = r == rank ? s.sums[part][r] : s.heard[r - (r > rank)][part];
+        const float4 more = *reinterpret_cast<const float4*>(from + j * PITCH + n);
+        v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
+    }
+    const float4 bias = *reinterpret_cast<const float4*>(&s.bias[part][n]);
+    if (NORM) {
+        const float2 moment = s.moments[j];
+        const float4 column = *reinterpret_cast<const float4*>(&s.column_sum[part][n]);
+        const float scale = moment.y / SCALED, shift = -moment.x * moment.y;
+        v.x = scale * v.x + shift * column.x;
+        v.y = scale * v.y + shift * column.y;
+        v.z = scale * v.z + shift * column.z;
+        v.w = scale * v.w + shift * column.w;
+    }
+    return {v.x + bias.x, v.y + bias.y, v.z + bias.z, v.w + bias.w};
+}
+
+__device__ __forceinline__ uint2 narrow4(float4 v) {
+    return {narrow(v.x) | u32(narrow(v.y)) << 16, narrow(v.z) | u32(narrow(v.w)) << 16};
+}
+
+// Store this program's rows, or add them to the residual stream. Nothing is unrolled: code that
+// has to be fetched would take longer than what it does.
+__device__ __forceinline__ void finish(const Arguments& a, Shared& s, const Place& at) {
+    const int first = at.rank * SHARE, lane = threadIdx.x % 32;
+    const int end = min(min(SHARE, BLOCK_M - first), a.rows - at.row0 - first) * QUADS;
+#pragma unroll 1
+    for (int begin = threadIdx.x - lane; begin < end; begin += WARPS * 32) {
+        const int j = (begin + lane) / QUADS, n = (begin + lane) % QUADS * 4;
+        const int m = at.row0 + first + j, column = at.tile * BLOCK_N + n;
+        const bool inside = begin + lane < end && column < a.columns;
+        const long long place = static_cast<long long>(m) * a.columns + column;
+        float2 told = {0.0f, 0.0f};
+        if (inside) {
+            float4 v = joined(s, at.rank, 0, j, n);
+            if (ACTIVATED)
+                v = {activate(v.x), activate(v.y), activate(v.z), activate(v.w)};
+            if (GATED) {
+                const float4 gate = joined(s, at.rank, PARTS - 1, j, n);
+                v.x *= gate.x, v.y *= gate.y, v.z *= gate.z, v.w *= gate.w;
+            }
+            if (RESIDUAL) {
+                const float4 old = *reinterpret_cast<const float4*>(&s.old[j][n]);
+                const float4 next = *reinterpret_cast<const float4*>(&s.gamma[n]);
+                v.x += old.x, v.y += old.y, v.z += old.z, v.w += old.w;
+                *reinterpret_cast<float4*>(a.x + place) = v;
+                told.x = v.x + v.y + v.z + v.w;
+                told.y = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+                v.x *= next.x, v.y *= next.y, v.z *= next.z, v.w *= next.w;
+            }
+            *reinterpret_cast<uint2*>(a.out + place) = narrow4(v);
+        }
+        if (!RESIDUAL) continue;
+#pragma unroll
+        for (int step = QUADS / 2; step; step /= 2) {
+            told.x += __shfl_xor_sync(~0u, told.x, step);
+            told.y += __shfl_xor_sync(~0u, told.y, step);
+        }
+        if (inside && n == 0) a.told[at.tile * a.rows + m] = told;
+    }
+}
+
+// Grid (tiles of columns x SPLIT, tiles of rows), in clusters of SPLIT.
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64)
+    cluster_linear(const __grid_constant__ Arguments a) {
+    extern __shared__ char raw[];
+    Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Place at(a);
+    const Filler filler(a, s, at);
+    if (threadIdx.x == WARPS * 32) filler.begin();
+    if (warp < WARPS) read_constants(a, s, at);
+    __syncthreads();
+    if (SPLIT > 1) cluster_arrive();
+    constexpr int MULTIPLYING = WARPS * 32, FINISHING = MULTIPLYING + 32;
+    if (warp == WARPS) {
+        if (lane == 0) filler.run();
+        __syncwarp();
+        if (SPLIT > 1) cluster_wait(), cluster_arrive();
+    } else if (warp > WARPS) {
+        await_last();
+        if (NORM) read_moments(a, s, at, lane);
+        if (RESIDUAL) read_old(a, s, at, lane);
+        pass<2, FINISHING>();
+        if (SPLIT > 1) cluster_wait(), cluster_arrive();
+    } else {
+        await_last();
+        float sum[PARTS][HELD] = {};
+        multiply(sum, s, at.chunks, warp / 4, threadIdx.x % 128 == 0);
+        meet<1, MULTIPLYING>();
+        leave(sum, s);
+        fence_copies();
+        meet<2, FINISHING>();
+        if (SPLIT > 1) {
+            cluster_wait();
+            if (warp == 0) tell_others(s, at.rank, lane);
+            barrier_wait(shared_address(&s.all_heard), 0);
+            cluster_arrive();
+        }
+        if (RESIDUAL) barrier_wait(shared_address(&s.old_read), 0);
+        finish(a, s, at);
+    }
+    if (SPLIT > 1) cluster_wait();  // what others still read of this program's memory stays
+}
