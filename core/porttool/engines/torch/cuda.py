@@ -11,6 +11,7 @@ from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_chains import ClusterChain, StreamChain, WideChain, graph_sizes
+from porttool.engines.torch.cuda_cluster import usable
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_limits import (
@@ -73,21 +74,21 @@ class CudaDecoder(DeviceDecoder):
         if reason:
             raise EngineError(f"the CUDA kernels cannot run this model: {reason}")
         self.device = device
-        n_slots, max_len = self.n_slots, self.max_len
-        chosen = default_tuning(config, device) if tuning is None else Tuning.from_dict(tuning)
+        given = default_tuning(config, device) if tuning is None else Tuning.from_dict(tuning)
+        chosen, clusters = usable(given, config, dtype, device)
         self.graphed = graphs and device != "cpu"
         self.description = f"{gpu_name(device)}, Triton kernels" + " and CUDA graphs" * graphs
-        self.description += ", not tuned" * (tuning is None)
+        self.description += ", not tuned" * (tuning is None) + clusters
         require_memory(config, dtype, limits, device, given=weights)
-        shape = (config.n_layer, n_slots, config.n_kv_head, max_len, config.head_dim)
+        shape = (config.n_layer, self.n_slots, config.n_kv_head, self.max_len, config.head_dim)
         cache = DeviceCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
         self.model = Model(
             config, pack_weights(config, weights, dtype, device), cache,
-            *rotary_tables(config, max_len, device), chosen, dtype, overlaps(device),
+            *rotary_tables(config, self.max_len, device), chosen, dtype, overlaps(device),
             shared_bytes(device),
         )  # fmt: skip
         # one step may carry several tokens of a slot, so that rows can outnumber slots
-        self.rows = make_rows(max(n_slots, SMALL_ROWS), device)
+        self.rows = make_rows(max(self.n_slots, SMALL_ROWS), device)
         self._table: Tensor | None = None
         self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
@@ -283,12 +284,11 @@ class CudaDecoder(DeviceDecoder):
     def _work(self, kind: str, n: int) -> Callable[[], None]:
         """Return what enqueues one step of n rows: logits, several (of a slot) or greedy."""
         scratch = self._scratch_of(n)
-        chain: StreamChain | WideChain
-        if n == 1:
-            chain = StreamChain(self.model, self.rows, scratch)
-        else:
-            wide = ClusterChain if str(tile_rows(n)) in self.tuning.cluster else WideChain
-            chain = wide(self.model, self.rows, scratch, append=kind != "several")
+        wide = ClusterChain if str(tile_rows(n)) in self.tuning.cluster else WideChain
+        chain: StreamChain | WideChain = (
+            StreamChain(self.model, self.rows, scratch) if n == 1
+            else wide(self.model, self.rows, scratch, append=kind != "several")
+        )  # fmt: skip
         logits = None if kind == "greedy" else self._logits_of(n)
 
         def work() -> None:

@@ -9,6 +9,7 @@ from porttool.engines.torch.cuda_tuning import (
     SHARED_BYTES,
     SMALL_ROWS,
     AttentionTile,
+    ClusterTile,
     PersistentTile,
     StreamTile,
     WideTile,
@@ -42,6 +43,9 @@ _STAGED = (
 )  # fmt: skip
 
 
+_HALF = 113 << 10
+"""Shared memory of a program that leaves room for another on a Hopper multiprocessor."""
+
 _BESIDE = ((32, 128, 4, 6), (64, 128, 4, 4), (64, 256, 8, 4), (128, 64, 4, 4))
 """What has been faster than staged tiles in some model: every tile more is compiled for nothing."""
 
@@ -69,6 +73,38 @@ def persistent_candidates(config: ModelConfig, programs: int) -> Iterator[list[P
     yield [PersistentTile(steps, flying, 0) for flying in (2, 4)]
     yield [PersistentTile(2 * steps, flying, 0) for flying in (2, 3)]
     yield [PersistentTile(0, 0, 0, fillers=2)]
+
+
+def cluster_candidates(
+    n: int, k: int, rows: int, programs: int, *, gated: bool, residual: bool
+) -> Iterator[ClusterTile]:
+    """Clusters worth trying for several rows of a matrix [n, k] on so many multiprocessors.
+
+    One program or two fill a multiprocessor, or half of it, which lets the next kernel in; those
+    that leave the fewest multiprocessors idle. Half of the slots asked for ahead were best mostly.
+    """
+    tiles: dict[ClusterTile, float] = {}
+    for block_n in (64, 128) if residual else (64, 128, 192):
+        for split in (1, 2, 3, 4, 5, 6, 8):
+            count = -(-n // block_n) * split
+            for each, room in ((1, 2 * _HALF), (1, _HALF), (2, _HALF)):
+                idle = 1 - count / (-(-count // (programs * each)) * programs * each)
+                stages = 1
+                while stages < min(16, k // (64 * split)) and _fits(
+                    block_n, split, stages + 1, rows, room, gated=gated, residual=residual
+                ):
+                    stages += 1
+                if stages > 1 and count <= 3 * programs and idle < 0.4:
+                    tile = ClusterTile(block_n, split, stages, max(stages // 2, 1))
+                    tiles[tile] = min(idle, tiles.get(tile, 1.0))
+    yield from sorted(tiles, key=tiles.__getitem__)[:16]
+
+
+def _fits(
+    block_n: int, split: int, stages: int, rows: int, room: int, *, gated: bool, residual: bool
+) -> bool:
+    tile = ClusterTile(block_n, split, stages, stages)
+    return tile.shared(rows, gated=gated, residual=residual) <= room
 
 
 def wide_candidates(

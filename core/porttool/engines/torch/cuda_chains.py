@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from porttool.engines.torch.cuda_cluster import layer_products
+from porttool.engines.torch.cuda_cluster import ClusterProduct, layer_products
 from porttool.engines.torch.cuda_launch import (
     Model,
     Projected,
@@ -139,18 +139,21 @@ class WideChain:
 class ClusterChain(WideChain):
     """As WideChain, with products that share their work in clusters and apply the norms."""
 
+    def __init__(self, model: Model, rows: Rows, scratch: Scratch, *, append: bool = True) -> None:
+        super().__init__(model, rows, scratch, append=append)
+        self._products: dict[int, list[list[ClusterProduct]]] = {}
+
     def layers(self, n: int) -> None:
         """Run n rows of the residual stream through every layer and the final norm."""
-        layers, head = self.model.weights.layers, self.model.weights.head
-        norms = [*(layer.qkv.norm for layer in layers[1:]), head.norm]
-        self._norm(n, None, layers[0].qkv, early=False)
-        for index, layer in ranged(layers, on_gpu=True):
-            qkv, out, up, down = layer_products(
-                self.model, self.scratch, layer, n, first=index == 0, last=norms[index]
-            )
+        m, s = self.model, self.scratch
+        if n not in self._products:
+            self._products[n] = layer_products(m, s, n)
+        self._norm(n, None, m.weights.layers[0].qkv, early=False)
+        for index, _ in ranged(m.weights.layers, on_gpu=s.x.is_cuda):
+            qkv, out, up, down = self._products[n][index]
             qkv.enqueue()
-            self._attend(n, index, Projected(self.scratch.qkv))
+            self._attend(n, index, Projected(s.qkv))
             out.enqueue()
             up.enqueue()
             down.enqueue()
-        self._norm(n, None, head)
+        self._norm(n, None, m.weights.head)

@@ -3,27 +3,108 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_compile import (
     CompiledKernel,
+    CompilerUnavailable,
     compile_cubin,
     tensor_map,
 )
 from porttool.engines.torch.cuda_launch import Model
 from porttool.engines.torch.cuda_state import Scratch
-from porttool.engines.torch.cuda_tuning import ClusterTile, tile_rows
-from porttool.engines.torch.cuda_weights import LayerWeights, Linear, NormWeights
+from porttool.engines.torch.cuda_tuning import ClusterTile, Tuning, tile_rows
 
 ARCH = "sm_90a"
-CHUNK = 64  # elements of the inner dimension in a slot: 128 bytes
+CHUNK = 64
+"""Elements of the inner dimension in a slot: 128 bytes."""
+
+NAMES = ("qkv", "out", "up", "down")
 _SOURCES = Path(__file__).parent / "hopper"
+
+
+def unsuited(config: ModelConfig, dtype: torch.dtype, device: str) -> str | None:
+    """Say why these products cannot run a model on a device, or None."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "they multiply 16-bit weights"
+    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != (9, 0):
+        return "they are written for Hopper GPUs"
+    return unfit(config)
+
+
+def unfit(config: ModelConfig) -> str | None:
+    """Say why a model's shape does not suit these products, or None."""
+    c = config
+    if any(inner % CHUNK for inner in (c.d_model, c.n_head * c.head_dim, c.d_ff)):
+        return f"rows of its matrices are no multiples of {CHUNK} elements"
+    return "its heads are no multiples of 4 elements" if c.qkv_dim % 4 else None
+
+
+def residual(name: str) -> bool:
+    """Whether a matrix's product is added to the residual stream."""
+    return name in ("out", "down")
+
+
+def macros(
+    config: ModelConfig, dtype: torch.dtype, name: str, tile: ClusterTile, rows: int, *,
+    first: bool = False,
+) -> dict[str, object]:  # fmt: skip
+    """Return what the kernel's source finds defined for one kind of matrix.
+
+    rows: of a tile, 16 to 128. The first layer's qkv finds its input normalised.
+    """
+    gated = config.gated and name == "up"
+    return {
+        "BLOCK_M": rows, "BLOCK_N": tile.block_n, "SPLIT": tile.split, "STAGES": tile.stages,
+        "AHEAD": min(tile.ahead, tile.stages), "GATED": int(gated),
+        "NORM": int(not residual(name) and not first), "RESIDUAL": int(residual(name)),
+        "ACTIVATED": int(name == "up"), f"ACT_{config.activation}": 1,
+        "BF16": int(dtype == torch.bfloat16), "RMS": int(config.norm == "rmsnorm"),
+        "EPS": f"{config.norm_eps!r}f",
+        "SHARED": tile.shared(rows, gated=gated, residual=residual(name)),
+    }  # fmt: skip
+
+
+def compile_product(defined: Mapping[str, object]) -> bytes:
+    """Compile the kernel; CompilerUnavailable says why that cannot be."""
+    source = "\n".join((_SOURCES / name).read_text() for name in ("machine.cuh", "linear.cu"))
+    return compile_cubin(source, name="cluster_linear", arch=ARCH, macros=defined)
+
+
+@cache
+def _kernel(defined: tuple[tuple[str, object], ...], device: torch.device) -> CompiledKernel:
+    given: dict[str, Any] = dict(defined)
+    with torch.cuda.device(device):
+        return CompiledKernel(
+            compile_product(given), "cluster_linear", threads=2 * given["BLOCK_N"] + 64,
+            shared=given["SHARED"],
+        )  # fmt: skip
+
+
+def usable(
+    tuning: Tuning, config: ModelConfig, dtype: torch.dtype, device: str
+) -> tuple[Tuning, str]:
+    """Return a tuning that can run here, and what to say of its products in clusters."""
+    if not tuning.cluster:
+        return tuning, ""
+    reason = unsuited(config, dtype, device)
+    rows, tiles = next(iter(tuning.cluster.items()))
+    try:
+        if reason is None:
+            defined = macros(config, dtype, "out", tiles["out"], int(rows))
+            _kernel(tuple(defined.items()), torch.device(device))
+    except CompilerUnavailable as error:
+        reason = str(error)
+    if reason:
+        return replace(tuning, cluster={}), f", no products in clusters: {reason}"
+    return tuning, ", products of several rows in clusters"
 
 
 class _Arguments(ctypes.Structure):
@@ -38,72 +119,42 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-def macros(
-    config: ModelConfig, dtype: torch.dtype, tile: ClusterTile, rows: int, *, gated: bool,
-    norm: bool, residual: bool, activated: bool,
-) -> dict[str, object]:  # fmt: skip
-    """Return what the kernel's source finds defined for one kind of product."""
-    return {
-        "BLOCK_M": rows, "BLOCK_N": tile.block_n, "SPLIT": tile.split, "STAGES": tile.stages,
-        "AHEAD": min(tile.ahead, tile.stages), "EAGER": int(tile.eager), "GATED": int(gated), "NORM": int(norm),
-        "RESIDUAL": int(residual), "ACTIVATED": int(activated),
-        f"ACT_{config.activation}": 1, "BF16": int(dtype == torch.bfloat16),
-        "RMS": int(config.norm == "rmsnorm"), "EPS": f"{config.norm_eps!r}f",
-        "SHARED": tile.shared(rows, gated=gated, residual=residual),
-    }  # fmt: skip
-
-
-def compile_product(defined: dict[str, object]) -> bytes:
-    """Compile the kernel; CompilerUnavailable says why that cannot be."""
-    source = "\n".join((_SOURCES / name).read_text() for name in ("machine.cuh", "linear.cu"))
-    return compile_cubin(source, name="cluster_linear", arch=ARCH, macros=defined)
-
-
-@cache
-def _kernel(defined: tuple[tuple[str, object], ...], device: int) -> CompiledKernel:
-    given: dict[str, Any] = dict(defined)
-    with torch.cuda.device(device):
-        return CompiledKernel(
-            compile_product(given), "cluster_linear", threads=2 * given["BLOCK_N"] + 64,
-            shared=given["SHARED"],
-        )  # fmt: skip
-
-
 class ClusterProduct:
-    """One matrix of one layer for steps of n rows, ready to be enqueued.
+    """One matrix of a layer for steps of n rows, ready to be enqueued; `tiles` by matrix.
 
-    `heard` is the tile of the product that left `x` and its moments, None for x [n, inner] that
-    needs no norm any more. With `after`, the norm that follows, the result is added to the
-    residual stream; else it goes to `out`.
+    qkv and up take scratch.normed [n, d_model], the residual stream times the norm's scale, with
+    the sums in scratch.moments; the first layer's qkv takes it normalised. out and down add to
+    scratch.x and leave both for the norm that follows.
     """
 
     def __init__(
-        self, model: Model, scratch: Scratch, linear: Linear, tile: ClusterTile, n: int,
-        x: Tensor, out: Tensor, *, heard: ClusterTile | None, after: NormWeights | None = None,
-        activated: bool = False,
+        self, model: Model, scratch: Scratch, index: int, name: str, n: int,
+        tiles: Mapping[str, ClusterTile],
     ) -> None:  # fmt: skip
-        c, s = model.config, scratch
+        c, s, layers, tile = model.config, scratch, model.weights.layers, tiles[name]
+        layer, rows, ahead = layers[index], tile_rows(n), min(tile.ahead, tile.stages)
+        linear = getattr(layer, name)
+        following = layers[index + 1].qkv if index + 1 < len(layers) else model.weights.head
+        after = {"out": layer.up.norm, "down": following.norm}.get(name)
+        gamma = None if after is None else after.gamma
+        x = {"out": s.attended, "down": s.hidden}.get(name, s.normed)[:n]
+        out = {"qkv": s.qkv, "up": s.hidden}.get(name, s.normed)
+        heard = {"qkv": tiles["down"] if index else None, "up": tiles["out"]}.get(name)
         columns, inner = linear.weight.shape
         columns //= 2 if linear.gated else 1
-        rows, ahead = tile_rows(n), min(tile.ahead, tile.stages)
-        chunks = x[:n].view(n, -1, CHUNK).transpose(0, 1)
-        defined = macros(
-            c, model.dtype, tile, rows, gated=linear.gated, norm=heard is not None,
-            residual=after is not None, activated=activated,
-        )  # fmt: skip
-        self._kernel = _kernel(tuple(defined.items()), x.device.index or 0)
+        defined = macros(c, model.dtype, name, tile, rows, first=index == 0 and name == "qkv")
+        self._kernel = _kernel(tuple(defined.items()), s.x.device)
         self._grid = (-(-columns // tile.block_n) * tile.split, -(-n // rows))
         self._cluster, self._chained = tile.split, model.chained
         bias = linear.bias if heard is None else linear.folded_bias
+        chunks = x.view(n, -1, CHUNK).transpose(0, 1)
+        pointers = (bias, linear.column_sum, s.moments, s.x, out, gamma, s.moments)
         self._arguments = _Arguments(
             tensor_map(linear.weight, (CHUNK, tile.block_n)),
             tensor_map(chunks, (CHUNK, rows, 1)), tensor_map(chunks, (CHUNK, rows, ahead)),
-            *(None if t is None else t.data_ptr() for t in (
-                bias, linear.column_sum, s.moments, s.x, out,
-                None if after is None else after.gamma, s.moments)),
+            *(None if t is None else t.data_ptr() for t in pointers),
             n, columns, inner // CHUNK, -(-inner // heard.block_n) if heard else 0, inner,
         )  # fmt: skip
-        self._kept = linear, x, out, s  # what the arguments point into
 
     def enqueue(self) -> None:
         """Launch it on the current stream."""
@@ -113,26 +164,10 @@ class ClusterProduct:
         )
 
 
-def layer_products(
-    model: Model, scratch: Scratch, layer: LayerWeights, n: int, *, first: bool, last: NormWeights
-) -> tuple[ClusterProduct, ...]:
-    """Return the products of a layer: qkv, out, up, down.
-
-    The `first` layer finds its input normalised in scratch.normed. `last` is the norm after the
-    layer. What each adds to the residual stream it also leaves in scratch.normed, times the next
-    norm's scale.
-    """
-    s, tiles = scratch, model.tuning.cluster[str(tile_rows(n))]
-    up_norm = layer.up.norm
-    heard = None if first else tiles["down"]
-
-    def product(name: str, x: Tensor, out: Tensor, **options: Any) -> ClusterProduct:
-        linear = getattr(layer, name)
-        return ClusterProduct(model, s, linear, tiles[name], n, x, out, **options)
-
-    return (
-        product("qkv", s.normed, s.qkv, heard=heard),
-        product("out", s.attended, s.normed, heard=None, after=up_norm),
-        product("up", s.normed, s.hidden, heard=tiles["out"], activated=True),
-        product("down", s.hidden, s.normed, heard=None, after=last),
-    )
+def layer_products(model: Model, scratch: Scratch, n: int) -> list[list[ClusterProduct]]:
+    """Return the products of every layer, in the order of NAMES."""
+    tiles = model.tuning.cluster[str(tile_rows(n))]
+    return [
+        [ClusterProduct(model, scratch, index, name, n, tiles) for name in NAMES]
+        for index in range(model.config.n_layer)
+    ]

@@ -110,11 +110,10 @@ class CompiledKernel:
             attributes.append(driver.CUlaunchAttribute())
             attributes[1].id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attributes[1].value.programmaticStreamSerializationAllowed = 1
-        import os
-        policy = driver.CUlaunchAttribute()
-        policy.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE
-        policy.value.clusterSchedulingPolicyPreference = driver.CUclusterSchedulingPolicy(int(os.environ.get("POLICY", "0")))
-        attributes.append(policy)
+        policy = driver.CUclusterSchedulingPolicy(_POLICY)
+        attributes.append(driver.CUlaunchAttribute())
+        attributes[-1].id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE
+        attributes[-1].value.clusterSchedulingPolicyPreference = policy
         config.attrs, config.numAttrs = attributes, len(attributes)
         (status,) = driver.cuLaunchKernelEx(config, self._function, ((argument,), (None,)), 0)
         if int(status) != 0:
@@ -142,6 +141,7 @@ def tensor_map(matrix: Tensor, box: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(word) for word in made.opaque)
 
 
+_POLICY = 2
 POINTER, INTEGER = ctypes.c_void_p, ctypes.c_int
 
 

@@ -11,6 +11,26 @@ from torch import Tensor
 from porttool.config import Limits, ModelConfig
 from porttool.nn import meta_decoder
 
+_COLD_BYTES = 400 << 20
+"""Weights that one measurement passes through: several times the L2 cache."""
+
+_MAX_LAYERS, _MAX_LAUNCHES = 256, 4096
+"""Of one measurement: a tiny model's weights are never cold, neither here nor in use."""
+
+
+def tuning_config(config: ModelConfig) -> ModelConfig:
+    """Return the same model with as many layers as keep every matrix out of the L2 cache."""
+    layer = 2 * (config.qkv_dim + config.n_head * config.head_dim + config.up_dim
+                 + config.d_ff) * config.d_model  # fmt: skip
+    smallest = 2 * config.n_head * config.head_dim * config.d_model
+    wanted = max(2, -(-_COLD_BYTES // layer), min(128, -(-_COLD_BYTES // smallest) // 3))
+    return config.model_copy(update={"n_layer": min(wanted, _MAX_LAYERS)})
+
+
+def cold_passes(nbytes: int, launches: int) -> int:
+    """Return how often to go through so many bytes, in so many launches, at a measurement."""
+    return max(2, min(-(-_COLD_BYTES // nbytes), _MAX_LAUNCHES // launches))
+
 
 def limits_of(n_slots: int, max_len: int) -> Limits:
     """Return limits of so many rows of so many tokens."""

@@ -35,7 +35,7 @@ class Scratch:
     hidden: Tensor  # [rows, d_ff]
     delta: Tensor  # float32 sums [split, rows, columns] that the next kernel adds
     sum: Tensor  # [rows, d_model]: the same from the library's products
-    moments: Tensor  # float32 [columns / 64, rows, 2]: sums and sums of squares of x, by tiles
+    moments: Tensor  # up to [d_model / 64, rows, 2] float32: sums of x and x squared, by tiles
     gates: Tensor  # [rows, up_dim] of a gated MLP, before its activation
     part: Tensor  # [rows, n_head, splits, head_dim] float32
     weight: Tensor  # [rows, n_head, splits] float32

@@ -18,18 +18,23 @@ from porttool.engines.torch.cuda_candidates import (
     stream_candidates,
     wide_candidates,
 )
+from porttool.engines.torch.cuda_cluster import unsuited as clusters_unsuited
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_launch import stream, wide
 from porttool.engines.torch.cuda_limits import stageable
 from porttool.engines.torch.cuda_measure import (
     captured,
+    cold_passes,
     limits_of,
     milliseconds,
     random_weights,
+    tuning_config,
 )
 from porttool.engines.torch.cuda_persistent import programs_of, unsuited
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
+from porttool.engines.torch.cuda_tune_cluster import cluster_leaders
 from porttool.engines.torch.cuda_tuning import (
+    ClusterTile,
     PersistentTile,
     StreamTile,
     Tuning,
@@ -40,12 +45,6 @@ from porttool.engines.torch.cuda_tuning import (
 from porttool.engines.torch.cuda_weights import Linear
 from porttool.errors import EngineError
 from porttool.nn import Step
-
-_COLD_BYTES = 400 << 20
-"""Weights that one measurement passes through: several times the L2 cache."""
-
-_MAX_LAYERS, _MAX_LAUNCHES = 256, 4096
-"""Of one measurement: a tiny model's weights are never cold, neither here nor in use."""
 
 _MEASURED_MS = 200
 """A step is measured for about this long, more often than three times only within it."""
@@ -61,8 +60,7 @@ class _Bench:
             [w.head] if name == "head" else [getattr(layer, name) for layer in w.layers]
         )
         nbytes = sum(linear.nbytes for linear in self.linears)
-        cold = min(-(-_COLD_BYTES // nbytes), _MAX_LAUNCHES // len(self.linears))
-        self.passes = max(2, cold)
+        self.passes = cold_passes(nbytes, len(self.linears))
         c = decoder.config
         self.scratch: Scratch = make_scratch(
             c, max(rows, 16), splits=1, sums=8 * max(c.d_model, c.qkv_dim),
@@ -96,15 +94,6 @@ class _Bench:
             stream(m, s, linear, tile, self.rows, x, out, act=act, best=best)
         else:
             wide(m, s, linear, tile, self.rows, x, out, act=act, best=best)
-
-
-def tuning_config(config: ModelConfig) -> ModelConfig:
-    """Return the same model with as many layers as keep every matrix out of the L2 cache."""
-    layer = 2 * (config.qkv_dim + config.n_head * config.head_dim + config.up_dim
-                 + config.d_ff) * config.d_model  # fmt: skip
-    smallest = 2 * config.n_head * config.head_dim * config.d_model
-    wanted = max(2, -(-_COLD_BYTES // layer), min(128, -(-_COLD_BYTES // smallest) // 3))
-    return config.model_copy(update={"n_layer": min(wanted, _MAX_LAYERS)})
 
 
 def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 8) -> float:
@@ -182,6 +171,17 @@ class _Search:
                 whole = tile if best is None else replace(best, **given)
                 times[whole] = self.offer(replace(self.best, persistent=whole))
 
+    def offer_clusters(self, found: Mapping[str, list[ClusterTile]]) -> None:
+        """Measure products in clusters, one matrix after the other, beside what was best so far."""
+        best, time = {name: tiles[0] for name, tiles in found.items()}, float("inf")
+        for name, tiles in found.items():
+            for tile in tiles:
+                several = {**best, name: tile}
+                rows = {**self.best.cluster, str(tile_rows(self.n)): several}
+                took = self.offer(replace(self.best, cluster=rows))
+                if took < time:
+                    best, time = several, took
+
 
 def leaders(
     config: ModelConfig, *, dtype: torch.dtype, rows: int, device: str, count: int = 5
@@ -208,11 +208,14 @@ def leaders(
 
 
 def refine(
-    decoder: CudaDecoder, found: Mapping[str, list[StreamTile | WideTile]], n: int, context: int
-) -> float:
+    decoder: CudaDecoder, found: Mapping[str, list[StreamTile | WideTile]], n: int, context: int,
+    clustered: Mapping[str, list[ClusterTile]] | None = None,
+) -> float:  # fmt: skip
     """Try the leaders in the whole step of n rows, where neighbours matter; milliseconds."""
     alone = decoder.tuning.persistent
-    first = replace(decoder.tuning, persistent=None)  # only a single row's search shall build one
+    others = {k: v for k, v in decoder.tuning.cluster.items() if k != str(tile_rows(n))}
+    # only a single row's search shall build a persistent kernel
+    first = replace(decoder.tuning, persistent=None, cluster=others)
     for name, tiles in found.items():
         first = with_tile(first, name, next(t for t in tiles if t.block_n), n)
     decoder.use(first)
@@ -221,6 +224,8 @@ def refine(
     for name, tiles in found.items():
         for tile in tiles:
             search.offer_tile(name, tile)
+    if clustered and all(clustered.values()):
+        search.offer_clusters(clustered)
     if n == 1:
         search.offer(replace(search.best, join_in_out=True))
         search.offer_persistent()
@@ -249,11 +254,13 @@ def tune(
     Each matrix is first measured alone, then its fastest few in whole steps of each batch size
     at `context` tokens. Steps of other sizes run in the tiles of the same `tile_rows`.
     """
-    found = {}
+    found, clustered = {}, {}
     for n in batch_sizes:
         report(f"{n} rows: measuring each matrix alone")
         rows = 1 if n == 1 else tile_rows(n)
         found[n] = leaders(config, dtype=dtype, rows=rows, device=device)
+        if n > 1 and not clusters_unsuited(config, dtype, device):
+            clustered[n] = cluster_leaders(config, dtype=dtype, rows=rows, device=device)
     decoder = CudaDecoder(
         config, random_weights(config, dtype, device), dtype=dtype,
         limits=limits_of(max(batch_sizes), context + 128), device=device,
@@ -263,7 +270,9 @@ def tune(
     notes = {}
     for n in batch_sizes:
         report(f"{n} rows: measuring whole steps")
-        notes[f"ms at {n} x {context}"] = round(refine(decoder, found[n], n, context), 4)
+        notes[f"ms at {n} x {context}"] = round(
+            refine(decoder, found[n], n, context, clustered.get(n)), 4
+        )
         took = notes[f"ms at {n} x {context}"]
         report(f"tuned for {n} rows: {took} ms a step; {decoder.tuning.described(n)}")
     return replace(decoder.tuning, notes=notes).as_dict()

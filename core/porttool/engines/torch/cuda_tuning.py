@@ -78,30 +78,29 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class ClusterTile:
-    """How a product is cut for clusters: columns of one, its programs, their slots of 64 elements.
+    """How a product is cut: `split` programs, a cluster, share the inner dimension of some columns.
 
-    `ahead` slots are asked for before the kernel's predecessor ends. With `eager` the next kernel may
-    start at once, else when this one has asked for all its weights.
+    Each has `stages` slots of 64 inner elements, `ahead` of which are asked for before the
+    kernel's predecessor ends.
     """
 
     block_n: int
     split: int
     stages: int
     ahead: int
-    eager: bool = False
 
     def shared(self, rows: int, *, gated: bool, residual: bool) -> int:
         """Bytes of shared memory of a program for a tile of so many rows."""
         parts, share = 2 if gated else 1, -(-rows // self.split)
         sent = 4 * parts * share * (self.block_n + 4)
         ring = self.stages * 128 * (parts * self.block_n + rows)
-        beside = max(self.split - 1, 1) * sent + 4 * self.block_n * (share if residual else 1)
+        beside = (self.split - 1) * sent + 32 + 4 * self.block_n * (share if residual else 1)
         beside += 16 * self.stages + 8 * share + 4 * self.block_n * (2 * parts + 1) + 128
         return (-(-max(ring, self.split * sent) // 1024) - (-beside // 1024) + 1) * 1024
 
     def __str__(self) -> str:
         """Return the columns and programs of a cluster."""
-        return f"{self.block_n} by {self.split}"
+        return f"{self.block_n} by a cluster of {self.split}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,8 @@ class Tuning:
     `stream` by linear ("qkv", "out", "up", "down", "head"); `wide` and `wide_attention` by rows
     of a tile, `wide` then by linear; with `join_in_out` the output projection of a single row
     joins the parts of split attention, else a kernel of its own does; with `persistent` one kernel
-    decodes a single row in place of the chain; `notes` say what was measured with it.
+    decodes a single row in place of the chain; `cluster`, by rows and linear, has products of
+    several rows that run in clusters in place of `wide`'s; `notes` say what was measured with it.
     """
 
     gpu: str
@@ -147,8 +147,11 @@ class Tuning:
                 f"one persistent kernel, pieces of {64 * tile.steps} bytes, {tile.flying} slots on "
                 f"their way, attention in {tile.splits} parts"
             )
-        tiles = self.stream if n == 1 else self.wide[str(tile_rows(n))]
-        attention = self.attention if n == 1 else self.wide_attention[str(tile_rows(n))]
+        rows = str(tile_rows(n))
+        tiles: dict[str, Any] = {**(self.stream if n == 1 else self.wide[rows])}
+        if n > 1 and rows in self.cluster:
+            tiles |= self.cluster[rows]
+        attention = self.attention if n == 1 else self.wide_attention[rows]
         parts = [f"{name} {tile}" for name, tile in tiles.items()]
         return f"attention {attention.splits} x {attention.block_t}, " + ", ".join(parts)
 

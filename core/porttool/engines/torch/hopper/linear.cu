@@ -9,8 +9,7 @@
 // + w . beta + bias, where mean and r come from sums that the products before have left.
 //
 // Defined outside beside machine.cuh's: BLOCK_M (rows), BLOCK_N, SPLIT, STAGES, AHEAD (slots that
-// are asked for before the predecessor ends), EAGER (see ClusterTile), GATED, NORM, RESIDUAL and
-// ACTIVATED (0 or 1).
+// are asked for before the predecessor ends), GATED, NORM, RESIDUAL and ACTIVATED (0 or 1).
 
 constexpr int GROUPS = BLOCK_N / 64;  // warpgroups, 64 columns each
 constexpr int WARPS = GROUPS * 4;     // that multiply; one more fills the ring, another helps
@@ -52,7 +51,7 @@ struct Shared {
         };
         float sums[PARTS][SPLIT][SENT];  // by the programs that finish them
     };
-    alignas(16) float heard[SPLIT - 1 + !(SPLIT - 1)][PARTS][SENT];  // from the other programs
+    alignas(16) float heard[most(SPLIT - 1, 1)][PARTS][SPLIT > 1 ? SENT : 4];  // from others
     alignas(16) float old[RESIDUAL ? SHARE : 1][BLOCK_N];             // of the residual stream
     alignas(8) u64 full[STAGES];
     u64 empty[STAGES], begun, all_heard, old_read;
@@ -233,12 +232,12 @@ struct Filler {
         for (int i = 0; i < min(AHEAD, at.chunks); ++i) weights(i, PARTS * WEIGHTS);
     }
 
-    // The first slots' inputs come in one box: asked for one by one they would come late. Unless it is
-    // EAGER, the next kernel starts when all weights of this one are on their way.
+    // The first slots' inputs come in one box: asked for one by one they would come late. The next
+    // kernel starts when all weights of this one are on their way, lest it ask for its own before.
     __device__ void run() const {
         const u32 begun = shared_address(&s.begun);
         barrier_expect(begun, AHEAD * INPUTS);
-        if (EAGER || at.chunks <= AHEAD) let_next_start();
+        if (at.chunks <= AHEAD) let_next_start();
         await_last();
         copy_chunks(shared_address(s.inputs[0]), a.first_inputs, at.row0, at.first, begun);
         for (int i = AHEAD; i < at.chunks; ++i) {

@@ -1,0 +1,91 @@
+"""Measuring products in clusters, each kind of matrix in a chain of its like."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from porttool.config import ModelConfig
+from porttool.engines.torch.cuda import CudaDecoder
+from porttool.engines.torch.cuda_candidates import cluster_candidates
+from porttool.engines.torch.cuda_cluster import (
+    NAMES,
+    ClusterProduct,
+    compile_product,
+    macros,
+    residual,
+)
+from porttool.engines.torch.cuda_compile import CompilerUnavailable
+from porttool.engines.torch.cuda_measure import (
+    captured,
+    cold_passes,
+    limits_of,
+    milliseconds,
+    random_weights,
+    tuning_config,
+)
+from porttool.engines.torch.cuda_persistent import programs_of
+from porttool.engines.torch.cuda_state import Scratch, make_scratch
+from porttool.engines.torch.cuda_tuning import ClusterTile, shapes
+from porttool.errors import EngineError
+
+
+def cluster_leaders(
+    config: ModelConfig, *, dtype: torch.dtype, rows: int, device: str, count: int = 3
+) -> dict[str, list[ClusterTile]]:
+    """Measure every candidate alone; the fastest few of each matrix, fewer where none runs."""
+    small = tuning_config(config)
+    decoder = CudaDecoder(small, random_weights(small, dtype, device), dtype=dtype,
+                          limits=limits_of(1, 64), device=device)  # fmt: skip
+    scratch = make_scratch(small, rows, splits=1, sums=1, n_best=1, dtype=dtype, device=device)
+    for buffer in (scratch.x, scratch.normed, scratch.attended, scratch.hidden):
+        buffer.normal_()
+    scratch.moments.fill_(1.0)  # unset ones could make every product infinite
+    out = {}
+    for name in NAMES:
+        n, k = shapes(config)[name]
+        tiles = list(cluster_candidates(
+            n, k, rows, programs_of(device), gated=config.gated and name == "up",
+            residual=residual(name),
+        ))  # fmt: skip
+        _compile([macros(config, dtype, name, tile, rows) for tile in tiles])
+        timed = {tile: _microseconds(decoder, scratch, name, rows, tile) for tile in tiles}
+        best = sorted((t for t in tiles if timed[t] < float("inf")), key=timed.__getitem__)
+        out[name] = best[:count]
+    return out
+
+
+def _compile(defined: list[dict[str, object]]) -> None:
+    """Put kernels in the cache, several at a time; what does not compile is found out later."""
+
+    def attempt(one: dict[str, object]) -> None:
+        try:
+            compile_product(one)
+        except CompilerUnavailable:
+            return
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+        list(pool.map(attempt, defined))
+
+
+def _microseconds(
+    decoder: CudaDecoder, scratch: Scratch, name: str, rows: int, tile: ClusterTile
+) -> float:
+    """Return the device time of one matrix; infinite for a tile that does not run."""
+    tiles = dict.fromkeys(NAMES, tile)
+    layers = range(1, decoder.config.n_layer)  # the first layer's qkv is another kernel
+    try:
+        products = [ClusterProduct(decoder.model, scratch, i, name, rows, tiles) for i in layers]
+        nbytes = sum(getattr(decoder.model.weights.layers[i], name).nbytes for i in layers)
+        passes = cold_passes(nbytes, len(products))
+
+        def work() -> None:
+            for _ in range(passes):
+                for product in products:
+                    product.enqueue()
+
+        return milliseconds(captured(work)) * 1000 / (passes * len(products))
+    except (CompilerUnavailable, EngineError):
+        return float("inf")
