@@ -220,9 +220,9 @@ def tensors_of(*objects: object) -> dict[int, torch.Tensor]:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on masked lanes
 @pytest.mark.parametrize("case", list(SHAPES))
 def test_the_chain_tells_the_kernel_what_the_model_is(case: str, monkeypatch) -> None:
-    heads = {"multi-query": (6, 1), "grouped rms": (6, 2)}
-    n_head, n_kv_head = heads.get(case, (4, 4))
-    shape = cases.config(case, head_dim=32, d_model=128, d_ff=128, n_head=n_head,
+    heads = {"multi-query": (4, 1), "grouped rms": (4, 2)}
+    n_head, n_kv_head = heads.get(case, (2, 2))
+    shape = cases.config(case, head_dim=128 // n_head, d_model=128, d_ff=128, n_head=n_head,
                          n_kv_head=n_kv_head)  # fmt: skip
     plain = cases.drawn(shape, torch.float32)
     made = cuda.CudaDecoder(shape, plain.state_dict(), dtype=torch.float32,

@@ -90,7 +90,7 @@ def cluster_candidates(
             for each, room in ((1, 2 * _HALF), (1, _HALF), (2, _HALF)):
                 idle = 1 - count / (-(-count // (programs * each)) * programs * each)
                 stages = 1
-                while stages < min(16, k // (64 * split)) and _fits(
+                while stages < min(16, -(-k // (64 * split))) and _fits(
                     block_n, split, stages + 1, rows, room, gated=gated, residual=residual
                 ):
                     stages += 1

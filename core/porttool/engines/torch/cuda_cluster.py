@@ -28,6 +28,7 @@ CHUNK = 64
 
 NAMES = ("qkv", "out", "up", "down")
 _SOURCES = Path(__file__).parent / "hopper"
+_PARTS = ("machine.cuh", "cluster.cuh", "linear.cu")
 
 
 def unsuited(config: ModelConfig, dtype: torch.dtype, device: str) -> str | None:
@@ -74,7 +75,7 @@ def macros(
 
 def compile_product(defined: Mapping[str, object]) -> bytes:
     """Compile the kernel; CompilerUnavailable says why that cannot be."""
-    source = "\n".join((_SOURCES / name).read_text() for name in ("machine.cuh", "linear.cu"))
+    source = "\n".join((_SOURCES / name).read_text() for name in _PARTS)
     return compile_cubin(source, name="cluster_linear", arch=ARCH, macros=defined)
 
 

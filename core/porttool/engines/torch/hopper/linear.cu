@@ -1,10 +1,10 @@
 // A product of several rows whose programs share the work in clusters: out = f(x . w), or the sum
-// that the residual stream takes. Behind machine.cuh.
+// that the residual stream takes. Behind machine.cuh and cluster.cuh.
 //
 // A cluster owns BLOCK_N columns. Each of its SPLIT programs multiplies its part of the inner
-// dimension, 64 elements of all its columns and rows a slot of the ring; then they add each other's
-// sums, read from the others' shared memory, each for its share of the rows. So activations are
-// read once for BLOCK_N columns, in pieces, and nothing but finished rows goes to memory.
+// dimension, 64 elements of all its columns and rows a slot of the ring; then they send each other
+// their sums, and each finishes a share of the rows. So activations are read once for BLOCK_N
+// columns, in pieces, and nothing but finished rows goes to memory.
 // The norm before a product is applied after it: with xg = x gamma, y = r (w . xg - mean w . gamma)
 // + w . beta + bias, where mean and r come from sums that the products before have left.
 //
@@ -15,21 +15,17 @@ constexpr int GROUPS = BLOCK_N / 64;  // warpgroups, 64 columns each
 constexpr int WARPS = GROUPS * 4;     // that multiply; one more fills the ring, another helps
 constexpr int PARTS = GATED ? 2 : 1;
 constexpr int WEIGHTS = BLOCK_N * 128, INPUTS = BLOCK_M * 128;  // bytes of a slot
-constexpr int SHARE = (BLOCK_M + SPLIT - 1) / SPLIT;  // rows that a program finishes
-constexpr int PITCH = BLOCK_N + 4;                    // of a row of sums: no bank is met twice
-constexpr int SENT = SHARE * PITCH;                   // sums that one program gives another
-constexpr float SCALED = 0.0625f;                     // of x gamma, so that float16 holds it
+constexpr int SHARE = (BLOCK_M + SPLIT - 1) / SPLIT;            // rows that a program finishes
+constexpr int PITCH = BLOCK_N + 4;   // of a row of sums: no bank is met twice
+constexpr int SENT = SHARE * PITCH;  // sums that one program gives another
+constexpr float SCALED = 0.0625f;    // of x gamma, so that float16 holds it
 
-constexpr int QUADS = BLOCK_N / 4;                    // of columns, a thread each when finished
+constexpr int QUADS = BLOCK_N / 4;  // of columns, a thread each when finished
 
 static_assert(BLOCK_N % 64 == 0 && BLOCK_N <= 256, "a warpgroup multiplies 64 columns");
 static_assert(!RESIDUAL || BLOCK_N == 64 || BLOCK_N == 128, "a warp sums up whole rows");
 static_assert(SPLIT >= 1 && SPLIT <= 8, "a cluster has up to eight programs");
 static_assert(AHEAD >= 1 && AHEAD <= STAGES, "asked for before there is a slot");
-
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
 
 struct Arguments {
     TensorMap weights, inputs, first_inputs;
@@ -52,142 +48,13 @@ struct Shared {
         float sums[PARTS][SPLIT][SENT];  // by the programs that finish them
     };
     alignas(16) float heard[most(SPLIT - 1, 1)][PARTS][SPLIT > 1 ? SENT : 4];  // from others
-    alignas(16) float old[RESIDUAL ? SHARE : 1][BLOCK_N];             // of the residual stream
+    alignas(16) float old[RESIDUAL ? SHARE : 1][BLOCK_N];  // of the residual stream
     alignas(8) u64 full[STAGES];
     u64 empty[STAGES], begun, all_heard, old_read;
     float2 moments[SHARE];  // mean and inverse deviation
     alignas(16) float bias[PARTS][BLOCK_N], column_sum[PARTS][BLOCK_N], gamma[BLOCK_N];
 };
 static_assert(sizeof(Shared) + 1024 <= SHARED, "more shared memory than there is");
-
-// ---- the machine ----
-
-__device__ __forceinline__ void let_next_start() {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-
-__device__ __forceinline__ void await_last() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// A box of 64 inner elements and some rows from `row`.
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int inner, int row,
-                                         u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-        "l"(&map), "r"(inner), "r"(row), "r"(barrier), "l"(policy)
-        : "memory");
-}
-
-// Boxes of 64 inner elements one after the other, from the chunk-th of a row.
-__device__ __forceinline__ void copy_chunks(u32 to, const TensorMap& map, int row, int chunk,
-                                            u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-        "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(barrier)
-        : "memory");
-}
-
-// Barriers that were just made are seen by the other programs and by copies.
-__device__ __forceinline__ void fence_barriers() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    fence_copies();
-}
-
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() {
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-__device__ __forceinline__ u32 address_in(u32 program, u32 address) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(program));
-    return there;
-}
-
-// To another program's shared memory, which its barrier hears of.
-__device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
-        "[%0], [%1], %2, [%3];" ::"r"(to),
-        "r"(from), "r"(bytes), "r"(barrier)
-        : "memory");
-}
-
-// Warps that meet at one of the program's barriers, some of them without waiting.
-template <int NAME, int THREADS>
-__device__ __forceinline__ void meet() {
-    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
-}
-
-template <int NAME, int THREADS>
-__device__ __forceinline__ void pass() {
-    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
-}
-
-// A matrix of 128-byte rows in shared memory, eight rows of 16-byte units swizzled together.
-__device__ __forceinline__ u64 described(u32 address) {
-    return (u64(address & 0x3ffff) >> 4) | (u64(1) << 16) | (u64(64) << 32) | (u64(1) << 62);
-}
-
-#define S1(i) "+f"(sum[i])
-#define S4(i) S1(i), S1(i + 1), S1(i + 2), S1(i + 3)
-#define S8(i) S4(i), S4(i + 4)
-#define S16(i) S8(i), S8(i + 8)
-#define S32(i) S16(i), S16(i + 16)
-#if BLOCK_M == 16
-#define SHAPE "m64n16k16"
-#define PLACES "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9"
-#define SUM_REGISTERS S8(0)
-#elif BLOCK_M == 32
-#define SHAPE "m64n32k16"
-#define PLACES                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17"
-#define SUM_REGISTERS S16(0)
-#elif BLOCK_M == 64
-#define SHAPE "m64n64k16"
-#define PLACES                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33"
-#define SUM_REGISTERS S32(0)
-#elif BLOCK_M == 128
-#define SHAPE "m64n128k16"
-#define PLACES                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                    \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "           \
-    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "           \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65"
-#define SUM_REGISTERS S32(0), S32(32)
-#else
-#error "a tile has 16, 32, 64 or 128 rows"
-#endif
-#if BF16
-#define KINDS ".f32.bf16.bf16"
-#else
-#define KINDS ".f32.f16.f16"
-#endif
-
-constexpr int HELD = BLOCK_M / 2;  // sums of a thread
-
-// sum [64, BLOCK_M] += w [64, 16] x [16, BLOCK_M], a warpgroup.
-__device__ __forceinline__ void multiply_tile(float (&sum)[HELD], u64 w, u64 x) {
-    asm volatile("wgmma.mma_async.sync.aligned." SHAPE KINDS " " PLACES ", 1, 1, 1, 0, 0;"
-                 : SUM_REGISTERS
-                 : "l"(w), "l"(x));
-}
-
-// What the compiler must not keep elsewhere while the tensor cores write it.
-__device__ __forceinline__ void pinned(float (&sum)[HELD]) {
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) asm volatile("" : "+f"(sum[i])::"memory");
-}
-
-// ---- the product ----
 
 struct Place {
     int tile, rank, row0, first, chunks;  // first of this program's chunks of 64 inner elements
@@ -312,16 +179,15 @@ __device__ __forceinline__ void multiply(float (&sum)[PARTS][HELD], Shared& s, i
 }
 
 // This program's rows of the residual stream, as they were.
-__device__ __forceinline__ void read_old(const Arguments& a, Shared& s, const Place& at,
-                                         int lane) {
+__device__ __forceinline__ void read_old(const Arguments& a, Shared& s, const Place& at, int lane) {
     const int column = at.tile * BLOCK_N, first = at.row0 + at.rank * SHARE;
     const u32 bytes = min(BLOCK_N, a.columns - column) * 4, barrier = shared_address(&s.old_read);
     const int rows = max(min(min(SHARE, BLOCK_M - at.rank * SHARE), a.rows - first), 0);
     if (lane == 0) barrier_expect(barrier, rows * bytes);
     __syncwarp();
     for (int j = lane; j < rows; j += 32)
-        copy(shared_address(s.old[j]),
-             a.x + static_cast<long long>(first + j) * a.columns + column, bytes, barrier);
+        copy(shared_address(s.old[j]), a.x + static_cast<long long>(first + j) * a.columns + column,
+             bytes, barrier);
 }
 
 // This warpgroup's sums to shared memory.
@@ -387,8 +253,7 @@ __device__ __forceinline__ void finish(const Arguments& a, Shared& s, const Plac
         float2 told = {0.0f, 0.0f};
         if (inside) {
             float4 v = joined(s, at.rank, 0, j, n);
-            if (ACTIVATED)
-                v = {activate(v.x), activate(v.y), activate(v.z), activate(v.w)};
+            if (ACTIVATED) v = {activate(v.x), activate(v.y), activate(v.z), activate(v.w)};
             if (GATED) {
                 const float4 gate = joined(s, at.rank, PARTS - 1, j, n);
                 v.x *= gate.x, v.y *= gate.y, v.z *= gate.z, v.w *= gate.w;

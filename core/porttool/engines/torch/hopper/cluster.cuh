@@ -1,0 +1,129 @@
+// What products in clusters need of the machine beside machine.cuh: dependent launches, copies of
+// boxes of a matrix, clusters of programs, tensor cores of a warpgroup. Defined outside:
+// BLOCK_M, the rows of a tile, and BF16.
+
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+__device__ __forceinline__ void let_next_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ void await_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// A box of 64 inner elements and some rows from `row`.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int inner, int row,
+                                         u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(&map), "r"(inner), "r"(row), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// Boxes of 64 inner elements one after the other, from the chunk-th of a row.
+__device__ __forceinline__ void copy_chunks(u32 to, const TensorMap& map, int row, int chunk,
+                                            u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+        "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(barrier)
+        : "memory");
+}
+
+// Barriers that were just made are seen by the other programs and by copies.
+__device__ __forceinline__ void fence_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_copies();
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 address_in(u32 program, u32 address) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(program));
+    return there;
+}
+
+// To another program's shared memory, which its barrier hears of.
+__device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+        "[%0], [%1], %2, [%3];" ::"r"(to),
+        "r"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// Warps that meet at one of the program's barriers, some of them without waiting.
+template <int NAME, int THREADS>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
+
+template <int NAME, int THREADS>
+__device__ __forceinline__ void pass() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
+}
+
+// A matrix of 128-byte rows in shared memory, eight rows of 16-byte units swizzled together.
+__device__ __forceinline__ u64 described(u32 address) {
+    return (u64(address & 0x3ffff) >> 4) | (u64(1) << 16) | (u64(64) << 32) | (u64(1) << 62);
+}
+
+#define S1(i) "+f"(sum[i])
+#define S4(i) S1(i), S1(i + 1), S1(i + 2), S1(i + 3)
+#define S8(i) S4(i), S4(i + 4)
+#define S16(i) S8(i), S8(i + 8)
+#define S32(i) S16(i), S16(i + 16)
+#if BLOCK_M == 16
+#define SHAPE "m64n16k16"
+#define PLACES "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9"
+#define SUM_REGISTERS S8(0)
+#elif BLOCK_M == 32
+#define SHAPE "m64n32k16"
+#define PLACES "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17"
+#define SUM_REGISTERS S16(0)
+#elif BLOCK_M == 64
+#define SHAPE "m64n64k16"
+#define PLACES                                                                \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33"
+#define SUM_REGISTERS S32(0)
+#elif BLOCK_M == 128
+#define SHAPE "m64n128k16"
+#define PLACES                                                                         \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65"
+#define SUM_REGISTERS S32(0), S32(32)
+#else
+#error "a tile has 16, 32, 64 or 128 rows"
+#endif
+#if BF16
+#define KINDS ".f32.bf16.bf16"
+#else
+#define KINDS ".f32.f16.f16"
+#endif
+
+constexpr int HELD = BLOCK_M / 2;  // sums of a thread
+
+// sum [64, BLOCK_M] += w [64, 16] x [16, BLOCK_M], a warpgroup.
+__device__ __forceinline__ void multiply_tile(float (&sum)[HELD], u64 w, u64 x) {
+    asm volatile("wgmma.mma_async.sync.aligned." SHAPE KINDS " " PLACES ", 1, 1, 1, 0, 0;"
+                 : SUM_REGISTERS
+                 : "l"(w), "l"(x));
+}
+
+// What the compiler must not keep elsewhere while the tensor cores write it.
+__device__ __forceinline__ void pinned(float (&sum)[HELD]) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) asm volatile("" : "+f"(sum[i])::"memory");
+}
