@@ -43,7 +43,9 @@ TITLES = {
     "fastertransformer_old": "`config.ini` and raw `.bin`, of others",
     "npy_table": "`.npy` prompt table", "npy_tokens": "`.npy` token ids",
     "csv_tokens": "`.csv` token ids", "checkpoint": "our checkpoint folder",
-    "engine": "our engine folder, loaded and run", "prompt_table": "our prompt table folder",
+    "engine": "our engine folder, loaded and run",
+    "onnx_engine": "our ONNX engine folder, loaded and run",
+    "prompt_table": "our prompt table folder",
 }  # fmt: skip
 
 

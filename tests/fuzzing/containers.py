@@ -15,6 +15,7 @@ import tiny
 from fuzzing import formats, opinions
 from fuzzing.files import damage_file, damage_json, mutated_file
 from fuzzing.mutate import mutate_bytes, mutate_numbers, mutate_tree
+from fuzzing.onnx_graph import mutate_graph
 from fuzzing.opinions import Opinion
 from fuzzing.specimens import (
     SHAPE,
@@ -28,6 +29,7 @@ from fuzzing.specimens import (
     write_nemo,
     write_nemo_gz,
     write_npy,
+    write_onnx_engine,
     write_old_fastertransformer,
     write_safetensors,
     write_sharded,
@@ -40,8 +42,9 @@ from porttool import api
 from porttool.checkpoint import Checkpoint, seal_of
 from porttool.engine import Engine
 from porttool.folder import hash_file
+from porttool.nn import Step
 from porttool.prompt_table import PromptTable
-from porttool.runner import load_runner
+from porttool.runner import load_runner, load_verified
 from porttool.shards import digest
 from porttool.token_files import read_tokens
 
@@ -117,6 +120,17 @@ def run_engine(folder: Path, output: Path) -> Values:
     logits = tiny.full_logits(runner, [1, 5, 2])
     manifest = engine.manifest
     return {"logits": digest(logits).hex(), "limits": manifest.limits.model_dump_json(),
+            "tokens": manifest.tokens.model_dump_json()}  # fmt: skip
+
+
+def run_onnx_engine(folder: Path, output: Path) -> Values:
+    """Open an engine, load it into ONNX Runtime, run one step of it and choose a token."""
+    runner = load_verified(folder, registry(), {"device": "cpu", "threads": 1})
+    manifest = runner.engine.manifest
+    logits = tiny.full_logits(runner, [1, 5, 2])
+    chosen = runner.decode(Step.prefill([[1, 5, 2]]), 1)
+    return {"logits": digest(logits).hex(), "chosen": json.dumps(chosen.tolist()),
+            "limits": manifest.limits.model_dump_json(),
             "tokens": manifest.tokens.model_dump_json()}  # fmt: skip
 
 
@@ -217,6 +231,18 @@ def damaging_own(manifest: str) -> Any:
     return damage
 
 
+def damage_onnx_engine(rng: Random, folder: Path) -> Damage:
+    """Change the folder like any other of ours, or the graph with the manifest made to fit."""
+    if rng.random() < 0.4:
+        return damaging_own("engine.json")(rng, folder)
+    graph = "rank0/model.onnx"
+    said = mutated_file(rng, folder / graph, rng.choice((mutate_graph, mutate_graph, mutate_bytes)))
+    values = json.loads((folder / "engine.json").read_text())
+    values["files"][graph] = hash_file(folder / graph).model_dump()
+    write_sealed(folder / "engine.json", values)
+    return Damage(f"sealed: {said}", sealed=True)
+
+
 def write_sealed(file: Path, values: Any) -> None:
     """Write a manifest as someone would who knows how it is sealed."""
     rest = {k: v for k, v in values.items() if k != "seal"}
@@ -256,6 +282,8 @@ CONTAINERS = {
         Container("checkpoint", write_checkpoint, damaging_own("checkpoint.json"),
                   open_checkpoint, checked=True),
         Container("engine", write_engine, damaging_own("engine.json"), run_engine, checked=True),
+        Container("onnx_engine", write_onnx_engine, damage_onnx_engine, run_onnx_engine,
+                  checked=True),
         Container("prompt_table", write_table, damaging_own("prompt_table.json"), open_table,
                   checked=True),
     )

@@ -21,6 +21,7 @@ from porttool.engines.torch.cuda_compile import (
 from porttool.engines.torch.cuda_launch import Model
 from porttool.engines.torch.cuda_state import Scratch
 from porttool.engines.torch.cuda_tuning import ClusterTile, Tuning, tile_rows
+from porttool.errors import EngineError
 
 ARCH = "sm_90a"
 CHUNK = 64
@@ -166,9 +167,18 @@ class ClusterProduct:
 
 
 def layer_products(model: Model, scratch: Scratch, n: int) -> list[list[ClusterProduct]]:
-    """Return the products of every layer, in the order of NAMES."""
+    """Return the products of every layer, in the order of NAMES.
+
+    Raises EngineError where one cannot run: `usable` tries one of them beforehand.
+    """
     tiles = model.tuning.cluster[str(tile_rows(n))]
-    return [
-        [ClusterProduct(model, scratch, index, name, n, tiles) for name in NAMES]
-        for index in range(model.config.n_layer)
-    ]
+    try:
+        return [
+            [ClusterProduct(model, scratch, index, name, n, tiles) for name in NAMES]
+            for index in range(model.config.n_layer)
+        ]
+    except CompilerUnavailable as error:
+        raise EngineError(
+            f"a product in clusters does not run here: {error}; build the engine again with "
+            "--set tune true, or with --set tune false to do without"
+        ) from error
