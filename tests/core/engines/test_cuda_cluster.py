@@ -253,7 +253,7 @@ def test_what_does_not_run_after_all_is_an_error_with_a_way_out(monkeypatch) -> 
         raise CompilerUnavailable("CUDA says no")
 
     monkeypatch.setattr(cuda_cluster, "ClusterProduct", refuses)
-    with pytest.raises(EngineError, match="CUDA says no.*--set tune false"):
+    with pytest.raises(EngineError, match=r"CUDA says no.*--set tune false"):
         cuda_cluster.layer_products(model, None, 20)
 
 
