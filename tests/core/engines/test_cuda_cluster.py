@@ -12,11 +12,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import cuda_cases as cases
-from cuda_cases import TOLERANCE, prompts
+from cuda_cluster_cases import (
+    HOPPER,
+    SHAPES,
+    TILES,
+    Kernel,
+    shape_of,
+    tensors_of,
+    with_clusters,
+)
 from porttool.config import ModelConfig
-from porttool.engines.torch import cuda, cuda_cluster, cuda_compile
+from porttool.engines.torch import cuda, cuda_chains, cuda_cluster, cuda_compile
 from porttool.engines.torch.cuda_candidates import cluster_candidates
 from porttool.engines.torch.cuda_cluster import (
     NAMES,
@@ -36,32 +45,9 @@ from porttool.engines.torch.cuda_tuning import (
     shapes,
     tile_rows,
 )
+from porttool.engines.torch.cuda_weights import NormWeights, pack_weights
 from porttool.errors import EngineError
 from porttool.nn import KVCache, Step
-
-on_gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
-HOPPER = 132  # multiprocessors of an H200
-_LONG = {"n_positions": 640, "vocab_size": 1003}
-SHAPES = {
-    "learned": {"head_dim": 64, "d_model": 192, "d_ff": 832, **_LONG},
-    "multi-query": {"head_dim": 128, "d_model": 768, "d_ff": 3072, **_LONG},
-    "gated rotary": {"head_dim": 80, "d_model": 320, "d_ff": 704, **_LONG},
-    "grouped rms": {"head_dim": 160, "d_model": 960, "d_ff": 640, **_LONG},
-}
-TILES = [ClusterTile(64, 1, 3, 3), ClusterTile(64, 3, 4, 2), ClusterTile(128, 5, 2, 1)]
-
-
-def shape_of(case: str, **changes: object) -> ModelConfig:
-    return cases.config(case, **{**SHAPES[case], **changes})
-
-
-def with_clusters(shape: ModelConfig, device: str, tile: ClusterTile) -> Tuning:
-    """Return the rule's tuning, with one tile for every product of every number of rows."""
-    products = {str(rows): dict.fromkeys(NAMES, tile) for rows in (16, 32, 64, 128)}
-    return replace(default_tuning(shape, device), cluster=products)
 
 
 @pytest.fixture
@@ -102,16 +88,42 @@ def test_candidates_fit_the_shared_memory_that_they_are_given(rows: int, compile
 
 
 @pytest.mark.parametrize(
-    ("tile", "name", "reason"),
+    ("changes", "name", "reason"),
     [
-        (ClusterTile(192, 1, 2, 2), "down", "whole rows"),
-        (ClusterTile(64, 9, 2, 2), "up", "up to eight programs"),
-        (ClusterTile(96, 2, 2, 2), "up", "64 columns"),
+        ({"BLOCK_N": 192}, "down", "whole rows"),
+        ({"SPLIT": 9}, "up", "up to eight programs"),
+        ({"BLOCK_N": 96}, "up", "64 columns"),
+        ({"STAGES": 1}, "up", "when the next one is multiplied"),
+        ({"AHEAD": 5}, "up", "before there is a slot"),
+        ({"SHARED": 40 << 10}, "up", "more shared memory than there is"),
     ],
 )
-def test_tiles_that_the_kernel_cannot_run_are_refused(tile, name, reason, compiler) -> None:
+def test_tiles_that_would_hang_or_go_wrong_are_refused(changes, name, reason, compiler) -> None:
+    defined = macros(shape_of("learned"), torch.float16, name, TILES[1], 32)
     with pytest.raises(CompilerUnavailable, match=reason):
-        compile_product(macros(shape_of("learned"), torch.float16, name, tile, 32))
+        compile_product({**defined, **changes})
+
+
+@pytest.mark.parametrize(
+    "tile", [(64, 0, 3, 3), (64, 9, 3, 3), (96, 2, 3, 3), (64, 2, 1, 1), (64, 2, 3, 0)]
+)
+def test_a_manifest_s_tiles_are_refused_when_they_are_read(tile: tuple[int, ...]) -> None:
+    data = with_clusters(shape_of("learned"), "cpu", TILES[0]).as_dict()
+    data["cluster"]["32"]["up"] = dict(
+        zip(("block_n", "split", "stages", "ahead"), tile, strict=True)
+    )
+    with pytest.raises(ValidationError, match="no product runs"):
+        Tuning.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c["32"].pop("out"), lambda c: c.update({"7": c["32"]})]
+)
+def test_clusters_for_a_part_of_the_matrices_are_refused(damage) -> None:
+    data = with_clusters(shape_of("learned"), "cpu", TILES[0]).as_dict()
+    damage(data["cluster"])
+    with pytest.raises(ValidationError, match="not whole"):
+        Tuning.from_dict(data)
 
 
 @pytest.mark.parametrize(
@@ -151,71 +163,6 @@ def test_a_tile_travels_with_the_tuning() -> None:
     assert "cluster" not in tuned.described(1)
 
 
-class Kernel:
-    """In the kernel's place: computes on a CPU from the addresses that it is given.
-
-    `known` are all tensors by their addresses. What products tell of the residual stream is kept
-    by tiles, as the kernel leaves it, so that a reader with other tiles would go wrong.
-    """
-
-    def __init__(self, defined, known) -> None:
-        self.defined, self.known = dict(defined), known
-
-    def at(self, address: int | None) -> torch.Tensor | None:
-        return None if address is None else self.known[address]
-
-    def launch_clusters(self, grid, cluster, stream, a, *, chained) -> None:
-        d, kind = self.defined, type("Kind", (), self.defined)
-        assert cluster == d["SPLIT"]
-        assert grid[0] == -(-a.columns // d["BLOCK_N"]) * cluster
-        assert grid[1] == -(-a.rows // d["BLOCK_M"])
-        weights = self.at(a.weights[0]).double()
-        inputs = self.at(a.inputs[0])[: a.rows, : a.chunks * 64].double()
-        bias, tile = self.at(a.bias), d["BLOCK_N"]
-        value = inputs @ weights.T
-        if kind.NORM:
-            told = self.at(a.heard).reshape(-1)[: a.heard_tiles * a.rows * 2]
-            first, second = told.view(a.heard_tiles, a.rows, 2).sum(0).double().unbind(-1)
-            mean = torch.zeros_like(first) if kind.RMS else first / a.width
-            scale = (second / a.width - mean**2 + float(d["EPS"][:-1])).rsqrt()
-            column = self.at(a.column_sum).double()
-            value = scale[:, None] * (value * 16 - mean[:, None] * column)
-        value = value if bias is None else value + bias.double()
-        if kind.GATED:
-            value, gate = value[:, : a.columns], value[:, a.columns :]
-        if kind.ACTIVATED:
-            value = activated(value, next(k for k in d if k.startswith("ACT_"))[4:])
-        value = value * gate if kind.GATED else value
-        if not kind.RESIDUAL:
-            self.at(a.out)[: a.rows] = value
-            return
-        x = self.at(a.x)[: a.rows]
-        x += value
-        self.at(a.out)[: a.rows] = x * self.at(a.gamma) / 16
-        parts = [torch.stack((p.sum(1), (p**2).sum(1)), -1) for p in x.split(tile, 1)]
-        told = torch.stack(parts)
-        self.at(a.told).reshape(-1)[: told.numel()] = told.reshape(-1)
-
-
-def activated(value: torch.Tensor, kind: str) -> torch.Tensor:
-    f = torch.nn.functional
-    return {"gelu_tanh": lambda v: f.gelu(v, approximate="tanh"), "gelu": f.gelu,
-            "silu": f.silu}[kind](value)  # fmt: skip
-
-
-def tensors_of(*objects: object) -> dict[int, torch.Tensor]:
-    """Return every tensor in (nested) dataclasses and tuples by its address."""
-    found: dict[int, torch.Tensor] = {}
-    for thing in objects:
-        if isinstance(thing, torch.Tensor):
-            found[thing.data_ptr()] = thing
-        elif isinstance(thing, tuple):
-            found |= tensors_of(*thing)
-        elif hasattr(thing, "__dataclass_fields__"):
-            found |= tensors_of(*(getattr(thing, f) for f in thing.__dataclass_fields__))
-    return found
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on masked lanes
 @pytest.mark.parametrize("case", list(SHAPES))
@@ -243,6 +190,8 @@ def test_the_chain_tells_the_kernel_what_the_model_is(case: str, monkeypatch) ->
     made.step(first), cases.reference(plain, cache, first)
     step = cases.one_token(list(range(n)), torch.arange(n), [2] * n)
     assert cases.relative_error(made.step(step), cases.reference(plain, cache, step)) < 1e-4
+    monkeypatch.setattr(cuda_chains, "layer_products", None)
+    made.step(step)  # what was made for a step is kept
 
 
 def test_what_does_not_run_after_all_is_an_error_with_a_way_out(monkeypatch) -> None:
@@ -261,6 +210,26 @@ def test_the_arguments_are_as_long_as_the_kernel_reads() -> None:
     assert ctypes.sizeof(cuda_cluster._Arguments) % 64 == 0
     assert cuda_cluster._Arguments.bias.offset == 3 * 128
     assert cuda_cluster._Arguments.rows.offset == 3 * 128 + 7 * 8
+
+
+@pytest.mark.parametrize(
+    ("largest", "scale"), [(1.0, 1.0), (0.03, 32.0), (2.5, 0.25), (0.0, 1.0), (float("inf"), 1.0)]
+)
+def test_the_largest_scale_of_a_norm_is_brought_near_one(largest: float, scale: float) -> None:
+    gamma = torch.tensor([0.0, -largest])
+    assert NormWeights(gamma, None).scale == scale
+
+
+def test_weights_that_begin_anywhere_are_copied() -> None:
+    shape = cases.config("learned")
+    state = dict(cases.drawn(shape, torch.float16).half().state_dict())
+    name = "layers.0.mlp.up.weight"
+    odd = torch.empty(state[name].numel() + 1, dtype=torch.float16)[1:]
+    state[name] = odd.view(state[name].shape).copy_(state[name])
+    assert state[name].data_ptr() % 16
+    packed = pack_weights(shape, state, torch.float16, "cpu")
+    assert packed.layers[0].up.weight.data_ptr() % 16 == 0
+    assert torch.equal(packed.layers[0].up.weight, state[name])
 
 
 class Decoder:
@@ -292,6 +261,7 @@ def measured(monkeypatch):
     from porttool.engines.torch import cuda_tune
 
     monkeypatch.setattr(cuda_tune, "stageable", lambda *a: False)
+    monkeypatch.setattr(cuda_tune, "unsuited", lambda *a: "no persistent kernel here")
     monkeypatch.setattr(cuda_tune, "step_milliseconds", lambda d, n, context: d.milliseconds())
     return cuda_tune
 
@@ -308,78 +278,8 @@ def test_the_tuner_takes_clusters_where_the_whole_step_is_faster(measured) -> No
     assert measured.refine(decoder, {}, 32, 512, alone) == pytest.approx(1.0)
     assert decoder.tuning.cluster == other
     assert measured.refine(decoder, {}, 32, 512, {**found, "up": []}) == pytest.approx(1.0)
-
-
-def made_with(case: str, dtype: torch.dtype, tile: ClusterTile, slots: int):  # type: ignore[no-untyped-def]
-    """Return the decoder under test, the reference and its cache; unset memory is NaN."""
-    shape = shape_of(case)
-    plain = cases.drawn(shape, dtype, "cuda")
-    tuning = with_clusters(shape, "cuda", tile).as_dict()
-    made = cuda.CudaDecoder(shape, plain.state_dict(), dtype=dtype,
-                            limits=cases.limits(slots, 200), tuning=tuning)  # fmt: skip
-    assert "products of several rows in clusters" in made.description
-    for cached in (made.model.cache.keys, made.model.cache.values):
-        cached.fill_(float("nan"))
-    for n in (16, 32, 48, 64, 128, slots):
-        if n <= max(slots, 16):
-            for tensor in tensors_of(made._scratch_of(n)).values():
-                tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-    return made, plain, KVCache(shape, slots, 200, dtype=torch.float64, device="cuda")
-
-
-class TestOnGpu:
-    pytestmark = on_gpu
-
-    @pytest.mark.parametrize("n", [3, 16, 27, 64, 150])
-    @pytest.mark.parametrize("tile", TILES, ids=str)
-    @pytest.mark.parametrize("case", list(SHAPES))
-    def test_logits(self, case: str, tile: ClusterTile, n: int) -> None:
-        dtype = torch.bfloat16 if n == 27 else torch.float16
-        if shape_of(case).gated:  # two halves need twice the room
-            tile = replace(tile, block_n=64)
-        made, plain, cache = made_with(case, dtype, tile, n)
-        lengths = [1 + 7 * i % 23 for i in range(n)]
-        first = Step.prefill(prompts(lengths))
-        made.step(first), cases.reference(plain, cache, first)
-        for i in range(2):
-            starts = [length + i for length in lengths]
-            step = cases.one_token(list(range(n)), torch.arange(n) + i, starts)
-            wanted = cases.reference(plain, cache, step)
-            assert cases.relative_error(made.step(step), wanted) < TOLERANCE[dtype]
-
-    @pytest.mark.parametrize("tile", TILES, ids=str)
-    def test_a_row_has_the_same_bits_in_any_small_batch(self, tile: ClusterTile) -> None:
-        made, _, _ = made_with("multi-query", torch.float16, tile, 16)
-        cases.assert_same_bits_in_any_batch(made)
-
-    @pytest.mark.parametrize("n", [5, 40, 128])
-    def test_tokens_repeat_and_equal_single_steps(self, n: int) -> None:
-        made, _, _ = made_with("gated rotary", torch.float16, TILES[1], n)
-        lengths = [20 + i % 5 for i in range(n)]
-        made.step(Step.prefill(prompts(lengths)))
-        begin = cases.one_token(list(range(n)), torch.arange(n), lengths)
-        tokens = made.decode(begin, 40).cpu()
-        assert torch.equal(made.decode(begin, 40).cpu(), tokens)
-        fed = torch.arange(n)
-        for i in range(40):
-            step = cases.one_token(list(range(n)), fed, [length + i for length in lengths])
-            fed = made.step(step).argmax(-1).cpu()
-            assert torch.equal(fed, tokens[:, i])
-
-    def test_tiles_are_measured(self) -> None:
-        from porttool.engines.torch.cuda_tune_cluster import cluster_leaders
-
-        found = cluster_leaders(shape_of("multi-query", d_model=2048, d_ff=8192, n_head=16),
-                                dtype=torch.float16, rows=32, device="cuda")  # fmt: skip
-        assert all(1 <= len(tiles) <= 3 for tiles in found.values())
-
-    def test_without_a_graph_it_is_the_same(self) -> None:
-        made, _, _ = made_with("learned", torch.float16, TILES[2], 20)
-        made.step(Step.prefill(prompts([9] * 20)))
-        step = cases.one_token(list(range(20)), torch.arange(20), [9] * 20)
-        wanted = made.step(step)
-        made.graphed = False
-        assert torch.equal(made.step(step), wanted)
+    measured.refine(decoder, {}, 1, 512)
+    assert decoder.tuning.cluster == other  # a single row has no business with them
 
 
 def test_rows_of_a_tile_cover_every_batch() -> None:

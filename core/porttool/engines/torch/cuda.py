@@ -108,6 +108,7 @@ class CudaDecoder(DeviceDecoder):
         self.model = replace(self.model, tuning=tuning)
         self._graphs.clear()
         self._scratch.clear()
+        self._works: dict[tuple[str, int], Callable[[], None]] = {}
         self._alone: PersistentRow | None = None
         if self.graphed and tuning.persistent:
             x = self._scratch_of(1).x[0]
@@ -244,8 +245,7 @@ class CudaDecoder(DeviceDecoder):
 
     def _logits_of(self, n: int) -> Tensor:
         if n not in self._logits:
-            shape = (n, self.config.vocab_size)
-            self._logits[n] = torch.empty(shape, device=self.device)
+            self._logits[n] = torch.empty(n, self.config.vocab_size, device=self.device)
         return self._logits[n]
 
     def _replay(self, kind: str, n: int, count: int) -> None:
@@ -253,7 +253,7 @@ class CudaDecoder(DeviceDecoder):
         if self._alone is not None and n == 1:
             self._alone.run(count, None if kind == "greedy" else self._logits_of(1))
             return
-        work = self._work(kind, n)
+        work = self._works.setdefault((kind, n), self._work(kind, n))
         if not self.graphed:
             for _ in range(count):
                 work()

@@ -84,7 +84,7 @@ def cluster_candidates(
     that leave the fewest multiprocessors idle. Half of the slots asked for ahead were best mostly.
     """
     tiles: dict[ClusterTile, float] = {}
-    for block_n in (64, 128) if residual else (64, 128, 192):
+    for block_n in (64, 128) if residual or gated else (64, 128, 192):
         for split in (1, 2, 3, 4, 5, 6, 8):
             count = -(-n // block_n) * split
             for each, room in ((1, 2 * _HALF), (1, _HALF), (2, _HALF)):

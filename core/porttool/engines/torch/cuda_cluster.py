@@ -84,6 +84,7 @@ def compile_product(defined: Mapping[str, object]) -> bytes:
 def _kernel(defined: tuple[tuple[str, object], ...], device: torch.device) -> CompiledKernel:
     given: dict[str, Any] = dict(defined)
     with torch.cuda.device(device):
+        torch.zeros(1, device=device)  # makes the context this thread's: the guard alone does not
         return CompiledKernel(
             compile_product(given), "cluster_linear", threads=2 * given["BLOCK_N"] + 64,
             shared=given["SHARED"],
@@ -117,7 +118,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p)
           for name in ("bias", "column_sum", "heard", "x", "out", "gamma", "told")),
         *((name, ctypes.c_int) for name in ("rows", "columns", "chunks", "heard_tiles", "width")),
-        ("padding", ctypes.c_byte * 52),
+        ("given", ctypes.c_float), ("taken", ctypes.c_float), ("padding", ctypes.c_byte * 44),
     )  # fmt: skip
 
 
@@ -138,10 +139,11 @@ class ClusterProduct:
         linear = getattr(layer, name)
         following = layers[index + 1].qkv if index + 1 < len(layers) else model.weights.head
         after = {"out": layer.up.norm, "down": following.norm}.get(name)
-        gamma = None if after is None else after.gamma
+        heard = {"qkv": tiles["down"] if index else None, "up": tiles["out"]}.get(name)
+        gamma, given = (None, 1.0) if after is None else (after.gamma, after.scale)
+        taken = 1.0 if heard is None or linear.norm is None else 1 / linear.norm.scale
         x = {"out": s.attended, "down": s.hidden}.get(name, s.normed)[:n]
         out = {"qkv": s.qkv, "up": s.hidden}.get(name, s.normed)
-        heard = {"qkv": tiles["down"] if index else None, "up": tiles["out"]}.get(name)
         columns, inner = linear.weight.shape
         columns //= 2 if linear.gated else 1
         defined = macros(c, model.dtype, name, tile, rows, first=index == 0 and name == "qkv")
@@ -156,6 +158,7 @@ class ClusterProduct:
             tensor_map(chunks, (CHUNK, rows, 1)), tensor_map(chunks, (CHUNK, rows, ahead)),
             *(None if t is None else t.data_ptr() for t in pointers),
             n, columns, inner // CHUNK, -(-inner // heard.block_n) if heard else 0, inner,
+            given, taken,
         )  # fmt: skip
 
     def enqueue(self) -> None:

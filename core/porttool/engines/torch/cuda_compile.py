@@ -46,11 +46,11 @@ def _compiled(nvrtc: Any, source: str, name: str, options: Sequence[str]) -> byt
     try:
         (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
         if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            log = bytes(bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program))))
             nvrtc.nvrtcGetProgramLog(program, log)  # which fills the bytes in place
             lines = [line for line in log.decode(errors="replace").splitlines() if "error" in line]
             raise CompilerUnavailable(lines[0] if lines else str(error))
-        cubin: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        cubin = bytes(bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program))))
         _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     finally:
         nvrtc.nvrtcDestroyProgram(program)

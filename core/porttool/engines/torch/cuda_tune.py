@@ -213,7 +213,8 @@ def refine(
 ) -> float:  # fmt: skip
     """Try the leaders in the whole step of n rows, where neighbours matter; milliseconds."""
     alone = decoder.tuning.persistent
-    others = {k: v for k, v in decoder.tuning.cluster.items() if k != str(tile_rows(n))}
+    rows = str(tile_rows(n)) if n > 1 else ""
+    others = {k: v for k, v in decoder.tuning.cluster.items() if k != rows}
     # only a single row's search shall build a persistent kernel
     first = replace(decoder.tuning, persistent=None, cluster=others)
     for name, tiles in found.items():

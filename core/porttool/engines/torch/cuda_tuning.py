@@ -89,6 +89,12 @@ class ClusterTile:
     stages: int
     ahead: int
 
+    def __post_init__(self) -> None:
+        """Refuse what the kernel does not run, with a ValueError: tiles are read from files."""
+        runs = self.block_n in (64, 128, 192, 256) and 1 <= self.split <= 8
+        if not (runs and self.stages >= 2 and self.ahead >= 1):
+            raise ValueError(f"no product runs in {self!r}")
+
     def shared(self, rows: int, *, gated: bool, residual: bool) -> int:
         """Bytes of shared memory of a program for a tile of so many rows."""
         parts, share = 2 if gated else 1, -(-rows // self.split)
@@ -138,6 +144,14 @@ class Tuning:
     persistent: PersistentTile | None = None
     cluster: Mapping[str, Mapping[str, ClusterTile]] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse clusters for a part of the matrices, with a ValueError."""
+        for rows, tiles in self.cluster.items():
+            if rows not in self.wide or set(tiles) != {"qkv", "out", "up", "down"}:
+                raise ValueError(
+                    f"products in clusters of {rows} rows are not whole: {list(tiles)}"
+                )
 
     def described(self, n: int) -> str:
         """Say in a line which tiles steps of n rows run in."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +21,12 @@ class NormWeights:
 
     gamma: Tensor
     beta: Tensor | None
+
+    @cached_property
+    def scale(self) -> float:
+        """The power of two that brings the largest scale into (0.5, 1]; 1.0 if all are zero."""
+        most = float(self.gamma.abs().max())
+        return 2.0 ** -math.ceil(math.log2(most)) if 0 < most < math.inf else 1.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,9 @@ class _Packer:
         self.device = device
 
     def tensor(self, name: str) -> Tensor:
-        return self.place(self.weights[name]).contiguous()
+        value = self.place(self.weights[name]).contiguous()
+        # kernels read 16 bytes at a time; a view of something else may begin anywhere
+        return value.clone() if value.data_ptr() % 16 else value
 
     def linear(self, name: str, *, bias: bool, gated: bool = False) -> Linear:
         row = self.tensor(f"{name}.bias") if bias else None

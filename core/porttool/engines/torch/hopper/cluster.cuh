@@ -32,10 +32,16 @@ __device__ __forceinline__ void copy_chunks(u32 to, const TensorMap& map, int ro
         : "memory");
 }
 
+// Ordinary writes to this program's shared memory before it are seen by asynchronous copies after
+// it. (Unlike fence_copies it waits for no write to global memory.)
+__device__ __forceinline__ void fence_shared_copies() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Barriers that were just made are seen by the other programs and by copies.
 __device__ __forceinline__ void fence_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    fence_copies();
+    fence_shared_copies();
 }
 
 __device__ __forceinline__ void cluster_arrive() {

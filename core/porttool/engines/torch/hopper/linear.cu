@@ -6,7 +6,8 @@
 // their sums, and each finishes a share of the rows. So activations are read once for BLOCK_N
 // columns, in pieces, and nothing but finished rows goes to memory.
 // The norm before a product is applied after it: with xg = x gamma, y = r (w . xg - mean w . gamma)
-// + w . beta + bias, where mean and r come from sums that the products before have left.
+// + w . beta + bias, where mean and r come from sums that the products before have left. xg is
+// scaled by a power of two that brings the largest gamma to 1, so that it fits where x does.
 //
 // Defined outside beside machine.cuh's: BLOCK_M (rows), BLOCK_N, SPLIT, STAGES, AHEAD (slots that
 // are asked for before the predecessor ends), GATED, NORM, RESIDUAL and ACTIVATED (0 or 1).
@@ -18,13 +19,13 @@ constexpr int WEIGHTS = BLOCK_N * 128, INPUTS = BLOCK_M * 128;  // bytes of a sl
 constexpr int SHARE = (BLOCK_M + SPLIT - 1) / SPLIT;            // rows that a program finishes
 constexpr int PITCH = BLOCK_N + 4;   // of a row of sums: no bank is met twice
 constexpr int SENT = SHARE * PITCH;  // sums that one program gives another
-constexpr float SCALED = 0.0625f;    // of x gamma, so that float16 holds it
 
 constexpr int QUADS = BLOCK_N / 4;  // of columns, a thread each when finished
 
 static_assert(BLOCK_N % 64 == 0 && BLOCK_N <= 256, "a warpgroup multiplies 64 columns");
 static_assert(!RESIDUAL || BLOCK_N == 64 || BLOCK_N == 128, "a warp sums up whole rows");
 static_assert(SPLIT >= 1 && SPLIT <= 8, "a cluster has up to eight programs");
+static_assert(STAGES >= 2, "a slot is given back when the next one is multiplied");
 static_assert(AHEAD >= 1 && AHEAD <= STAGES, "asked for before there is a slot");
 
 struct Arguments {
@@ -37,6 +38,8 @@ struct Arguments {
     const float* gamma;   // of the next norm
     float2* told;         // [tiles, rows], as `heard`
     int rows, columns, chunks, heard_tiles, width;
+    float given,
+        taken;  // what x gamma is multiplied with for the next product; the inverse for this
 };
 
 struct Shared {
@@ -128,7 +131,7 @@ __device__ __forceinline__ void read_constants(const Arguments& a, Shared& s, co
                         : widen_one(static_cast<const u16*>(a.bias)[from]);
         s.bias[p][i % BLOCK_N] = bias;
         if (NORM) s.column_sum[p][i % BLOCK_N] = n < a.columns ? a.column_sum[from] : 0.0f;
-        if (RESIDUAL) s.gamma[i % BLOCK_N] = n < a.columns ? a.gamma[n] * SCALED : 0.0f;
+        if (RESIDUAL) s.gamma[i % BLOCK_N] = n < a.columns ? a.gamma[n] * a.given : 0.0f;
     }
 }
 
@@ -147,7 +150,7 @@ __device__ __forceinline__ void read_moments(const Arguments& a, Shared& s, cons
         }
         const float mean = RMS ? 0.0f : sum.x / a.width;
         const float square = sum.y / a.width - mean * mean;
-        s.moments[j] = {mean, rsqrtf(fmaxf(square, 0.0f) + EPS)};
+        s.moments[j] = {mean, rsqrtf((square < 0.0f ? 0.0f : square) + EPS)};  // NaN stays
     }
 }
 
@@ -214,7 +217,8 @@ __device__ __forceinline__ void tell_others(Shared& s, int rank, int lane) {
 }
 
 // Columns n to n + 3 of one of this program's rows, finished but for the activation.
-__device__ __forceinline__ float4 joined(const Shared& s, int rank, int part, int j, int n) {
+__device__ __forceinline__ float4 joined(const Arguments& a, const Shared& s, int rank, int part,
+                                         int j, int n) {
     float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (int r = 0; r < SPLIT; ++r) {
@@ -226,7 +230,7 @@ __device__ __forceinline__ float4 joined(const Shared& s, int rank, int part, in
     if (NORM) {
         const float2 moment = s.moments[j];
         const float4 column = *reinterpret_cast<const float4*>(&s.column_sum[part][n]);
-        const float scale = moment.y / SCALED, shift = -moment.x * moment.y;
+        const float scale = moment.y * a.taken, shift = -moment.x * moment.y;
         v.x = scale * v.x + shift * column.x;
         v.y = scale * v.y + shift * column.y;
         v.z = scale * v.z + shift * column.z;
@@ -252,10 +256,10 @@ __device__ __forceinline__ void finish(const Arguments& a, Shared& s, const Plac
         const long long place = static_cast<long long>(m) * a.columns + column;
         float2 told = {0.0f, 0.0f};
         if (inside) {
-            float4 v = joined(s, at.rank, 0, j, n);
+            float4 v = joined(a, s, at.rank, 0, j, n);
             if (ACTIVATED) v = {activate(v.x), activate(v.y), activate(v.z), activate(v.w)};
             if (GATED) {
-                const float4 gate = joined(s, at.rank, PARTS - 1, j, n);
+                const float4 gate = joined(a, s, at.rank, PARTS - 1, j, n);
                 v.x *= gate.x, v.y *= gate.y, v.z *= gate.z, v.w *= gate.w;
             }
             if (RESIDUAL) {
@@ -308,7 +312,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64)
         multiply(sum, s, at.chunks, warp / 4, threadIdx.x % 128 == 0);
         meet<1, MULTIPLYING>();
         leave(sum, s);
-        fence_copies();
+        if (SPLIT > 1) fence_shared_copies();
         meet<2, FINISHING>();
         if (SPLIT > 1) {
             cluster_wait();
