@@ -8,6 +8,9 @@
 // The norm before a product is applied after it: with xg = x gamma, y = r (w . xg - mean w . gamma)
 // + w . beta + bias, where mean and r come from sums that the products before have left. xg is
 // scaled by a power of two that brings the largest gamma to 1, so that it fits where x does.
+// Moves each weight once. In chains of their like, norms included: GPT-2 XL's 20 MB at 32 rows in
+// 6.7 to 6.9 us, 3.0 TB/s; SantaCoder's 34 MB in 9.6 us, 3.5 TB/s, at 128 rows in 13 us, 2.6 TB/s,
+// of 4.5: what is lost are the ends, when the last sums are exchanged and the next kernel begins.
 //
 // Defined outside beside machine.cuh's: BLOCK_M (rows), BLOCK_N, SPLIT, STAGES, AHEAD (slots that
 // are asked for before the predecessor ends), GATED, NORM, RESIDUAL and ACTIVATED (0 or 1).
@@ -38,8 +41,7 @@ struct Arguments {
     const float* gamma;   // of the next norm
     float2* told;         // [tiles, rows], as `heard`
     int rows, columns, chunks, heard_tiles, width;
-    float given,
-        taken;  // what x gamma is multiplied with for the next product; the inverse for this
+    float given, taken;  // scale of x gamma for the next product; the inverse of this one's
 };
 
 struct Shared {
