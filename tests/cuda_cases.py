@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
+from porttool.engines.torch.cuda_compile import CompilerUnavailable
+from porttool.engines.torch.cuda_tuning import Tuning, default_tuning
 from porttool.nn import Decoder, KVCache, Step
 
 BASE: dict[str, Any] = {
@@ -37,6 +39,34 @@ GPU_SHAPES: dict[str, dict[str, Any]] = {
     "gated rotary": {"head_dim": 80, "d_model": 320, "d_ff": 600, **_LONG},
     "grouped rms": {"head_dim": 160, "d_model": 960, "d_ff": 600, **_LONG},
 }
+
+
+class TunedDecoder:
+    """In place of a decoder on a GPU: what it was told to use; subclasses say what that takes."""
+
+    dtype, device = torch.float16, "cuda"
+
+    def __init__(self, shape: ModelConfig) -> None:
+        self.config, self.used = shape, [default_tuning(shape, "cpu")]
+
+    @property
+    def tuning(self) -> Tuning:
+        """What it would run in."""
+        return self.used[-1]
+
+    def use(self, tuning: Tuning) -> None:
+        """Take a tuning, unless it does not compile."""
+        if self.refuses(tuning):
+            raise CompilerUnavailable("it does not compile")
+        self.used.append(tuning)
+
+    def refuses(self, tuning: Tuning) -> bool:
+        """Whether a tuning does not compile."""
+        raise NotImplementedError
+
+    def milliseconds(self) -> float:
+        """What a step takes."""
+        raise NotImplementedError
 
 
 def config(case: str, **changes: Any) -> ModelConfig:

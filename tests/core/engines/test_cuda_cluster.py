@@ -24,7 +24,6 @@ from cuda_cluster_cases import (
     tensors_of,
     with_clusters,
 )
-from porttool.config import ModelConfig
 from porttool.engines.torch import cuda, cuda_chains, cuda_cluster, cuda_compile
 from porttool.engines.torch.cuda_candidates import cluster_candidates
 from porttool.engines.torch.cuda_cluster import (
@@ -232,22 +231,9 @@ def test_weights_that_begin_anywhere_are_copied() -> None:
     assert torch.equal(packed.layers[0].up.weight, state[name])
 
 
-class Decoder:
-    """In place of a decoder on a GPU: what it is told to use, and how long that would take."""
-
-    dtype, device = torch.float16, "cuda"
-
-    def __init__(self, shape: ModelConfig) -> None:
-        self.config, self.used = shape, [default_tuning(shape, "cpu")]
-
-    @property
-    def tuning(self) -> Tuning:
-        return self.used[-1]
-
-    def use(self, tuning: Tuning) -> None:
-        if any(tile.split == 4 for tile in tuning.cluster.get("32", {}).values()):
-            raise CompilerUnavailable("four do not compile")
-        self.used.append(tuning)
+class Decoder(cases.TunedDecoder):
+    def refuses(self, tuning: Tuning) -> bool:
+        return any(tile.split == 4 for tile in tuning.cluster.get("32", {}).values())
 
     def milliseconds(self) -> float:
         tiles = self.tuning.cluster.get("32")

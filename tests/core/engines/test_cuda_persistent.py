@@ -170,23 +170,9 @@ def test_a_row_alone_goes_to_the_kernel_in_one_launch(monkeypatch) -> None:
     assert runs == [(1, True), (256, False), (44, False)]
 
 
-class Decoder:
-    """In place of a decoder on a GPU: what it is told to use, and how long that would take."""
-
-    dtype, device = torch.float16, "cuda"
-
-    def __init__(self, shape: ModelConfig) -> None:
-        self.config, self.used = shape, [default_tuning(shape, "cpu")]
-
-    @property
-    def tuning(self) -> Tuning:
-        return self.used[-1]
-
-    def use(self, tuning: Tuning) -> None:
-        tile = tuning.persistent
-        if tile is not None and tile.splits == 5:
-            raise CompilerUnavailable("five parts do not compile")
-        self.used.append(tuning)
+class Decoder(cases.TunedDecoder):
+    def refuses(self, tuning: Tuning) -> bool:
+        return tuning.persistent is not None and tuning.persistent.splits == 5
 
     def milliseconds(self) -> float:
         tile = self.tuning.persistent
