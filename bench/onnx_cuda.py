@@ -272,7 +272,7 @@ def inside(runner: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         settings = replace(runner._settings, profile=Path(name) / "times")
         session = make_session(runner._folder / MODEL, settings, runner._folder)
-        with runner._graph.using(SessionProgram(session, settings.device)):
+        with runner._graph.using(SessionProgram(session, settings.device, runner._folder)):
             runner.step(step)
         events = json.loads(Path(session.end_profiling()).read_text())
         activities = [ProfilerActivity.CPU]

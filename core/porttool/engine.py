@@ -81,7 +81,7 @@ class Engine:
         """
         manifest = read_manifest(path, MANIFEST, EngineManifest)
         if registry is not None:
-            registry.runners.get(manifest.kind)
+            require_runner(path, manifest.kind, registry)
             registry.require(registry.builders, manifest.builder, f"{path} was built by")
         engine = cls(path, manifest)
         if verify:
@@ -100,6 +100,14 @@ class Engine:
     def tokenizer(self) -> Path:
         """Folder of the tokenizer's files."""
         return self.path / TOKENIZER
+
+
+def require_runner(path: Path, kind: str, registry: Registry) -> None:
+    """Raise UsageError if nothing that is installed runs an engine of this kind."""
+    try:
+        registry.runners.get(kind)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error!s:.1000}; install what runs it") from error
 
 
 def choose_limits(

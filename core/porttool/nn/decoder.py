@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from porttool.config import ModelConfig
+from porttool.errors import EngineError
 from porttool.nn.attention import Attention
 from porttool.nn.cache import KVCache
 from porttool.nn.mlp import MLP
 from porttool.nn.norm import Norm
+from porttool.weights import listing
 
 
 @dataclass(frozen=True)
@@ -124,3 +127,13 @@ def meta_decoder(config: ModelConfig) -> Decoder:
     """Build a decoder without memory: its state dict names and shapes what a checkpoint holds."""
     with torch.device("meta"):
         return Decoder(config)
+
+
+def require_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse an engine's weights that are not those of its config, in name or shape."""
+    wanted = {name: tuple(t.shape) for name, t in meta_decoder(config).state_dict().items()}
+    names = wanted.keys() | shapes.keys()
+    if wrong := sorted(name for name in names if wanted.get(name) != shapes.get(name)):
+        raise EngineError(
+            f"the config and the weights disagree about {listing(wrong)}; build the engine again"
+        )

@@ -15,7 +15,6 @@ from porttool.config import Limits, Sampling
 from porttool.engine import Engine
 from porttool.engines.onnx.rows import RowMap
 from porttool.errors import UsageError
-from porttool.folder import hash_file
 from porttool.generate import generate
 from porttool.nn import KVCache
 from porttool.nn.trace import traced
@@ -147,27 +146,29 @@ def test_trace_names_every_module(tmp_path, shape, dtype):
 
 
 @pytest.mark.parametrize("cache", CACHES)
-def test_verify_says_where_a_graph_goes_wrong(tmp_path, cache):
-    """The second layer's attention has another scale; the manifest knows the altered file."""
+def test_verify_says_where_a_graph_goes_wrong(tmp_path, monkeypatch, cache):
+    """The exporter gives the second layer's attention another scale."""
+    from porttool.engines.onnx import decoder, stored_graph
+
+    written = decoder.decoder_model
+
+    def wrong_model(spec, tensors):
+        model = written(spec, tensors)
+        model.graph.initializer.append(onnx.helper.make_tensor("wrong", 1, (), [0.5]))
+        for node in model.graph.node:
+            if node.name == "layers.1.attention.mixed" and cache == "scatter":
+                node.attribute[0].f = 0.5
+            if node.name == "layers.1.attention.scores":
+                node.input[1] = "wrong"
+        return model
+
+    for module in (decoder, stored_graph):
+        monkeypatch.setattr(module, "decoder_model", wrong_model)
     tiny.write_source(tmp_path / "source", tiny.gpt2())
     checkpoint = tiny.converted(tmp_path / "source", tmp_path / "checkpoint")
     engine = drawn.engine(
         checkpoint, tmp_path / "engine", kind="onnx", dtype="float32", options={"cache": cache}
     )
-    path = engine.rank_path() / "model.onnx"
-    model = onnx.load(str(path), load_external_data=False)
-    model.graph.initializer.append(onnx.helper.make_tensor("wrong", 1, (), [0.5]))
-    for node in model.graph.node:
-        if node.name == "layers.1.attention.mixed" and cache == "scatter":
-            node.attribute[0].f = 0.5
-        if node.name == "layers.1.attention.scores":
-            node.input[1] = "wrong"
-    path.write_bytes(model.SerializeToString())
-    files = {
-        **engine.manifest.model_dump()["files"],
-        "rank0/model.onnx": hash_file(path).model_dump(),
-    }
-    tiny.edit_manifest(engine.path / "engine.json", files=files)
     runner_options = {"device": "cpu"}
     report = api.evaluate(
         "parity", engine.path, hf_model=tmp_path / "source", runner_options=runner_options

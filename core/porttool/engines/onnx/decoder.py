@@ -24,6 +24,7 @@ import numpy as np
 
 from porttool.engines.onnx.attention import AttentionBlock
 from porttool.engines.onnx.blocks import Blocks, GraphSpec
+from porttool.errors import EngineError
 
 if TYPE_CHECKING:
     import onnx
@@ -32,8 +33,18 @@ if TYPE_CHECKING:
 
 
 def decoder_model(spec: GraphSpec, tensors: Mapping[str, StoredTensor]) -> onnx.ModelProto:
-    """Return the model of a specification, its weights where `tensors` says."""
-    return DecoderGraph(spec, tensors).build()
+    """Return the model of a specification, its weights where `tensors` says.
+
+    Raises EngineError for a config with a number that is none in float32.
+    """
+    try:
+        with np.errstate(over="raise", divide="raise"):
+            return DecoderGraph(spec, tensors).build()
+    except FloatingPointError as error:
+        raise EngineError(
+            "norm_eps, rotary_base or attention_scale of the config is beyond float32 "
+            f"({error}); convert the source again"
+        ) from error
 
 
 class DecoderGraph:

@@ -1,4 +1,4 @@
-"""ONNX's numbers for element types, for those who run a graph without the onnx package."""
+"""ONNX's numbers for element types, for those who bind a graph and import no onnx."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from porttool.builder import BuildRequest, Rank
 from porttool.errors import MissingExtra, UsageError
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from porttool.engines.onnx.blocks import Form, GraphSpec
     from porttool.progress import Progress
 
-MODEL = "model.onnx"
+MODEL: Final = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def export_model(
     require_onnx()
     from porttool.engines.onnx.blocks import OPSETS, GraphSpec
     from porttool.engines.onnx.decoder import decoder_model
-    from porttool.engines.onnx.graph import check_model
+    from porttool.engines.onnx.graph import check_model, serialized
     from porttool.engines.onnx.weights import write_weights
 
     if request.dtype == "float64":
@@ -54,7 +54,7 @@ def export_model(
     spec = GraphSpec(request.config, request.dtype, limits.max_len, limits.max_prompt_rows, form)
     model = decoder_model(spec, write_weights(checkpoint, request.dtype, out, progress=progress))
     path = out / MODEL
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    path.write_bytes(serialized(model))
     checked = check_model(str(path))
     return Exported(path, spec, OPSETS[form], len(checked.graph.node))
 

@@ -119,6 +119,12 @@ class Graph:
         return model
 
 
+def serialized(model: onnx.ModelProto) -> bytes:
+    """Return a model as its file holds it: the same bytes for the same model."""
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
 def check_model(path: str) -> onnx.ModelProto:
     """Check a model file and infer every shape strictly; return it with the shapes, no weights.
 

@@ -16,15 +16,14 @@ from onnx import TensorProto, helper
 
 from porttool.engines.native.head import ScreenedHead
 from porttool.engines.onnx.cached_graph import HIDDEN, PROJECTED
-from porttool.engines.onnx.export import MODEL
 
 
-def choosing(folder: Path) -> tuple[bytes, ScreenedHead]:
-    """Return the float32 model of a folder with an input that chooses rows, and its head.
+def choosing(graph: bytes, folder: Path) -> tuple[bytes, ScreenedHead]:
+    """Return a float32 model of a folder with an input that chooses rows, and its head.
 
     Raises NativeUnavailable where nothing can be compiled.
     """
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    model = onnx.ModelProto.FromString(graph)
     place, head = next((i, n) for i, n in enumerate(model.graph.node) if n.output[0] == "logits")
     screened = screened_head(model, head.input[1], folder)
     project_some(model.graph, place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ class SessionProgram(Program):
     torch's, so that this does.
     """
 
-    def __init__(self, session: Any, device: str) -> None:
+    def __init__(self, session: Any, device: str, folder: Path) -> None:
         self.session = session
         self.device = device
+        self._folder = folder
         self.inputs = {value.name for value in session.get_inputs()}
         self.chooses = PROJECTED in self.inputs
         self.scatters = any(v.name.startswith("present_key") for v in session.get_outputs())
@@ -45,5 +47,5 @@ class SessionProgram(Program):
     def _run(self, io: Any, tensors: Mapping[str, Tensor]) -> None:
         if self.device == "cuda":
             torch.cuda.current_stream().synchronize()
-        with translated_errors("ONNX Runtime could not run the step"):
+        with translated_errors(f"{self._folder}: ONNX Runtime could not run the step"):
             self.session.run_with_iobinding(io)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import NonNegativeInt
 
 from porttool.component import Options
-from porttool.engines.onnx.export import MODEL, require_onnx
+from porttool.engines.onnx.builder import GraphRecord
+from porttool.engines.onnx.export import require_onnx
 from porttool.engines.onnx.session import SessionSettings, choose_device, make_session
-from porttool.errors import MissingExtra, UsageError
+from porttool.errors import UsageError
 from porttool.runner import Choose, Runner, TimedNode
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from porttool.config import Limits
     from porttool.engine import Engine
     from porttool.engines.native.head import ScreenedHead
+    from porttool.engines.onnx.program import SessionProgram
     from porttool.nn import Step
 
 
@@ -57,23 +59,27 @@ class OnnxRunner(Runner):
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         from porttool.engines.onnx.cached_graph import CachedGraph
-        from porttool.engines.onnx.program import SessionProgram
 
         super().__init__(engine, options)
+        require_onnx()
+        from porttool.engines.onnx.stored_graph import read_graph
+        from porttool.engines.onnx.weights import stored_weights
+
         asked = cast("OnnxRunnerOptions", self.options)
-        recorded = engine.manifest.built[0]["session"]
+        self._record = GraphRecord.of(engine)
+        optimization = self._record.session.optimization
         self._settings = SessionSettings(
-            choose_device(asked.device), recorded["optimization"], asked.threads, asked.tf32
+            choose_device(asked.device), optimization, asked.threads, asked.tf32
         )
         self._folder = engine.rank_path()
+        self._stored = read_graph(engine, self._record.cache, stored_weights(engine))
         made = engine.manifest
-        self._model: Path | bytes = self._folder / MODEL
+        self._model = self._stored
         self._head: ScreenedHead | None = None
         self._greedy = ""
         if self._settings.device == "cpu" and made.dtype == "float32":
             self._choose_compiled(asked.compiled)
-        session = make_session(self._model, self._settings, self._folder)
-        program = SessionProgram(session, self._settings.device)
+        program = self._program(self._settings)
         self._graph = CachedGraph(program, self.config, made.limits, dtype=made.dtype)
 
     @property
@@ -84,7 +90,7 @@ class OnnxRunner(Runner):
         made = self.engine.manifest
         return (
             f"onnx, ONNX Runtime {require_onnxruntime().__version__} on {self._settings.device}, "
-            f"{made.dtype}, {made.built[0]['cache']} cache{self._greedy}"
+            f"{made.dtype}, {self._record.cache} cache{self._greedy}"
         )
 
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
@@ -122,20 +128,25 @@ class OnnxRunner(Runner):
         if self._settings.device == "cuda":
             return super().profiled(work)
         from porttool.engines.onnx.node_times import read_node_times
-        from porttool.engines.onnx.program import SessionProgram
 
         with TemporaryDirectory() as folder:
             settings = replace(self._settings, profile=Path(folder) / "times")
-            session = make_session(self._model, settings, self._folder)
-            with self._graph.using(SessionProgram(session, settings.device)):
+            program = self._program(settings)
+            with self._graph.using(program):
                 work()
-            return read_node_times(Path(session.end_profiling()))
+            return read_node_times(Path(program.session.end_profiling()))
 
     def trace(self, step: Step) -> dict[str, Tensor]:
         """Run the graph once with every module's input and output among its outputs."""
         from porttool.engines.onnx.trace import traced
 
-        return traced(self._folder, self._settings, step, self._graph.table)
+        return traced(self._stored, self._folder, self._settings, step, self._graph.table)
+
+    def _program(self, settings: SessionSettings) -> SessionProgram:
+        from porttool.engines.onnx.program import SessionProgram
+
+        session = make_session(self._model, settings, self._folder)
+        return SessionProgram(session, settings.device, self._folder)
 
     def _choose_compiled(self, wanted: bool) -> None:
         """Have greedy tokens chosen by compiled code, or note why not.
@@ -147,11 +158,10 @@ class OnnxRunner(Runner):
         try:
             if not wanted:
                 raise NativeUnavailable("as asked")
-            require_onnx()
             from porttool.engines.onnx.greedy import choosing
 
-            self._model, self._head = choosing(self._folder)
-        except (NativeUnavailable, MissingExtra) as reason:
+            self._model, self._head = choosing(self._stored, self._folder)
+        except NativeUnavailable as reason:
             self._greedy = f", greedy from all logits ({reason})"
         else:
             self._greedy = ", compiled greedy choice"

@@ -76,6 +76,7 @@ def make_session(model: Path | bytes, settings: SessionSettings, folder: Path) -
             model if isinstance(model, bytes) else str(model),
             options,
             providers=[(wanted, provider_options(settings))],
+            enable_fallback=0,  # it would print that it tries again, and run on the CPU
         )
     if session.get_providers()[0] != wanted:
         raise EngineError(
@@ -132,14 +133,22 @@ def provider_options(settings: SessionSettings) -> Mapping[str, str]:
 
 @contextmanager
 def translated_errors(what: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions into EngineError; its classes share no base of their own."""
+    """Turn ONNX Runtime's exceptions into EngineError; its classes share no base of their own.
+
+    Binding and running a graph raise plain RuntimeError; a message that quotes a name which is no
+    UTF-8 cannot even be made, and an allocation that fails is a MemoryError.
+    """
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     kinds = (
         state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
         state.NoSuchFile, state.NotImplemented, state.RuntimeException, state.EPFail,
+        RuntimeError, UnicodeDecodeError, MemoryError,
     )  # fmt: skip
     try:
         yield
     except kinds as error:
-        raise EngineError(f"{what}: {error}") from error
+        raise EngineError(
+            f"{what}: {error!s:.2000}; build the engine again, or use another "
+            "device or version of ONNX Runtime"
+        ) from error

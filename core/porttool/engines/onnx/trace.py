@@ -12,25 +12,26 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from porttool.engines.onnx.element_types import ELEMENT_TYPES
-from porttool.engines.onnx.export import MODEL
 from porttool.engines.onnx.graph import MODULES
 from porttool.engines.onnx.session import SessionSettings, make_session, translated_errors
 from porttool.nn import Step
 
 
-def traced(folder: Path, settings: SessionSettings, step: Step, table: Tensor) -> dict[str, Tensor]:
+def traced(
+    graph: bytes, folder: Path, settings: SessionSettings, step: Step, table: Tensor
+) -> dict[str, Tensor]:
     """Run a step over an empty cache; return `<module>.in` and `.out` in order, then `logits`.
 
     Floating-point values are float32 on the CPU. The last norm and the head see rows
     [n * width, …] in the graph; they come back as [n, width, …] like everything else.
     """
-    model = onnx.load(str(folder / MODEL), load_external_data=False)
+    model = onnx.ModelProto.FromString(graph)
     modules = json.loads({p.key: p.value for p in model.metadata_props}[MODULES])
     wanted = {name for pair in modules.values() for name in pair}
     seen = expose(model, wanted)
     session = make_session(model.SerializeToString(), settings, folder)
     names = [*seen.values(), "logits"]
-    with translated_errors("ONNX Runtime could not run the traced step"):
+    with translated_errors(f"{folder}: ONNX Runtime could not run the traced step"):
         found = session.run_with_ort_values(names, trace_feeds(session, step, table))
     values = {
         name: by_row(torch.from_numpy(value.numpy()), step)

@@ -14,15 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool.config import Dtype
+from porttool.engines.onnx.element_types import ELEMENT_TYPES
+from porttool.errors import EngineError
 from porttool.folder import PendingFolder, require_space
+from porttool.nn import require_shapes
 from porttool.shards import TensorJob, plan_shards, write_shards
-from porttool.sources.safetensors_file import check_entry, read_header
-from porttool.weights import cast
+from porttool.sources.safetensors_file import SafetensorsFile, check_entry, read_header
+from porttool.weights import cast, listing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from porttool.checkpoint import Checkpoint
+    from porttool.engine import Engine
     from porttool.progress import Progress
 
 JOURNAL = "journal.jsonl"
@@ -72,8 +76,29 @@ def weight_job(checkpoint: Checkpoint, name: str, dtype: Dtype) -> TensorJob:
     return TensorJob(name, info.shape, dtype, info.nbytes, make)
 
 
+def stored_weights(engine: Engine) -> dict[str, StoredTensor]:
+    """Return where an engine's tensors are: those of its config, whole, and of its type.
+
+    Raises SourceError for a file that is no safetensors, EngineError for other tensors.
+    """
+    made = engine.manifest
+    if made.dtype not in ELEMENT_TYPES:
+        raise EngineError(f"{engine.path}: no ONNX engine is {made.dtype}; build it again")
+    files = [engine.path / name for name in sorted(made.files) if name.endswith(".safetensors")]
+    found = [t for f in files if f.parent == engine.rank_path() for t in tensors_in(f)]
+    stored = {tensor.name: tensor for tensor in found}
+    require_shapes(made.config, {name: tensor.shape for name, tensor in stored.items()})
+    if wrong := [name for name, tensor in stored.items() if tensor.dtype != made.dtype]:
+        raise EngineError(
+            f"{engine.path}: the manifest says {made.dtype}, which the weights are not: "
+            f"{listing(wrong)}; build the engine again"
+        )
+    return stored
+
+
 def tensors_in(file: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of a weight file."""
+    SafetensorsFile(file)  # refuses one whose header does not fit its size
     header, start = read_header(file)
     for name, entry in header.items():
         if name != "__metadata__":

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
 from porttool.errors import EngineError
-from porttool.nn import Decoder, KVCache, Step, meta_decoder
+from porttool.nn import Decoder, KVCache, Step, require_shapes
 from porttool.runner import Choose
-from porttool.weights import listing
 
 
 class DeviceDecoder(ABC):
@@ -30,7 +29,7 @@ class DeviceDecoder(ABC):
         dtype: torch.dtype,
         limits: Limits,
     ) -> None:
-        check_weights(config, weights)
+        require_shapes(config, {name: tuple(w.shape) for name, w in weights.items()})
         self.config = config
         self.dtype = dtype
         self.limits = limits
@@ -56,17 +55,6 @@ class DeviceDecoder(ABC):
     def sample(self, step: Step, n_tokens: int, choose: Choose) -> Tensor:
         """See Runner.decode. Only called when `samples_on_device`."""
         raise EngineError(f"{self.description} does not sample on the device")
-
-
-def check_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not those of the config, in name or shape."""
-    wanted = {name: t.shape for name, t in meta_decoder(config).state_dict().items()}
-    found = {name: t.shape for name, t in weights.items()}
-    wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-    if wrong:
-        raise EngineError(
-            f"the config and the weights disagree about {listing(wrong)}; build the engine again"
-        )
 
 
 class CanonicalDecoder(DeviceDecoder):
