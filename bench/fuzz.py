@@ -208,11 +208,13 @@ def table(containers: dict[str, Any]) -> str:
 def write(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     """Write the result with what it was made with."""
     import platform
+    from importlib.metadata import version
 
     import torch
 
     made = {"python": platform.python_version(), "torch": torch.__version__,
-            "seed": arguments.seed, "containers": found}  # fmt: skip
+            "onnxruntime": version("onnxruntime"), "seed": arguments.seed,
+            "containers": found}  # fmt: skip
     arguments.output.write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -120,6 +120,7 @@ BAD = {
     "a program": (doing(lambda f, o: os.system("true")), "os.system"),
     "another program": (doing(lambda f, o: subprocess.run(["true"])), "subprocess.Popen"),
     "a pickle": (doing(lambda f, o: pickle.loads(pickle.dumps(Path()))), "pickle.find_class"),
+    "a line": (doing(lambda f, o: sys.stdout.write("hello")), "printed 'hello"),
     "a result": (doing(lambda f, o: (o / "made").mkdir()), "left behind"),
 }
 

@@ -40,8 +40,10 @@ from fuzzing.specimens import (
 )
 from porttool import api
 from porttool.checkpoint import Checkpoint, seal_of
+from porttool.config import Sampling
 from porttool.engine import Engine
 from porttool.folder import hash_file
+from porttool.generate import generate
 from porttool.nn import Step
 from porttool.prompt_table import PromptTable
 from porttool.runner import load_runner, load_verified
@@ -124,12 +126,14 @@ def run_engine(folder: Path, output: Path) -> Values:
 
 
 def run_onnx_engine(folder: Path, output: Path) -> Values:
-    """Open an engine, load it into ONNX Runtime, run one step of it and choose a token."""
+    """Open an engine, load it into ONNX Runtime, run a step, continue a prompt, trace a step."""
     runner = load_verified(folder, registry(), {"device": "cpu", "threads": 1})
     manifest = runner.engine.manifest
     logits = tiny.full_logits(runner, [1, 5, 2])
-    chosen = runner.decode(Step.prefill([[1, 5, 2]]), 1)
-    return {"logits": digest(logits).hex(), "chosen": json.dumps(chosen.tolist()),
+    chosen = generate(runner, [[1, 5, 2]], Sampling(max_new_tokens=3, ignore_eos=True), eos=())
+    trace = runner.trace(Step.prefill([[1, 5, 2]]))
+    return {"logits": digest(logits).hex(), "chosen": str(chosen[0][0].tokens),
+            **{name: digest(value).hex() for name, value in trace.items() if name != "logits"},
             "limits": manifest.limits.model_dump_json(),
             "tokens": manifest.tokens.model_dump_json()}  # fmt: skip
 
@@ -232,13 +236,14 @@ def damaging_own(manifest: str) -> Any:
 
 
 def damage_onnx_engine(rng: Random, folder: Path) -> Damage:
-    """Change the folder like any other of ours, or the graph with the manifest made to fit."""
+    """Change the folder like any other of ours, or graph or weights and the manifest to fit."""
     if rng.random() < 0.4:
         return damaging_own("engine.json")(rng, folder)
-    graph = "rank0/model.onnx"
-    said = mutated_file(rng, folder / graph, rng.choice((mutate_graph, mutate_graph, mutate_bytes)))
+    change = rng.choice((mutate_graph, mutate_graph, mutate_bytes, formats.mutate_values))
+    name = f"rank0/model.{'safetensors' if change is formats.mutate_values else 'onnx'}"
+    said = mutated_file(rng, folder / name, change)
     values = json.loads((folder / "engine.json").read_text())
-    values["files"][graph] = hash_file(folder / graph).model_dump()
+    values["files"][name] = hash_file(folder / name).model_dump()
     write_sealed(folder / "engine.json", values)
     return Damage(f"sealed: {said}", sealed=True)
 

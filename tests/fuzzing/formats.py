@@ -40,6 +40,16 @@ def mutate_safetensors(rng: Random, data: bytes) -> tuple[bytes, str]:
     return struct.pack("<Q", claimed) + header + data[8 + length :], f"header {said}"
 
 
+def mutate_values(rng: Random, data: bytes) -> tuple[bytes, str]:
+    """Change some float32 weights to numbers that are none, or that few would expect."""
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    changed, n = bytearray(data), rng.choice((1, 1, 8, 200))
+    value = rng.choice((float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 1.0))
+    for _ in range(n):
+        struct.pack_into("<f", changed, start + 4 * rng.randrange((len(data) - start) // 4), value)
+    return bytes(changed), f"{n} values {value}"
+
+
 def mutate_zip(rng: Random, data: bytes) -> tuple[bytes, str]:
     """Change a torch zip's records, or the table at its end."""
     if rng.random() < 0.2:

@@ -3,11 +3,12 @@
 Allowed are a PorttoolError that names the input, and values that are the original ones, or others
 where no checksum forbids it. Everything else is a finding: another exception, a hang, too much
 memory, a file written or removed outside the output, a process started, a pickle taken apart by
-Python's own reader, a result left behind by a refused input.
+Python's own reader, a result left behind by a refused input, a line on the standard output.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -137,6 +138,8 @@ class Judge:
                 outcome, detail = "finding", f"values under a checksum changed: {detail}"
             elif problem := self._second_opinion(folder):
                 outcome, detail = "finding", f"the format's own library disagrees: {problem}"
+        if printed := self._printed.getvalue():
+            outcome, detail = "finding", f"printed {printed!r:.200}; {detail}"
         if self._watch.seen:
             outcome, detail = "finding", f"{self._watch.seen[0]}; {detail}"
         return outcome, detail
@@ -158,7 +161,13 @@ class Judge:
             return f"{type(error).__name__}: {error!s:.200}"
 
     def _read(self, folder: Path, output: Path) -> Values:
-        with self._watch.on(output), alarm(MAX_SECONDS), warnings.catch_warnings(action="error"):
+        self._printed = io.StringIO()
+        with (
+            self._watch.on(output),
+            alarm(MAX_SECONDS),
+            warnings.catch_warnings(action="error"),
+            redirect_stdout(self._printed),
+        ):
             return self.container.read(folder, output)
 
     def _fresh(self, name: str) -> Path:

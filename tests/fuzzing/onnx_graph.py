@@ -11,7 +11,8 @@ from google.protobuf.descriptor import FieldDescriptor as Field
 from fuzzing.mutate import NUMBERS, mutate_bytes
 
 TEXTS = ("", "x" * 5000, "/etc/passwd", "../../secret", "../engine.json", "model.onnx", ".", "\0",
-         "-1", "1e5", str(1 << 40), str(1 << 63), "0", "4", "If", "Loop", "logits", "ai.x")  # fmt: skip
+         "-1", "1e5", str(1 << 40), str(1 << 63), "0", "4", "If", "Loop", "logits",
+         "ai.x")  # fmt: skip
 """Places, sizes and names that a weight, a node or a value may claim."""
 
 OPERATORS = ("Identity", "Add", "MatMul", "Gather", "Reshape", "Transpose", "Expand", "Cast",
@@ -23,7 +24,7 @@ def mutate_graph(rng: Random, data: bytes) -> tuple[bytes, str]:
     model = onnx.ModelProto.FromString(data)
     said = []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        change = rng.choice((change_field, change_field, change_weight, change_node))
+        change = rng.choice((change_field, change_field, change_weight, change_node, change_node))
         said.append(change(rng, model))
     return model.SerializeToString(deterministic=True), "graph: " + "+".join(said)
 
@@ -36,7 +37,7 @@ def change_weight(rng: Random, model: onnx.ModelProto) -> str:
     weight = rng.choice(stored)
     match rng.randrange(4):
         case 0:
-            weight.dims[rng.randrange(len(weight.dims)) if weight.dims else 0] = size(rng)
+            weight.dims[:] = [size(rng), *weight.dims[1:]]
             return f"{weight.name} is {list(weight.dims)}"
         case 1:
             weight.data_type = rng.randrange(30)
