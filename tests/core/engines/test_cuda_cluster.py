@@ -1,7 +1,8 @@
-"""Products in clusters: CI compiles them for Hopper and tests what is told to them, GPUs run them.
+"""Products in clusters: CI compiles them for Hopper and tests what is told to them.
 
-Programs of a cluster write each other's shared memory, for which there is no interpreter: on a CPU
-a double takes the kernel's place, which computes from the addresses that the kernel would get.
+On a CPU a double takes the kernel's place, which computes from the addresses that the kernel would
+get. `test_cuda_cluster_emulated.py` runs the kernel's own source, `test_cuda_cluster_gpu.py` it on a
+GPU.
 """
 
 from __future__ import annotations

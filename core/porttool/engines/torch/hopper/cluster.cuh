@@ -12,6 +12,13 @@ __device__ __forceinline__ void let_next_start() {
 
 __device__ __forceinline__ void await_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// Of copies: what they bring leaves the L2 cache first.
+__device__ __forceinline__ u64 leaving_first() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // A box of 64 inner elements and some rows from `row`.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int inner, int row,
                                          u32 barrier, u64 policy) {
@@ -126,6 +133,21 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[HELD], u64 w, u64 x) 
     asm volatile("wgmma.mma_async.sync.aligned." SHAPE KINDS " " PLACES ", 1, 1, 1, 0, 0;"
                  : SUM_REGISTERS
                  : "l"(w), "l"(x));
+}
+
+// Products are enqueued between these two, as a group; then all but the last few groups are
+// awaited.
+__device__ __forceinline__ void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int LEFT>
+__device__ __forceinline__ void await_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 // What the compiler must not keep elsewhere while the tensor cores write it.

@@ -78,7 +78,7 @@ struct Filler {
     u64 once;
 
     __device__ Filler(const Arguments& a, Shared& s, const Place& at) : a(a), s(s), at(at) {
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+        once = leaving_first();
     }
 
     __device__ u32 full(int i) const { return shared_address(&s.full[i % STAGES]); }
@@ -165,20 +165,20 @@ __device__ __forceinline__ void multiply(float (&sum)[PARTS][HELD], Shared& s, i
         barrier_wait(shared_address(&s.full[i % STAGES]), i / STAGES & 1);
 #pragma unroll
         for (int p = 0; p < PARTS; ++p) pinned(sum[p]);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        begin_products();
 #pragma unroll
         for (int k = 0; k < 4; ++k)
 #pragma unroll
             for (int p = 0; p < PARTS; ++p)
                 multiply_tile(sum[p], described(weights + p * WEIGHTS + k * 32),
                               described(inputs + k * 32));
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        commit_products();
 #pragma unroll
         for (int p = 0; p < PARTS; ++p) pinned(sum[p]);
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        await_products<1>();
         if (leader && i) barrier_arrive(shared_address(&s.empty[(i - 1) % STAGES]), 1);
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    await_products<0>();
 #pragma unroll
     for (int p = 0; p < PARTS; ++p) pinned(sum[p]);
 }

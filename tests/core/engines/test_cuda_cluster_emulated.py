@@ -1,0 +1,227 @@
+"""The source of products in clusters, compiled for a CPU and run thread by thread.
+
+`tests/hopper/emulated.hpp` stands in place of the machine's instructions: ring, barriers, swizzle,
+exchange of sums and the end of a product run as they are written, in an order drawn at random.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from shutil import which
+from tempfile import mkdtemp
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import cuda_cases as cases
+from cuda_cluster_cases import with_clusters
+from porttool.engines.torch import cuda_cluster
+from porttool.engines.torch.cuda import CudaDecoder
+from porttool.engines.torch.cuda_cluster import CHUNK, _Arguments, macros, residual
+from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile
+from porttool.nn import KVCache, Step
+
+HERE = Path(__file__).parents[2] / "hopper"
+SHARED_MEMORY = "extern __shared__ char raw[];"
+pytestmark = pytest.mark.skipif(which("c++") is None, reason="needs a C++ compiler")
+
+
+class Late(ctypes.Structure):
+    """Memory that the kernel before writes, and what it holds when that ends."""
+
+    _fields_ = (("to", ctypes.c_void_p), ("source", ctypes.c_void_p), ("bytes", ctypes.c_long))
+
+
+@cache
+def compiled(defined: tuple[tuple[str, object], ...], broken: tuple[str, str] = ("", "")) -> Any:
+    """Return the library of a product; `broken` is something in its source and what replaces it."""
+    source = (cuda_cluster._SOURCES / "linear.cu").read_text()
+    assert SHARED_MEMORY in source
+    assert broken[0] in source
+    source = source.replace(SHARED_MEMORY, "char* raw = emulated_memory();").replace(*broken, 1)
+    file = Path(mkdtemp()) / "product.cpp"
+    parts = (HERE / "emulated.hpp").read_text(), source, (HERE / "run.hpp").read_text()
+    file.write_text("\n".join(parts))
+    flags = [f"-D{key}={value}" for key, value in defined]
+    library = file.with_suffix(".so")
+    subprocess.run(
+        ["c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *flags, str(file), "-o", library],
+        check=True,
+    )
+    return ctypes.CDLL(str(library))
+
+
+def described(tensor: torch.Tensor, box: tuple[int, ...]) -> tuple[int, ...]:
+    """Say of a tensor what the emulated copies read: address, sides, strides and sides of a box."""
+    sides = [*reversed(tensor.shape), 1][:3]
+    strides = [s * tensor.itemsize for s in reversed(tensor.stride()[:-1])]
+    words = (tensor.data_ptr(), *sides, *[*strides, 0][:2], *[*box, 1][:3])
+    return words + (0,) * (16 - len(words))
+
+
+class Case:
+    """A product of one kind: what goes in, what is right, and what came out."""
+
+    def __init__(self, name: str, n: int, dtype: torch.dtype, **shape: Any) -> None:
+        self.name, self.n, self.dtype = name, n, dtype
+        self.config = cases.config("learned", **{"d_model": 192, "d_ff": 320, **shape})
+        c, draw = self.config, torch.Generator().manual_seed(n)
+
+        def drawn(*sides: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.randn(*sides, generator=draw).to(kind)
+
+        self.parts = 2 if c.gated and name == "up" else 1
+        self.columns, self.inner = {
+            "qkv": (136, 192), "up": (200, 192), "out": (192, 128), "down": (192, 320),
+        }[name]  # fmt: skip
+        self.weight = drawn(self.parts * self.columns, self.inner, kind=dtype) / 8
+        self.x = 3 * drawn(n, self.inner if not residual(name) else self.columns) + 1
+        self.gamma = drawn(self.x.shape[1]) * 0.02
+        self.bias = drawn(self.parts * self.columns, kind=dtype)
+        self.activations = drawn(n, self.inner, kind=dtype)
+
+    def norm_input(self, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x times gamma / 0.03125 in 16 bits, and the sums by tiles of so many columns."""
+        told = [torch.stack((p.sum(1), (p**2).sum(1)), -1) for p in self.x.split(tile, 1)]
+        return (self.x * self.gamma * 32).to(self.dtype), torch.stack(told).contiguous()
+
+    def wanted(self) -> torch.Tensor:
+        """Return what is right, in float64."""
+        w, c = self.weight.double(), self.config
+        if residual(self.name):
+            return self.x.double() + self.activations.double() @ w.T + self.bias.double()
+        x = self.x.double()
+        mean = 0 if c.norm == "rmsnorm" else x.mean(1, keepdim=True)
+        deviation = ((x**2).mean(1, keepdim=True) - mean**2 + c.norm_eps).sqrt()
+        value = (x - mean) / deviation * self.gamma.double() @ w.T + self.bias.double()
+        if self.name == "qkv":
+            return value
+        f = torch.nn.functional
+        act = {"gelu_tanh": lambda v: f.gelu(v, approximate="tanh"), "silu": f.silu}[c.activation]
+        if self.parts == 1:
+            return act(value)
+        return act(value[:, : self.columns]) * value[:, self.columns :]
+
+    def run(self, tile: ClusterTile, *, seed: int, broken: tuple[str, str] = ("", "")) -> Any:
+        """Return the result and what was left for the next product; None if it hung."""
+        rows = cuda_cluster.tile_rows(self.n)
+        library = compiled(
+            tuple(macros(self.config, self.dtype, self.name, tile, rows).items()), broken
+        )
+        assert library.arguments_bytes() == ctypes.sizeof(_Arguments)
+        normed, told = self.norm_input(tile.block_n)
+        true = self.activations if residual(self.name) else normed
+        x, inputs, heard = (torch.full_like(t, torch.nan) for t in (self.x, true, told))
+        out = torch.full((self.n, self.columns), torch.nan, dtype=self.dtype)
+        left = torch.full((-(-self.columns // tile.block_n), self.n, 2), torch.nan)
+        late = [Late(a.data_ptr(), b.data_ptr(), b.nbytes)
+                for a, b in ((x, self.x), (inputs, true), (heard, told))]  # fmt: skip
+        column_sum = self.weight.float() @ self.gamma if not residual(self.name) else self.bias
+        bias = self.bias if residual(self.name) else self.bias.float()
+        chunks = inputs.view(self.n, -1, CHUNK).transpose(0, 1)
+        pointers = (bias, column_sum, heard, x, out, self.gamma, left)
+        arguments = _Arguments(
+            described(self.weight, (CHUNK, tile.block_n)), described(chunks, (CHUNK, rows, 1)),
+            described(chunks, (CHUNK, rows, min(tile.ahead, tile.stages))),
+            *(t.data_ptr() for t in pointers), self.n, self.columns, self.inner // CHUNK,
+            len(told), self.inner, 4.0, 1 / 32,
+        )  # fmt: skip
+        wide = -(-self.columns // tile.block_n) * tile.split
+        hung = library.run(ctypes.byref(arguments), wide, -(-self.n // rows), seed,
+                           (Late * len(late))(*late), len(late))  # fmt: skip
+        return None if hung else (x if residual(self.name) else out, out, left)
+
+
+KINDS = [
+    ("qkv", 5, torch.float16, ClusterTile(64, 3, 2, 1), {}),
+    ("qkv", 21, torch.bfloat16, ClusterTile(128, 1, 2, 2), {"norm": "rmsnorm", "norm_bias": False}),
+    ("up", 17, torch.float16, ClusterTile(64, 2, 2, 2), {}),
+    ("up", 9, torch.float16, ClusterTile(64, 2, 3, 2), {"gated": True, "activation": "silu"}),
+    ("out", 16, torch.float16, ClusterTile(64, 4, 2, 2), {}),
+    ("down", 30, torch.bfloat16, ClusterTile(128, 3, 2, 1), {}),
+    ("down", 33, torch.float16, ClusterTile(64, 5, 3, 3), {}),
+    ("up", 130, torch.float16, ClusterTile(192, 1, 2, 1), {}),
+]
+
+
+@pytest.mark.parametrize(("name", "n", "dtype", "tile", "shape"), KINDS)
+def test_every_kind_of_product(name, n, dtype, tile, shape) -> None:
+    case = Case(name, n, dtype, **shape)
+    wanted = case.wanted()
+    for seed in (1, 2):
+        found = case.run(tile, seed=seed)
+        assert found is not None, "it hung"
+        value, out, left = found
+        assert cases.relative_error(value, wanted) < (2e-3 if dtype == torch.float16 else 1e-2)
+        if residual(name):
+            scaled = wanted * case.gamma.double() * 4
+            assert cases.relative_error(out, scaled) < (2e-3 if dtype == torch.float16 else 1e-2)
+            parts = wanted.split(tile.block_n, 1)
+            told = torch.stack([torch.stack((p.sum(1), (p**2).sum(1)), -1) for p in parts])
+            assert cases.relative_error(left, told) < 1e-4
+
+
+BROKEN = {
+    "a slot is given back before its product is computed": ("(i - 1) % STAGES", "i % STAGES"),
+    "weights are not awaited": (
+        "barrier_wait(shared_address(&s.full[i % STAGES]), i / STAGES & 1);", ""),
+    "a full slot is filled again": (
+        "barrier_wait(shared_address(&s.empty[i % STAGES]), (i / STAGES & 1) ^ 1);", ""),
+    "activations are read before they are there": (
+        "await_last();\n        copy_chunks", "copy_chunks"),
+    "sums take the ring's place too early": ("meet<1, MULTIPLYING>();", ""),
+    "others' sums are not awaited": ("barrier_wait(shared_address(&s.all_heard), 0);", ""),
+    "sums are sent before all have them": (
+        "meet<2, FINISHING>();\n        if (SPLIT > 1) {", "if (SPLIT > 1) {"),
+    "one program expects too much": ("(SPLIT - 1) * sizeof", "SPLIT * sizeof"),
+    "the second slot's phase": ("i / STAGES & 1);\n#pragma", "0);\n#pragma"),
+    "the old residual stream is not awaited": ("barrier_wait(shared_address(&s.old_read), 0);", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", list(BROKEN))
+def test_what_the_emulation_finds(what: str) -> None:
+    """A test that cannot fail is none: each of these must hang or give wrong numbers."""
+    case = Case("down", 20, torch.float16)
+    wanted, tile = case.wanted(), ClusterTile(128, 2, 2, 1)
+    assert cases.relative_error(case.run(tile, seed=1)[0], wanted) < 2e-3
+    found = (case.run(tile, seed=seed, broken=BROKEN[what]) for seed in range(1, 7))
+    assert any(f is None or not cases.relative_error(f[0], wanted) < 2e-3 for f in found)
+
+
+class Emulated:
+    """In place of a kernel on a GPU."""
+
+    def __init__(self, defined: tuple[tuple[str, object], ...]) -> None:
+        self.library = compiled(defined)
+
+    def launch_clusters(self, grid, cluster, stream, argument, *, chained) -> None:
+        assert self.library.run(ctypes.byref(argument), *grid, 1, None, 0) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on masked lanes
+def test_a_step_of_a_model(monkeypatch) -> None:
+    shape = cases.config("multi-query", head_dim=32, n_head=4, d_model=128, d_ff=192)
+    plain = cases.drawn(shape, torch.float16)
+    made = CudaDecoder(shape, plain.state_dict(), dtype=torch.float16,
+                       limits=cases.limits(3, 16), device="cpu")  # fmt: skip
+    made.use(replace(
+        with_clusters(shape, "cpu", ClusterTile(64, 2, 2, 1)),
+        wide_attention={"16": AttentionTile(1, 16, 1)},
+    ))  # fmt: skip
+    monkeypatch.setattr(cuda_cluster, "_kernel", lambda defined, device: Emulated(defined))
+    monkeypatch.setattr(cuda_cluster, "tensor_map", described)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    cache = KVCache(shape, 3, 16, dtype=torch.float64)
+    first = Step.prefill([[5, 7], [9, 11], [3, 100]])  # six tokens: a small step, too
+    step = cases.one_token([0, 1, 2], torch.arange(3), [2, 2, 2])
+    for one in (first, step):
+        wanted = cases.reference(plain, cache, one)
+        assert cases.relative_error(made.step(one), wanted) < cases.TOLERANCE[torch.float16]
