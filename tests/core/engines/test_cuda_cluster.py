@@ -1,8 +1,8 @@
 """Products in clusters: CI compiles them for Hopper and tests what is told to them.
 
 On a CPU a double takes the kernel's place, which computes from the addresses that the kernel would
-get. `test_cuda_cluster_emulated.py` runs the kernel's own source, `test_cuda_cluster_gpu.py` it on a
-GPU.
+get. `test_cuda_cluster_emulated.py` runs the kernel's own source, `test_cuda_cluster_gpu.py` runs
+it on a GPU.
 """
 
 from __future__ import annotations

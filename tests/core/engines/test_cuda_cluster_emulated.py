@@ -1,18 +1,13 @@
 """The source of products in clusters, compiled for a CPU and run thread by thread.
 
-`tests/hopper/emulated.hpp` stands in place of the machine's instructions: ring, barriers, swizzle,
+`tests/hopper/` stands in place of the machine's instructions: ring, barriers, swizzle,
 exchange of sums and the end of a product run as they are written, in an order drawn at random.
 """
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from shutil import which
-from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,15 +16,14 @@ import torch
 
 import cuda_cases as cases
 from cuda_cluster_cases import with_clusters
+from hopper_emulation import NOT_BROKEN, emulated, needs_compiler
 from porttool.engines.torch import cuda_cluster
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_cluster import CHUNK, _Arguments, macros, residual
 from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile
 from porttool.nn import KVCache, Step
 
-HERE = Path(__file__).parents[2] / "hopper"
-SHARED_MEMORY = "extern __shared__ char raw[];"
-pytestmark = pytest.mark.skipif(which("c++") is None, reason="needs a C++ compiler")
+pytestmark = needs_compiler
 
 
 class Late(ctypes.Structure):
@@ -38,23 +32,12 @@ class Late(ctypes.Structure):
     _fields_ = (("to", ctypes.c_void_p), ("source", ctypes.c_void_p), ("bytes", ctypes.c_long))
 
 
-@cache
-def compiled(defined: tuple[tuple[str, object], ...], broken: tuple[str, str] = ("", "")) -> Any:
-    """Return the library of a product; `broken` is something in its source and what replaces it."""
-    source = (cuda_cluster._SOURCES / "linear.cu").read_text()
-    assert SHARED_MEMORY in source
-    assert broken[0] in source
-    source = source.replace(SHARED_MEMORY, "char* raw = emulated_memory();").replace(*broken, 1)
-    file = Path(mkdtemp()) / "product.cpp"
-    parts = (HERE / "emulated.hpp").read_text(), source, (HERE / "run.hpp").read_text()
-    file.write_text("\n".join(parts))
-    flags = [f"-D{key}={value}" for key, value in defined]
-    library = file.with_suffix(".so")
-    subprocess.run(
-        ["c++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *flags, str(file), "-o", library],
-        check=True,
-    )
-    return ctypes.CDLL(str(library))
+def compiled(
+    defined: tuple[tuple[str, object], ...], broken: tuple[str, str] = NOT_BROKEN
+) -> ctypes.CDLL:
+    """Return the library of a product."""
+    machine = ("machine.hpp", "cluster.hpp")
+    return emulated(machine, ("linear.cu",), "run_product.hpp", defined, broken)
 
 
 def described(tensor: torch.Tensor, box: tuple[int, ...]) -> tuple[int, ...]:
@@ -108,7 +91,7 @@ class Case:
             return act(value)
         return act(value[:, : self.columns]) * value[:, self.columns :]
 
-    def run(self, tile: ClusterTile, *, seed: int, broken: tuple[str, str] = ("", "")) -> Any:
+    def run(self, tile: ClusterTile, *, seed: int, broken: tuple[str, str] = NOT_BROKEN) -> Any:
         """Return the result and what was left for the next product; None if it hung."""
         rows = cuda_cluster.tile_rows(self.n)
         library = compiled(

@@ -1,6 +1,6 @@
 """The persistent kernel of single rows: CI compiles it for Hopper, GPUs run it.
 
-It exchanges words between programs that run at once, for which there is no interpreter.
+`test_cuda_persistent_emulated.py` runs its source on a CPU.
 """
 
 from __future__ import annotations

@@ -74,17 +74,6 @@ __device__ __forceinline__ void send(u32 to, u32 from, u32 bytes, u32 barrier) {
         : "memory");
 }
 
-// Warps that meet at one of the program's barriers, some of them without waiting.
-template <int NAME, int THREADS>
-__device__ __forceinline__ void meet() {
-    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
-}
-
-template <int NAME, int THREADS>
-__device__ __forceinline__ void pass() {
-    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(THREADS) : "memory");
-}
-
 // A matrix of 128-byte rows in shared memory, eight rows of 16-byte units swizzled together.
 __device__ __forceinline__ u64 described(u32 address) {
     return (u64(address & 0x3ffff) >> 4) | (u64(1) << 16) | (u64(64) << 32) | (u64(1) << 62);

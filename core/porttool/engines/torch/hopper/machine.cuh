@@ -20,6 +20,24 @@ __device__ __forceinline__ u32 shared_address(const void* p) {
     return static_cast<u32>(__cvta_generic_to_shared(p));
 }
 
+// ---- barriers ----
+
+// Warps that meet at one of the program's barriers, some of them without waiting.
+template <int NAME, int MEMBERS>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(MEMBERS) : "memory");
+}
+
+template <int NAME, int MEMBERS>
+__device__ __forceinline__ void pass() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(MEMBERS) : "memory");
+}
+
+// What another thread of the program may be writing.
+__device__ __forceinline__ u32 read_now(const u32* from) {
+    return *const_cast<const volatile u32*>(from);
+}
+
 // ---- numbers ----
 
 // Two 16-bit numbers of one word as float32.

@@ -1,9 +1,7 @@
 // A program's products: eight rows at a time on the tensor cores, and the input that they meet.
 
 // The computing warps' barrier: the filling ones are elsewhere.
-__device__ __forceinline__ void together() {
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-}
+__device__ __forceinline__ void together() { meet<1, THREADS>(); }
 
 // Eight rows times the input on the tensor cores. A lane's 16 bytes of a row are its part of the
 // first operand as they lie: words 0 and 2 count as row r, words 1 and 3 as row r + 8. So the
@@ -62,7 +60,7 @@ struct Program {
     __device__ const char* slot(int n) const {
         const Place place(taken + n);
         if (n >= SLOTS)
-            while (*const_cast<volatile u32*>(&shared.opened) <= taken + n) {
+            while (read_now(&shared.opened) <= taken + n) {
             }
         barrier_wait(shared_address(&shared.full[place.slot]), place.parity);
         return shared.ring[place.slot];

@@ -1,5 +1,7 @@
 // Behind linear.cu: its threads, and what the test calls.
 
+static const Arguments* given;
+
 static void thread_main() {
     cluster_linear(*given);
     running->done = true, ++moved;
@@ -15,6 +17,6 @@ extern "C" int run(const Arguments* arguments, int programs_wide, int rows_high,
     preceded = false;
     for (int row = 0; row < rows_high; ++row)
         for (int first = 0; first < programs_wide; first += SPLIT)
-            if (!run_cluster(first, row, SPLIT, WARPS * 32 + 64, late, n_late)) return 1;
+            if (!run_together(first, row, SPLIT, WARPS * 32 + 64, late, n_late)) return 1;
     return 0;
 }

@@ -1,10 +1,10 @@
-// A Hopper GPU, as far as hopper/linear.cu sees it, on a CPU: this stands in place of machine.cuh
-// and cluster.cuh. Every thread of a cluster is a fiber; which runs next, and when a copy that was
-// asked for is done, is drawn at random. Copies swizzle, products are computed when they are
-// awaited, from shared memory as it is then, barriers count as the machine's do. So a slot that is
-// given back too early, a wait that is missing or a barrier that nobody completes shows, as a wrong
-// number or as a program that no longer moves. What PTX instructions do is taken from their
-// documentation.
+// A Hopper GPU, as far as the kernels of engines/torch/hopper see it, on a CPU: this stands in
+// place of machine.cuh. Every thread is a fiber; which runs next, and when a copy that was asked
+// for is done, is drawn at random. Barriers count as the machine's do. So a slot that is given back
+// too early, a wait that is missing or a barrier that nobody completes shows, as a wrong number or
+// as a program that no longer moves. What PTX instructions do is taken from their documentation. A
+// word that is told is seen at once and everywhere: what a GPU may reorder between programs is not
+// emulated.
 
 #include <ucontext.h>
 
@@ -29,6 +29,9 @@ struct float4 {
 struct uint2 {
     u32 x, y;
 };
+struct uint4 {
+    u32 x, y, z, w;
+};
 struct Index {
     int x, y;
 };
@@ -37,11 +40,34 @@ struct Index {
 #define __global__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
+#define __constant__
+
+constexpr int UNIT = 16;
+constexpr float LOWEST = -3.402823466e38f;
+constexpr int NOBODY = 0x7fffffff;
 
 constexpr int most(int a, int b) { return a > b ? a : b; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline long long min(long long a, long long b) { return a < b ? a : b; }
+using std::fmaxf;
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline u32 __float_as_uint(float value) {
+    u32 bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float __uint_as_float(u32 bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline u16 __ldg(const u16* from) { return *from; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 // ---- fibers ----
@@ -65,7 +91,7 @@ struct Meeting {  // of a number of threads, again and again
     }
 };
 
-struct Product {
+struct Tile {  // of a product that was enqueued
     float* sum;
     u32 w, x;
 };
@@ -76,22 +102,26 @@ struct Fiber {
     int program = 0, thread = 0;
     bool done = false;
     long cluster_generation = 0;
-    std::vector<std::vector<Product>> groups;
-    std::vector<Product> group;
+    std::vector<std::vector<Tile>> groups;
+    std::vector<Tile> group;
     size_t multiplied = 0;  // of the groups
 };
 
-struct Program {
+struct Block {
     char* memory;
     Index block;
     std::map<int, Meeting> named;  // barriers; 100 and more are warps' own
     float exchanged[32][32];       // by warps and lanes
+    uint4 left[32][32];            // factors of a warp's product
+    uint2 right[32][32];
 };
 
-constexpr u32 BASE = 1040;     // where shared memory begins: a multiple of 16 and no more
+#ifndef BASE
+#define BASE 1040  // where shared memory begins: a multiple of 16 and no more
+#endif
 constexpr u32 FAR = 1u << 24;  // times a program's number and 1: an address in its memory
 static std::vector<Fiber> fibers;
-static std::vector<Program> programs;
+static std::vector<Block> programs;      // that run together
 static std::map<u32, Barrier> barriers;  // by far addresses
 struct Copy {
     long due;  // not before this turn
@@ -111,7 +141,7 @@ inline void enqueue(std::function<void()> make) {
     copies.push_back({turn + (chance() % 8 ? chance() % 4 : chance() % 300), std::move(make)});
 }
 
-inline Program& mine() { return programs[running->program]; }
+inline Block& mine() { return programs[running->program]; }
 inline void pause() { swapcontext(&running->context, &scheduler); }
 template <typename Done>
 void wait_until(Done done) {
@@ -187,71 +217,20 @@ inline u16 narrow(float value) {
 #endif
 
 inline float activate(float x) {
-#if ACT_gelu_tanh
+#if ACT_gelu
+    return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+#elif ACT_gelu_tanh
     return 0.5f * x * (1.0f + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x)));
 #elif ACT_silu
     return x / (1.0f + std::exp(-x));
 #else
-    return x;
+#error "an activation that no test uses"
 #endif
 }
 
-// ---- cluster.cuh ----
-
-struct alignas(64) TensorMap {
-    u64 words[16];  // address, three sides, two strides in bytes, three sides of a box
-};
-
-inline void let_next_start() {}
-inline void await_last() {
-    wait_until([] { return preceded; });
-}
-inline u64 leaving_first() { return 0; }
-inline void fence_barriers() {}
-inline void fence_shared_copies() {}
-
-inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
-
-inline void copy_cube(u32 to, const TensorMap& map, int x, int y, int z, u32 barrier) {
-    to = far_address(to), barrier = far_address(barrier);
-    const u64* m = map.words;
-    enqueue([=] {
-        for (u32 k = 0, at = 0; k < m[8]; ++k)
-            for (u32 j = 0; j < m[7]; ++j)
-                for (u32 i = 0; i < m[6]; ++i, at += 2) {
-                    const bool inside = x + i < m[1] && y + j < m[2] && z + k < m[3];
-                    const char* from = reinterpret_cast<const char*>(m[0]) + (x + i) * 2 +
-                                       (y + j) * m[4] + (z + k) * m[5];
-                    const u16 zero = 0;
-                    std::memcpy(place(swizzled(to + at)),
-                                inside ? from : reinterpret_cast<const char*>(&zero), 2);
-                }
-        arrive_bytes(barrier, m[6] * m[7] * m[8] * 2);
-    });
-}
-inline void copy_box(u32 to, const TensorMap& map, int inner, int row, u32 barrier, u64) {
-    copy_cube(to, map, inner, row, 0, barrier);
-}
-inline void copy_chunks(u32 to, const TensorMap& map, int row, int chunk, u32 barrier) {
-    copy_cube(to, map, 0, row, chunk, barrier);
-}
-
-inline void send(u32 to, u32 from, u32 bytes, u32 barrier) {
-    from = far_address(from);
-    enqueue([=] { std::memcpy(place(to), place(from), bytes), arrive_bytes(barrier, bytes); });
-}
-
-inline void cluster_arrive() {
-    running->cluster_generation = cluster_barrier.generation;
-    cluster_barrier.arrive(fibers.size()), ++moved;
-}
-inline void cluster_wait() {
-    wait_until([] { return cluster_barrier.generation != running->cluster_generation; });
-}
-
-template <int NAME, int THREADS>
+template <int NAME, int MEMBERS>
 void pass() {
-    mine().named[NAME].arrive(THREADS), ++moved;
+    mine().named[NAME].arrive(MEMBERS), ++moved;
 }
 inline void meet_all(int name, int threads) {
     Meeting& meeting = mine().named[name];
@@ -259,9 +238,9 @@ inline void meet_all(int name, int threads) {
     meeting.arrive(threads), ++moved;
     wait_until([&] { return meeting.generation != generation; });
 }
-template <int NAME, int THREADS>
+template <int NAME, int MEMBERS>
 void meet() {
-    meet_all(NAME, THREADS);
+    meet_all(NAME, MEMBERS);
 }
 inline void __syncthreads() { meet_all(0, fibers.size() / programs.size()); }
 inline void __syncwarp() { meet_all(100 + running->thread / 32, 32); }
@@ -274,47 +253,91 @@ inline float __shfl_xor_sync(u32, float value, int step) {
     return value;
 }
 
-constexpr int HELD = BLOCK_M / 2;
+inline float __shfl_down_sync(u32, float value, int step) {
+    float* lanes = mine().exchanged[running->thread / 32];
+    const int lane = running->thread % 32;
+    lanes[lane] = value;
+    __syncwarp();
+    value = lanes[lane + step < 32 ? lane + step : lane];
+    __syncwarp();
+    return value;
+}
+inline int __shfl_xor_sync(u32 all, int value, int step) {
+    return __float_as_uint(__shfl_xor_sync(all, __uint_as_float(value), step));
+}
+inline float warp_sum(float v) {
+    for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
+    return v;
+}
+inline u32 read_now(const u32* from) {
+    pause();
+    return *from;
+}
 
-inline u64 described(u32 address) { return address; }
-inline void begin_products() {}
-inline void multiply_tile(float (&sum)[HELD], u64 w, u64 x) {
-    running->group.push_back({sum, static_cast<u32>(w), static_cast<u32>(x)});
+inline float2 widen(u32 pair) { return {widen_one(pair), widen_one(pair >> 16)}; }
+inline void widen8(const char* from, float* to) {
+    for (int i = 0; i < 8; ++i) to[i] = widen_one(reinterpret_cast<const u16*>(from)[i]);
 }
-inline void commit_products() {
-    running->groups.push_back(std::move(running->group));
-    running->group.clear();
+inline float2 read_constant(const float* from) { return {from[0], from[1]}; }
+
+// sum [16, 8] += a [16, 16] b [16, 8], a warp; the fragments of mma.m16n8k16.
+inline void multiply_add(float (&sum)[4], uint4 a, uint2 b) {
+    const int warp = running->thread / 32, lane = running->thread % 32;
+    Block& block = mine();
+    block.left[warp][lane] = a, block.right[warp][lane] = b;
+    __syncwarp();
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            const uint4 w = block.left[warp][row % 8 * 4 + k % 8 / 2];
+            const uint2 x = block.right[warp][column * 4 + k % 8 / 2];
+            const u32 words[] = {w.x, w.y, w.z, w.w}, others[] = {x.x, x.y};
+            sum[i] += widen_one(words[row / 8 + k / 8 * 2] >> k % 2 * 16) *
+                      widen_one(others[k / 8] >> k % 2 * 16);
+        }
+    __syncwarp();
 }
-inline float element(u32 base, int row, int k) {
-    u16 bits;
-    std::memcpy(&bits, place(swizzled(base + row * 128 + k * 2)), 2);
-    return widen_one(bits);
+
+// ---- words that carry their own news ----
+
+struct Word {
+    u32 bits, flag;
+};
+struct Words {
+    Word a, b;
+    bool of(u32 flag) const { return a.flag == flag && b.flag == flag; }
+};
+
+inline void tell(u64* to, u32 bits, u32 flag) { *to = u64(flag) << 32 | bits, ++moved; }
+inline void tell(u64* to, float value, u32 flag) { tell(to, __float_as_uint(value), flag); }
+inline Words peek(const u64* from, int pair) {
+    pause();
+    const u64 a = from[2 * pair], b = from[2 * pair + 1];
+    return {{u32(a), u32(a >> 32)}, {u32(b), u32(b >> 32)}};
 }
-inline void multiply(const Fiber& fiber, const Product& p) {
-    const int warp = fiber.thread / 32 % 4, lane = fiber.thread % 32;
-    for (int i = 0; i < HELD; ++i) {
-        const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
-        const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        for (int k = 0; k < 16; ++k) p.sum[i] += element(p.w, row, k) * element(p.x, column, k);
+inline float hear(const u64* from, u32 flag) {
+    wait_until([&] { return u32(*from >> 32) == flag; });
+    return __uint_as_float(*from);
+}
+template <int N>
+void hear(Words (&heard)[N], const u64* from, int first, int step, int end, u32 flag) {
+    for (int i = 0; i < N; ++i) {
+        const int pair = first + i * step;
+        if (pair >= end) continue;
+        wait_until([&] {
+            return u32(from[2 * pair] >> 32) == flag && u32(from[2 * pair + 1] >> 32) == flag;
+        });
+        heard[i] = peek(from, pair);
     }
 }
-// A warpgroup's products are one operation: where one thread sees its end, they are all done.
-template <int LEFT>
-void await_products() {
-    Fiber* first = running - running->thread % 128;
-    const size_t wanted = running->groups.size() - LEFT;
-    pause();
-    for (Fiber* fiber = first; fiber < first + 128; ++fiber)
-        wait_until([&] { return fiber->groups.size() >= wanted; });
-    for (Fiber* fiber = first; fiber < first + 128; ++fiber)
-        for (; fiber->multiplied < wanted; ++fiber->multiplied)
-            for (const Product& p : fiber->groups[fiber->multiplied]) multiply(*fiber, p);
+inline void fence_all() {}
+inline void fence_copies() {}
+inline void copy_once(u32 to, const void* from, u32 bytes, u32 barrier) {
+    copy(to, from, bytes, barrier);
 }
-inline void pinned(float (&)[HELD]) {}
 
-struct Arguments;
-extern "C" void cluster_linear(const Arguments a);
-static const Arguments* given;
+// ---- running ----
+
 inline char* emulated_memory() { return mine().memory; }
 
 // Of memory that the kernel before writes, what it holds when that ends.
@@ -326,8 +349,8 @@ struct Late {
 
 static void thread_main();
 
-// Run one cluster; false if nothing moves any more before all threads have ended.
-static bool run_cluster(int first, int row, int size, int threads, const Late* late, int n_late) {
+// Run programs together; false if nothing moves any more before all threads have ended.
+static bool run_together(int first, int row, int size, int threads, const Late* late, int n_late) {
     std::vector<std::unique_ptr<char[]>> memory;
     programs.assign(size, {}), fibers.clear(), barriers.clear(), copies.clear();
     cluster_barrier = {};
