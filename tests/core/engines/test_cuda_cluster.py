@@ -1,7 +1,6 @@
-"""Products in clusters: CI compiles them for Hopper and tests what is told to them.
+"""Products in clusters: CI compiles them for Hopper, and tests what chooses tiles and refuses.
 
-On a CPU a double takes the kernel's place, which computes from the addresses that the kernel would
-get. `test_cuda_cluster_emulated.py` runs the kernel's own source, `test_cuda_cluster_gpu.py` runs
+`test_cuda_cluster_emulated.py` runs the kernel's source on a CPU, `test_cuda_cluster_gpu.py` runs
 it on a GPU.
 """
 
@@ -20,12 +19,10 @@ from cuda_cluster_cases import (
     HOPPER,
     SHAPES,
     TILES,
-    Kernel,
     shape_of,
-    tensors_of,
     with_clusters,
 )
-from porttool.engines.torch import cuda, cuda_chains, cuda_cluster, cuda_compile
+from porttool.engines.torch import cuda_cluster, cuda_compile
 from porttool.engines.torch.cuda_candidates import cluster_candidates
 from porttool.engines.torch.cuda_cluster import (
     NAMES,
@@ -38,7 +35,6 @@ from porttool.engines.torch.cuda_cluster import (
 )
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_tuning import (
-    AttentionTile,
     ClusterTile,
     Tuning,
     default_tuning,
@@ -47,7 +43,6 @@ from porttool.engines.torch.cuda_tuning import (
 )
 from porttool.engines.torch.cuda_weights import NormWeights, pack_weights
 from porttool.errors import EngineError
-from porttool.nn import KVCache, Step
 
 
 @pytest.fixture
@@ -161,37 +156,6 @@ def test_a_tile_travels_with_the_tuning() -> None:
     assert "up 64 by a cluster of 3" in tuned.described(20)
     assert "head" in tuned.described(20)
     assert "cluster" not in tuned.described(1)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on masked lanes
-@pytest.mark.parametrize("case", list(SHAPES))
-def test_the_chain_tells_the_kernel_what_the_model_is(case: str, monkeypatch) -> None:
-    heads = {"multi-query": (4, 1), "grouped rms": (4, 2)}
-    n_head, n_kv_head = heads.get(case, (2, 2))
-    shape = cases.config(case, head_dim=128 // n_head, d_model=128, d_ff=128, n_head=n_head,
-                         n_kv_head=n_kv_head)  # fmt: skip
-    plain = cases.drawn(shape, torch.float32)
-    made = cuda.CudaDecoder(shape, plain.state_dict(), dtype=torch.float32,
-                            limits=cases.limits(17, 16), device="cpu")  # fmt: skip
-    cache = KVCache(shape, 17, 16, dtype=torch.float64)
-    tiles = dict(zip(NAMES, (TILES[1], TILES[2], TILES[0], TILES[1]), strict=True))
-    whole = dict.fromkeys(("16", "32"), AttentionTile(1, 16, 1))
-    made.tuning = replace(made.tuning, cluster={"16": tiles, "32": tiles}, wide_attention=whole)
-    made.model = replace(made.model, tuning=made.tuning)
-    known: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr(cuda_cluster, "_kernel", lambda defined, device: Kernel(defined, known))
-    monkeypatch.setattr(cuda_cluster, "tensor_map", lambda t, box: (t.data_ptr(),) + (0,) * 15)
-    stream = SimpleNamespace(cuda_stream=0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    n = 17 if n_kv_head < n_head else 3  # many heads take the interpreter long
-    first = Step.prefill([[(7 * i + j) % 101 for j in range(2)] for i in range(n)])
-    known |= tensors_of(made.model.weights, made._scratch_of(n))
-    made.step(first), cases.reference(plain, cache, first)
-    step = cases.one_token(list(range(n)), torch.arange(n), [2] * n)
-    assert cases.relative_error(made.step(step), cases.reference(plain, cache, step)) < 1e-4
-    monkeypatch.setattr(cuda_chains, "layer_products", None)
-    made.step(step)  # what was made for a step is kept
 
 
 def test_what_does_not_run_after_all_is_an_error_with_a_way_out(monkeypatch) -> None:

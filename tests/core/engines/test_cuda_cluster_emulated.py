@@ -15,12 +15,11 @@ import pytest
 import torch
 
 import cuda_cases as cases
-from cuda_cluster_cases import with_clusters
 from hopper_emulation import NOT_BROKEN, emulated, needs_compiler
-from porttool.engines.torch import cuda_cluster
+from porttool.engines.torch import cuda_chains, cuda_cluster
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_cluster import CHUNK, _Arguments, macros, residual
-from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile
+from porttool.engines.torch.cuda_cluster import CHUNK, NAMES, _Arguments, macros, residual
+from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, default_tuning
 from porttool.nn import KVCache, Step
 
 pytestmark = needs_compiler
@@ -185,26 +184,34 @@ class Emulated:
         self.library = compiled(defined)
 
     def launch_clusters(self, grid, cluster, stream, argument, *, chained) -> None:
+        assert grid[0] % cluster == 0
         assert self.library.run(ctypes.byref(argument), *grid, 1, None, 0) == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on masked lanes
-def test_a_step_of_a_model(monkeypatch) -> None:
-    shape = cases.config("multi-query", head_dim=32, n_head=4, d_model=128, d_ff=192)
+@pytest.mark.parametrize("case", list(cases.CASES))
+def test_a_step_of_a_model(case: str, monkeypatch) -> None:
+    heads = {"multi-query": (4, 1), "grouped rms": (4, 2)}
+    n_head, n_kv_head = heads.get(case, (2, 2))
+    shape = cases.config(case, d_model=128, d_ff=128, head_dim=128 // n_head, n_head=n_head,
+                         n_kv_head=n_kv_head)  # fmt: skip
     plain = cases.drawn(shape, torch.float16)
     made = CudaDecoder(shape, plain.state_dict(), dtype=torch.float16,
-                       limits=cases.limits(3, 16), device="cpu")  # fmt: skip
-    made.use(replace(
-        with_clusters(shape, "cpu", ClusterTile(64, 2, 2, 1)),
-        wide_attention={"16": AttentionTile(1, 16, 1)},
-    ))  # fmt: skip
+                       limits=cases.limits(2, 16), device="cpu")  # fmt: skip
+    tiles = (ClusterTile(64, 2, 2, 1), ClusterTile(128, 1, 2, 2), ClusterTile(64, 1, 2, 2),
+             ClusterTile(64, 2, 2, 2))  # fmt: skip
+    chosen = default_tuning(shape, "cpu")
+    made.use(replace(chosen, cluster={"16": dict(zip(NAMES, tiles, strict=True))},
+                     wide_attention={"16": AttentionTile(1, 16, 1)}))  # fmt: skip
     monkeypatch.setattr(cuda_cluster, "_kernel", lambda defined, device: Emulated(defined))
     monkeypatch.setattr(cuda_cluster, "tensor_map", described)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    cache = KVCache(shape, 3, 16, dtype=torch.float64)
-    first = Step.prefill([[5, 7], [9, 11], [3, 100]])  # six tokens: a small step, too
-    step = cases.one_token([0, 1, 2], torch.arange(3), [2, 2, 2])
+    cache = KVCache(shape, 2, 16, dtype=torch.float64)
+    first = Step.prefill([[5, 7], [9, 11]])  # four tokens: a small step, too
+    step = cases.one_token([0, 1], torch.arange(2), [2, 2])
     for one in (first, step):
         wanted = cases.reference(plain, cache, one)
         assert cases.relative_error(made.step(one), wanted) < cases.TOLERANCE[torch.float16]
+    monkeypatch.setattr(cuda_chains, "layer_products", None)
+    made.step(step)  # what was made for a step is kept
