@@ -125,11 +125,8 @@ BROKEN = {
     "a slot is given back by a warp for all": ("release(i, WARPS);", "release(i, WARPS * WARPS);"),
     "a full slot is filled again": (
         "barrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);", ""),
-    "words of the stage before": (": flag() - 1,", ": flag() - 2,"),
     "sums are read before all are there": (
         "taken += slots;\n        together();", "taken += slots;"),
-    "a part of attention is forgotten": ("sum += weight;", "sum += p ? 0 : weight;"),
-    "the residual stream is not kept": ("s.residual[threadIdx.x] += y", "y"),
 }  # fmt: skip
 
 
