@@ -24,3 +24,17 @@ def library(monkeypatch):
     tensorrt_install.install(monkeypatch)
     yield monkeypatch
     tensorrt_install.forget()
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """CUDA's run-time compiler, with an empty cache in the folder that this returns."""
+    pytest.importorskip("cuda.bindings")
+    from porttool.engines.torch import cuda_compile
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        cuda_compile._nvrtc()
+    except cuda_compile.CompilerUnavailable as error:
+        pytest.skip(str(error))
+    return tmp_path

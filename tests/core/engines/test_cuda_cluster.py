@@ -22,7 +22,7 @@ from cuda_cluster_cases import (
     shape_of,
     with_clusters,
 )
-from porttool.engines.torch import cuda_cluster, cuda_compile
+from porttool.engines.torch import cuda_cluster
 from porttool.engines.torch.cuda_candidates import cluster_candidates
 from porttool.engines.torch.cuda_cluster import (
     NAMES,
@@ -43,16 +43,6 @@ from porttool.engines.torch.cuda_tuning import (
 )
 from porttool.engines.torch.cuda_weights import NormWeights, pack_weights
 from porttool.errors import EngineError
-
-
-@pytest.fixture
-def compiler(monkeypatch, tmp_path):
-    pytest.importorskip("cuda.bindings")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        cuda_compile._nvrtc()
-    except CompilerUnavailable as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("case", list(SHAPES))

@@ -188,8 +188,7 @@ class Emulated:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on masked lanes
 @pytest.mark.parametrize("case", ["multi-query", "gated rotary"])
 def test_a_step_of_a_model(case: str, monkeypatch) -> None:
-    heads = {"multi-query": (4, 1), "grouped rms": (4, 2)}
-    n_head, n_kv_head = heads.get(case, (2, 2))
+    n_head, n_kv_head = (4, 1) if case == "multi-query" else (2, 2)
     shape = cases.config(case, d_model=128, d_ff=128, head_dim=128 // n_head, n_head=n_head,
                          n_kv_head=n_kv_head)  # fmt: skip
     plain = cases.drawn(shape, torch.float16)

@@ -39,17 +39,6 @@ def shape_of(case: str, **changes: object) -> ModelConfig:
     return cases.config(case, **{**SHAPES[case], **changes})
 
 
-@pytest.fixture
-def compiler(monkeypatch, tmp_path):
-    pytest.importorskip("cuda.bindings")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        cuda_compile._nvrtc()
-    except CompilerUnavailable as error:
-        pytest.skip(str(error))
-    return tmp_path
-
-
 @pytest.mark.parametrize("case", list(SHAPES))
 def test_it_compiles_for_every_kind_of_model(case: str, compiler) -> None:
     for dtype, tile in zip((torch.float16, torch.bfloat16), TILES, strict=False):
