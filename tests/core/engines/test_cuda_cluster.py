@@ -22,18 +22,12 @@ from cuda_cluster_cases import (
     shape_of,
     with_clusters,
 )
-from porttool.engines.torch import cuda_cluster
+from porttool.engines.torch import cuda_cluster, cuda_hopper
 from porttool.engines.torch.cuda_candidates import cluster_candidates
-from porttool.engines.torch.cuda_cluster import (
-    NAMES,
-    compile_product,
-    macros,
-    residual,
-    unfit,
-    unsuited,
-    usable,
-)
+from porttool.engines.torch.cuda_cluster import KERNEL, NAMES, macros, residual, unfit, unsuited
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
+from porttool.engines.torch.cuda_fallback import usable
+from porttool.engines.torch.cuda_hopper import compile_kernel
 from porttool.engines.torch.cuda_tuning import (
     ClusterTile,
     Tuning,
@@ -51,7 +45,7 @@ def test_it_compiles_for_every_kind_of_matrix(case, dtype, rows, compiler) -> No
     shape, tile = shape_of(case), TILES[1]
     every = [macros(shape, dtype, name, tile, rows) for name in NAMES]
     for defined in (*every, macros(shape, dtype, "qkv", tile, rows, first=True)):
-        assert b"cluster_linear" in compile_product(defined)
+        assert b"cluster_linear" in compile_kernel(KERNEL, defined)
 
 
 @pytest.mark.parametrize("rows", [16, 32, 64, 128])
@@ -69,7 +63,7 @@ def test_candidates_fit_the_shared_memory_that_they_are_given(rows: int, compile
             assert tile.shared(rows, **given) <= 227 << 10
             assert -(-n // tile.block_n) * tile.split >= HOPPER // 2
         for tile in found[:2]:
-            compile_product(macros(shape, torch.float16, name, tile, rows))
+            compile_kernel(KERNEL, macros(shape, torch.float16, name, tile, rows))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +80,7 @@ def test_candidates_fit_the_shared_memory_that_they_are_given(rows: int, compile
 def test_tiles_that_would_hang_or_go_wrong_are_refused(changes, name, reason, compiler) -> None:
     defined = macros(shape_of("learned"), torch.float16, name, TILES[1], 32)
     with pytest.raises(CompilerUnavailable, match=reason):
-        compile_product({**defined, **changes})
+        compile_kernel(KERNEL, {**defined, **changes})
 
 
 @pytest.mark.parametrize(
@@ -130,11 +124,11 @@ def test_what_is_unsuited_runs_without_and_says_so(monkeypatch) -> None:
     assert plain == replace(tuned, cluster={})
     assert "no products in clusters: they are written for Hopper" in said
 
-    def refuses(*_):
+    def refuses(*_, **__):
         raise CompilerUnavailable("the driver is too old")
 
     monkeypatch.setattr(cuda_cluster, "unsuited", lambda *a: None)
-    monkeypatch.setattr(cuda_cluster, "_kernel", refuses)
+    monkeypatch.setattr(cuda_hopper, "load", refuses)
     plain, said = usable(tuned, shape, torch.float16, "cpu")
     assert not plain.cluster
     assert "the driver is too old" in said

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_chains import ClusterChain, StreamChain, WideChain, graph_sizes
-from porttool.engines.torch.cuda_cluster import usable
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
+from porttool.engines.torch.cuda_fallback import usable
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_limits import (
     overlaps,
@@ -75,10 +75,10 @@ class CudaDecoder(DeviceDecoder):
             raise EngineError(f"the CUDA kernels cannot run this model: {reason}")
         self.device = device
         given = default_tuning(config, device) if tuning is None else Tuning.from_dict(tuning)
-        chosen, clusters = usable(given, config, dtype, device)
+        chosen, hopper = usable(given, config, dtype, device)
         self.graphed = graphs and device != "cpu"
         self.description = f"{gpu_name(device)}, Triton kernels" + " and CUDA graphs" * graphs
-        self.description += ", not tuned" * (tuning is None) + clusters
+        self.description += ", not tuned" * (tuning is None) + hopper
         require_memory(config, dtype, limits, device, given=weights)
         shape = (config.n_layer, self.n_slots, config.n_kv_head, self.max_len, config.head_dim)
         cache = DeviceCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))

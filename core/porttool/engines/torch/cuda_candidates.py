@@ -133,6 +133,15 @@ def wide_candidates(
                 yield WideTile(block_n, block_k, warps, stages, split, early)
 
 
+def balanced_candidates(config: ModelConfig) -> Iterator[AttentionTile]:
+    """Balanced attention worth trying: one program fills a multiprocessor, or two do."""
+    for slot in (16 << 10, 32 << 10):
+        for room, warps in ((_HALF, 8), (_HALF, 4), (2 * _HALF, 8)):
+            beside = 8 * (2 * config.head_dim + warps * (config.head_dim + 2)) + 1024
+            stages = (room - beside) // slot
+            yield AttentionTile(1, slot // (4 * config.head_dim), warps, stages, balanced=True)
+
+
 def attention_candidates(config: ModelConfig, n: int, *, staged: bool) -> Iterator[AttentionTile]:
     """Cuts of the context worth trying for n rows.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from porttool.engines.torch.cuda_balanced import BalancedAttention
 from porttool.engines.torch.cuda_cluster import ClusterProduct, layer_products
 from porttool.engines.torch.cuda_launch import (
     Model,
@@ -18,7 +20,7 @@ from porttool.engines.torch.cuda_launch import (
     wide,
 )
 from porttool.engines.torch.cuda_state import Rows, Scratch
-from porttool.engines.torch.cuda_tuning import power_of_two, tile_rows
+from porttool.engines.torch.cuda_tuning import AttentionTile, power_of_two, tile_rows
 from porttool.engines.torch.cuda_weights import Linear
 
 TOKENS_A_GRAPH = (2, 16)
@@ -78,6 +80,8 @@ class WideChain:
     def __init__(self, model: Model, rows: Rows, scratch: Scratch, *, append: bool = True) -> None:
         self.model, self.rows, self.scratch = model, rows, scratch
         self.append = append
+        self._drawn: Tensor | None = None
+        self._balanced: dict[tuple[int, int], BalancedAttention] = {}
 
     def layers(self, n: int) -> None:
         """Run n rows of the residual stream through every layer and the final norm."""
@@ -115,9 +119,23 @@ class WideChain:
         attention = m.tuning.wide_attention[str(tile_rows(n))]
         if not self.append:
             append(m, self.rows, index, qkv, s.attended, n)
+        if attention.balanced:
+            self._attend_balanced(n, index, qkv, attention)
+            return
         attend(m, self.rows, index, s, attention, n, qkv, append=self.append)
         if attention.splits > 1:
             merge(m, s, attention.splits, n)
+
+    def _attend_balanced(self, n: int, index: int, qkv: Projected, tile: AttentionTile) -> None:
+        if self._drawn is None:
+            layers = self.model.config.n_layer
+            self._drawn = torch.zeros(layers, dtype=torch.int32, device=self.scratch.x.device)
+        if (n, index) not in self._balanced:
+            self._balanced[n, index] = BalancedAttention(
+                self.model, self.rows, self.scratch, index, n, tile, qkv,
+                self._drawn[index],
+            )  # fmt: skip
+        self._balanced[n, index].enqueue()
 
     def _norm(
         self, n: int, before: Linear | None, after: Linear, *, name: str = "down",

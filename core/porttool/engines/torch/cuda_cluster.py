@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from porttool.config import ModelConfig
-from porttool.engines.torch.cuda_compile import (
-    CompiledKernel,
-    CompilerUnavailable,
-    compile_cubin,
-    tensor_map,
-)
+from porttool.engines.torch import cuda_hopper
+from porttool.engines.torch.cuda_compile import CompilerUnavailable, tensor_map
 from porttool.engines.torch.cuda_launch import Model
 from porttool.engines.torch.cuda_state import Scratch
-from porttool.engines.torch.cuda_tuning import ClusterTile, Tuning, tile_rows
+from porttool.engines.torch.cuda_tuning import ClusterTile, tile_rows
 from porttool.errors import EngineError
 
-ARCH = "sm_90a"
+KERNEL = "cluster_linear"
 CHUNK = 64
 """Elements of the inner dimension in a slot: 128 bytes."""
 
 NAMES = ("qkv", "out", "up", "down")
-_SOURCES = Path(__file__).parent / "hopper"
-_PARTS = ("machine.cuh", "cluster.cuh", "linear.cu")
 
 
 def unsuited(config: ModelConfig, dtype: torch.dtype, device: str) -> str | None:
     """Say why these products cannot run a model on a device, or None."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "they multiply 16-bit weights"
-    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != (9, 0):
-        return "they are written for Hopper GPUs"
-    return unfit(config)
+    return cuda_hopper.unsuited(dtype, device) or unfit(config)
 
 
 def unfit(config: ModelConfig) -> str | None:
@@ -74,40 +60,9 @@ def macros(
     }  # fmt: skip
 
 
-def compile_product(defined: Mapping[str, object]) -> bytes:
-    """Compile the kernel; CompilerUnavailable says why that cannot be."""
-    source = "\n".join((_SOURCES / name).read_text() for name in _PARTS)
-    return compile_cubin(source, name="cluster_linear", arch=ARCH, macros=defined)
-
-
-@cache
-def _kernel(defined: tuple[tuple[str, object], ...], device: torch.device) -> CompiledKernel:
-    given: dict[str, Any] = dict(defined)
-    with torch.cuda.device(device):
-        torch.zeros(1, device=device)  # makes the context this thread's: the guard alone does not
-        return CompiledKernel(
-            compile_product(given), "cluster_linear", threads=2 * given["BLOCK_N"] + 64,
-            shared=given["SHARED"],
-        )  # fmt: skip
-
-
-def usable(
-    tuning: Tuning, config: ModelConfig, dtype: torch.dtype, device: str
-) -> tuple[Tuning, str]:
-    """Return a tuning that can run here, and what to say of its products in clusters."""
-    if not tuning.cluster:
-        return tuning, ""
-    reason = unsuited(config, dtype, device)
-    rows, tiles = next(iter(tuning.cluster.items()))
-    try:
-        if reason is None:
-            defined = macros(config, dtype, "out", tiles["out"], int(rows))
-            _kernel(tuple(defined.items()), torch.device(device))
-    except CompilerUnavailable as error:
-        reason = str(error)
-    if reason:
-        return replace(tuning, cluster={}), f", no products in clusters: {reason}"
-    return tuning, ", products of several rows in clusters"
+def threads(tile: ClusterTile) -> int:
+    """Threads of a program: those that multiply, a warp that fetches and one that helps."""
+    return 2 * tile.block_n + 64
 
 
 class _Arguments(ctypes.Structure):
@@ -147,7 +102,7 @@ class ClusterProduct:
         columns, inner = linear.weight.shape
         columns //= 2 if linear.gated else 1
         defined = macros(c, model.dtype, name, tile, rows, first=index == 0 and name == "qkv")
-        self._kernel = _kernel(tuple(defined.items()), s.x.device)
+        self._kernel = cuda_hopper.load(KERNEL, defined, threads=threads(tile), device=s.x.device)
         self._grid = (-(-columns // tile.block_n) * tile.split, -(-n // rows))
         self._cluster, self._chained = tile.split, model.chained
         bias = linear.bias if heard is None else linear.folded_bias

@@ -58,7 +58,10 @@ def _compiled(nvrtc: Any, source: str, name: str, options: Sequence[str]) -> byt
 
 
 class CompiledKernel:
-    """A kernel of a cubin in the current context, which is PyTorch's."""
+    """A kernel of a cubin in the current context, which is PyTorch's.
+
+    resident: programs of it that a multiprocessor holds at once.
+    """
 
     def __init__(self, cubin: bytes, name: str, *, threads: int, shared: int) -> None:
         driver, self.threads, self.shared = _driver(), threads, shared
@@ -67,12 +70,12 @@ class CompiledKernel:
             self._module = _checked(driver.cuModuleLoadData(cubin))
             self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
             _checked(driver.cuFuncSetAttribute(self._function, limit, shared))
-            resident = _checked(
+            self.resident = _checked(
                 driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared)
             )
         except RuntimeError as error:  # a driver that is older than the bindings
             raise CompilerUnavailable(f"CUDA's driver: {error}") from error
-        if not resident:
+        if not self.resident:
             raise CompilerUnavailable("a multiprocessor has no room for it")
 
     def launch_together(

@@ -26,7 +26,9 @@ SHARED = 227 << 10
 """Shared memory of a multiprocessor's only program: all that Hopper gives it."""
 
 _SOURCES = Path(__file__).parent / "hopper"
-_PARTS = ("machine.cuh", "stream.cuh", "product.cuh", "attention.cuh", "step.cu")
+_PARTS = (
+    "machine.cuh", "activation.cuh", "stream.cuh", "product.cuh", "attention.cuh", "step.cu",
+)  # fmt: skip
 _COMPUTING = 256  # threads of a program; others fill its ring
 _MOST_FLAGS = 1 << 31
 

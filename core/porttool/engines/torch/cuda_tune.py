@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from triton import TritonError
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
+from porttool.engines.torch.cuda_balanced import unsuited as balanced_unsuited
 from porttool.engines.torch.cuda_candidates import (
     attention_candidates,
+    balanced_candidates,
     persistent_candidates,
     stream_candidates,
     wide_candidates,
@@ -34,6 +36,8 @@ from porttool.engines.torch.cuda_persistent import programs_of, unsuited
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
 from porttool.engines.torch.cuda_tune_cluster import cluster_leaders
 from porttool.engines.torch.cuda_tuning import (
+    SMALL_ROWS,
+    AttentionTile,
     ClusterTile,
     PersistentTile,
     StreamTile,
@@ -159,6 +163,12 @@ class _Search:
                 several = {**self.best.wide_attention, str(tile_rows(self.n)): tile}
                 self.offer(replace(self.best, wide_attention=several))
 
+    def offer_balanced(self, tiles: Sequence[AttentionTile]) -> None:
+        """Measure attention in which who is done with a head draws the next."""
+        for tile in tiles:
+            several = {**self.best.wide_attention, str(tile_rows(self.n)): tile}
+            self.offer(replace(self.best, wide_attention=several))
+
     def offer_persistent(self) -> None:
         """Measure the persistent kernel, one of its numbers after the other."""
         d, times = self.decoder, dict[PersistentTile, float]()
@@ -210,6 +220,7 @@ def leaders(
 def refine(
     decoder: CudaDecoder, found: Mapping[str, list[StreamTile | WideTile]], n: int, context: int,
     clustered: Mapping[str, list[ClusterTile]] | None = None,
+    balanced: Sequence[AttentionTile] = (),
 ) -> float:  # fmt: skip
     """Try the leaders in the whole step of n rows, where neighbours matter; milliseconds."""
     alone = decoder.tuning.persistent
@@ -222,17 +233,27 @@ def refine(
     decoder.use(first)
     search = _Search(decoder, n, context)
     search.offer_attention()
+    search.offer_balanced(balanced)
     for name, tiles in found.items():
         for tile in tiles:
             search.offer_tile(name, tile)
     if clustered and all(clustered.values()):
         search.offer_clusters(clustered)
+        search.offer_balanced(balanced)  # its neighbours are others now
     if n == 1:
         search.offer(replace(search.best, join_in_out=True))
         search.offer_persistent()
         alone = search.best.persistent
     decoder.use(replace(search.best, persistent=alone))
     return search.time
+
+
+def balanced_for(decoder: CudaDecoder, n: int) -> list[AttentionTile]:
+    """Balanced attention to measure for n rows; few rows may be tokens that see each other."""
+    d = decoder
+    if n <= SMALL_ROWS or balanced_unsuited(d.config, d.dtype, d.device):
+        return []
+    return list(balanced_candidates(d.config))
 
 
 def tuned_rows(max_batch_size: int) -> tuple[int, ...]:
@@ -272,7 +293,7 @@ def tune(
     for n in batch_sizes:
         report(f"{n} rows: measuring whole steps")
         notes[f"ms at {n} x {context}"] = round(
-            refine(decoder, found[n], n, context, clustered.get(n)), 4
+            refine(decoder, found[n], n, context, clustered.get(n), balanced_for(decoder, n)), 4
         )
         took = notes[f"ms at {n} x {context}"]
         report(f"tuned for {n} rows: {took} ms a step; {decoder.tuning.described(n)}")

@@ -10,14 +10,9 @@ import torch
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_candidates import cluster_candidates
-from porttool.engines.torch.cuda_cluster import (
-    NAMES,
-    ClusterProduct,
-    compile_product,
-    macros,
-    residual,
-)
+from porttool.engines.torch.cuda_cluster import KERNEL, NAMES, ClusterProduct, macros, residual
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
+from porttool.engines.torch.cuda_hopper import compile_kernel
 from porttool.engines.torch.cuda_measure import (
     captured,
     cold_passes,
@@ -62,7 +57,7 @@ def _compile(defined: list[dict[str, object]]) -> None:
 
     def attempt(one: dict[str, object]) -> None:
         try:
-            compile_product(one)
+            compile_kernel(KERNEL, one)
         except CompilerUnavailable:
             return
 

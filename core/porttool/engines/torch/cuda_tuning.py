@@ -66,7 +66,8 @@ class WideTile:
 class AttentionTile:
     """Parts of the context, positions a program takes at a time, its warps and tiles in flight.
 
-    With `staged` the first tiles go to shared memory before the kernel's predecessor ends.
+    With `staged` the first tiles go to shared memory before the kernel's predecessor ends. With
+    `balanced` a program that is done with a head draws the next one: nothing is split.
     """
 
     splits: int
@@ -74,6 +75,11 @@ class AttentionTile:
     warps: int = 4
     stages: int = 1
     staged: bool = False
+    balanced: bool = False
+
+    def __str__(self) -> str:
+        """Return parts x positions of a tile."""
+        return f"{'balanced' if self.balanced else self.splits} x {self.block_t}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,13 @@ class Tuning:
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse clusters for a part of the matrices, with a ValueError."""
+        """Refuse what no step runs in, with a ValueError: tunings are read from files."""
+        few = [self.attention, self.wide_attention.get(str(SMALL_ROWS), self.attention)]
+        if any(tile.balanced for tile in few):
+            raise ValueError(
+                f"balanced attention of up to {SMALL_ROWS} rows, which may be tokens of one "
+                "sequence that attend to each other"
+            )
         for rows, tiles in self.cluster.items():
             if rows not in self.wide or set(tiles) != {"qkv", "out", "up", "down"}:
                 raise ValueError(
@@ -167,7 +179,7 @@ class Tuning:
             tiles |= self.cluster[rows]
         attention = self.attention if n == 1 else self.wide_attention[rows]
         parts = [f"{name} {tile}" for name, tile in tiles.items()]
-        return f"attention {attention.splits} x {attention.block_t}, " + ", ".join(parts)
+        return f"attention {attention}, " + ", ".join(parts)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for a manifest."""

@@ -57,11 +57,14 @@ __device__ __forceinline__ float2 widen(u32 pair) {
 __device__ __forceinline__ float widen_one(u16 value) { return widen(value).x; }
 
 // Eight 16-bit numbers.
-__device__ __forceinline__ void widen8(const char* from, float* to) {
-    const uint4 w = *reinterpret_cast<const uint4*>(from);
+__device__ __forceinline__ void widen8(uint4 w, float* to) {
     const float2 a = widen(w.x), b = widen(w.y), c = widen(w.z), d = widen(w.w);
     to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
     to[4] = c.x, to[5] = c.y, to[6] = d.x, to[7] = d.y;
+}
+
+__device__ __forceinline__ void widen8(const char* from, float* to) {
+    widen8(*reinterpret_cast<const uint4*>(from), to);
 }
 
 __device__ __forceinline__ u16 narrow(float value) {
@@ -72,28 +75,6 @@ __device__ __forceinline__ u16 narrow(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
 #endif
     return bits;
-}
-
-__device__ __forceinline__ float logistic(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
-
-// The activation functions of ModelConfig; the tanh of GELU is written as a sigmoid.
-__device__ __forceinline__ float activate(float x) {
-#if ACT_gelu
-    return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-#elif ACT_gelu_tanh
-    return x * logistic(1.5957691216057308f * (x + 0.044715f * x * x * x));
-#elif ACT_quick_gelu
-    return x * logistic(1.702f * x);
-#elif ACT_relu
-    return fmaxf(x, 0.0f);
-#elif ACT_relu2
-    x = fmaxf(x, 0.0f);
-    return x * x;
-#elif ACT_silu
-    return x * logistic(x);
-#else
-#error "unknown activation"
-#endif
 }
 
 // Tensor cores: sum [16, 8] += a [16, 16] b [16, 8], 16-bit factors.
@@ -162,6 +143,16 @@ __device__ __forceinline__ Words peek(const u64* places, int pair) {
                  : "memory");
     return {{static_cast<u32>(a), static_cast<u32>(a >> 32)},
             {static_cast<u32>(b), static_cast<u32>(b >> 32)}};
+}
+
+// One more: what it was before.
+__device__ __forceinline__ u32 count_up(u32* place) {
+    u32 before;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;"
+                 : "=r"(before)
+                 : "l"(place)
+                 : "memory");
+    return before;
 }
 
 // One word of the stage.

@@ -1,0 +1,61 @@
+"""The CUDA C++ kernels of several rows, compiled for one model and loaded: `hopper/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from porttool.engines.torch.cuda_compile import CompiledKernel, compile_cubin
+
+ARCH = "sm_90a"
+
+_SOURCES = Path(__file__).parent / "hopper"
+_PARTS = {
+    "cluster_linear": (
+        "machine.cuh", "activation.cuh", "overlap.cuh", "cluster.cuh", "linear.cu",
+    ),
+    "balanced_attention": ("machine.cuh", "overlap.cuh", "attend.cu"),
+}  # fmt: skip
+
+
+def unsuited(dtype: torch.dtype, device: str) -> str | None:
+    """Say why none of these kernels runs on a device, or None."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "they multiply 16-bit numbers"
+    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != (9, 0):
+        return "they are written for Hopper GPUs"
+    return None
+
+
+def sources(name: str) -> list[Path]:
+    """Return the files that a kernel's source is made of, in order."""
+    return [_SOURCES / part for part in _PARTS[name]]
+
+
+def compile_kernel(name: str, defined: Mapping[str, object]) -> bytes:
+    """Compile a kernel; CompilerUnavailable says why that cannot be."""
+    source = "\n".join(path.read_text() for path in sources(name))
+    return compile_cubin(source, name=name, arch=ARCH, macros=defined)
+
+
+def load(
+    name: str, defined: Mapping[str, object], *, threads: int, device: str | torch.device
+) -> CompiledKernel:
+    """Return a kernel ready for a device; SHARED is among what its source finds defined."""
+    return _loaded(name, tuple(defined.items()), threads, torch.device(device))
+
+
+@cache
+def _loaded(
+    name: str, defined: tuple[tuple[str, object], ...], threads: int, device: torch.device
+) -> CompiledKernel:
+    given: dict[str, Any] = dict(defined)
+    with torch.cuda.device(device):
+        torch.zeros(1, device=device)  # makes the context this thread's: the guard alone does not
+        return CompiledKernel(
+            compile_kernel(name, given), name, threads=threads, shared=given["SHARED"]
+        )

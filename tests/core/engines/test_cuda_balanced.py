@@ -1,0 +1,128 @@
+"""Balanced attention: CI compiles it for Hopper, and tests what offers, reads and refuses it.
+
+`test_cuda_balanced_emulated.py` runs the kernel's source on a CPU, `test_cuda_balanced_gpu.py` runs
+it on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import cuda_cases as cases
+from porttool.engines.torch import cuda_balanced, cuda_fallback, cuda_hopper
+from porttool.engines.torch.cuda_balanced import KERNEL, macros, threads, unfit, unsuited
+from porttool.engines.torch.cuda_candidates import balanced_candidates
+from porttool.engines.torch.cuda_compile import CompilerUnavailable
+from porttool.engines.torch.cuda_hopper import compile_kernel
+from porttool.engines.torch.cuda_tune import balanced_for
+from porttool.engines.torch.cuda_tuning import AttentionTile, Tuning, default_tuning
+
+TILE = AttentionTile(1, 64, 8, 3, balanced=True)
+
+
+def shape_of(head_dim: int = 64, **changes: object):
+    """Return a model whose heads have keys of their own."""
+    return cases.config("gated rotary", head_dim=head_dim, **changes)
+
+
+def tuned(shape) -> Tuning:
+    """Return the rule's tuning with balanced attention of 17 rows and more."""
+    plain = default_tuning(shape, "cpu")
+    several = {rows: tile if rows == "16" else TILE for rows, tile in plain.wide_attention.items()}
+    return replace(plain, wide_attention=several)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_candidates_compile_and_fit_one_or_two_programs(head_dim: int, compiler) -> None:
+    """The kernel itself asserts that it gets no less shared memory than it needs."""
+    shape = shape_of(head_dim)
+    found = list(balanced_candidates(shape))
+    assert len(set(found)) == len(found) == 6
+    programs = [(228 << 10) // (macros(shape, torch.float16, tile)["SHARED"] + 1024)
+                for tile in found]  # fmt: skip
+    assert programs == [2, 2, 1, 2, 2, 1]
+    for tile in (found[0], found[-1]):
+        dtype = torch.bfloat16 if tile.warps == 8 else torch.float16
+        for given in ({}, {"parts": 4, "has_bias": True}):
+            assert KERNEL.encode() in compile_kernel(KERNEL, macros(shape, dtype, tile, **given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"DIM": 96}, "share a key evenly"),
+        ({"SLOT": 48}, "all warps take a slot"),
+        ({"SLOTS": 1}, "all warps take a slot"),
+        ({"SHARED": 40 << 10}, "more shared memory than there is"),
+    ],
+)
+def test_what_would_hang_or_go_wrong_is_refused(changes, reason, compiler) -> None:
+    with pytest.raises(CompilerUnavailable, match=reason):
+        compile_kernel(KERNEL, {**macros(shape_of(), torch.float16, TILE), **changes})
+
+
+def test_unfit_shapes_have_a_reason() -> None:
+    assert unfit(shape_of()) is None
+    assert "have 80 elements" in str(unfit(shape_of(80)))
+    assert "share keys" in str(unfit(cases.config("multi-query", head_dim=64)))
+    assert "16-bit" in str(unsuited(shape_of(), torch.float32, "cuda"))
+
+
+def test_without_a_hopper_gpu_other_attention_runs_and_says_so(monkeypatch) -> None:
+    shape = shape_of()
+    given, plain = tuned(shape), default_tuning(shape, "cpu")
+    assert cuda_fallback.usable(plain, shape, torch.float16, "cpu") == (plain, "")
+    found, said = cuda_fallback.usable(given, shape, torch.float16, "cpu")
+    assert found == plain
+    assert said == ", no balanced attention: they are written for Hopper GPUs"
+
+    tried = []
+
+    def refuses(name, defined, *, threads, device):
+        tried.append((name, defined["SLOT"], threads))
+        raise CompilerUnavailable("the driver is too old")
+
+    monkeypatch.setattr(cuda_balanced, "unsuited", lambda *a: None)
+    monkeypatch.setattr(cuda_hopper, "load", refuses)
+    found, said = cuda_fallback.usable(given, shape, torch.float16, "cpu")
+    assert found == plain
+    assert "no balanced attention: the driver is too old" in said
+    assert tried == [(KERNEL, 64, threads(TILE))]
+
+    monkeypatch.setattr(cuda_hopper, "load", lambda *a, **k: None)
+    found, said = cuda_fallback.usable(given, shape, torch.float16, "cpu")
+    assert found == given
+    assert said == ", balanced attention of several rows"
+
+
+def test_a_tile_travels_with_the_tuning() -> None:
+    given = tuned(shape_of())
+    assert Tuning.from_dict(given.as_dict()) == given
+    assert given.described(20).startswith("attention balanced x 64, ")
+
+
+@pytest.mark.parametrize("place", ["attention", "wide_attention"])
+def test_few_rows_are_refused_when_a_tuning_is_read(place: str) -> None:
+    data = tuned(shape_of()).as_dict()
+    few = data[place] if place == "attention" else data[place]["16"]
+    few["balanced"] = True
+    with pytest.raises(ValidationError, match="tokens of one sequence"):
+        Tuning.from_dict(data)
+
+
+def test_the_tuner_offers_it_to_more_than_sixteen_rows(monkeypatch) -> None:
+    decoder = cases.TunedDecoder(shape_of())
+    monkeypatch.setattr("porttool.engines.torch.cuda_tune.balanced_unsuited", lambda *a: None)
+    assert not balanced_for(decoder, 16)
+    assert balanced_for(decoder, 17) == list(balanced_candidates(shape_of()))
+    monkeypatch.setattr("porttool.engines.torch.cuda_tune.balanced_unsuited", lambda *a: "no")
+    assert not balanced_for(decoder, 17)
+
+
+def test_the_arguments_are_as_the_kernel_reads_them() -> None:
+    given = cuda_balanced._Arguments
+    assert [given.capacity.offset, given.rows.offset, given.scale.offset] == [80, 88, 92]
