@@ -22,6 +22,12 @@ NOT_BROKEN = ("", "")
 needs_compiler = pytest.mark.skipif(which("c++") is None, reason="needs a C++ compiler")
 
 
+class Late(ctypes.Structure):
+    """Memory that the kernel before writes, and what it holds when that ends."""
+
+    _fields_ = (("to", ctypes.c_void_p), ("source", ctypes.c_void_p), ("bytes", ctypes.c_long))
+
+
 @cache
 def emulated(
     machine: Sequence[str], kernel: Sequence[str], run: str,

@@ -1,10 +1,10 @@
 // A Hopper GPU, as far as the kernels of engines/torch/hopper see it, on a CPU: this stands in
-// place of machine.cuh. Every thread is a fiber; which runs next, and when a copy that was asked
-// for is done, is drawn at random. Barriers count as the machine's do. So a slot that is given back
-// too early, a wait that is missing or a barrier that nobody completes shows, as a wrong number or
-// as a program that no longer moves. What PTX instructions do is taken from their documentation. A
-// word that is told is seen at once and everywhere: what a GPU may reorder between programs is not
-// emulated.
+// place of machine.cuh. Every thread is a fiber; which runs next, which warps rest a while, and
+// when a copy that was asked for is done, is drawn at random. Barriers count as the machine's do.
+// So a slot that is given back too early, a wait that is missing or a barrier that nobody completes
+// shows, as a wrong number or as a program that no longer moves. What PTX instructions do is taken
+// from their documentation. A word that is told is seen at once and everywhere: what a GPU may
+// reorder between programs is not emulated.
 
 #include <ucontext.h>
 
@@ -14,7 +14,6 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <random>
 #include <vector>
 
 using u16 = uint16_t;
@@ -91,6 +90,16 @@ struct Meeting {  // of a number of threads, again and again
     }
 };
 
+struct Chance {  // numbers drawn at random (xorshift64*, Vigna 2016; <random> is slow to compile)
+    u64 state;
+
+    void seed(int from) { state = (from + 1) * 0x9e3779b97f4a7c15; }
+    u32 operator()() {
+        state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+        return state * 0x2545f4914f6cdd1d >> 32;
+    }
+};
+
 struct Tile {  // of a product that was enqueued
     float* sum;
     u32 w, x;
@@ -104,14 +113,16 @@ struct Fiber {
     long cluster_generation = 0;
     std::vector<std::vector<Tile>> groups;
     std::vector<Tile> group;
-    size_t multiplied = 0;  // of the groups
+    size_t multiplied = 0;           // of the groups
+    bool (*ready)(void*) = nullptr;  // whether what it awaits is there
+    void* awaited = nullptr;
 };
 
 struct Block {
     char* memory;
     Index block;
     std::map<int, Meeting> named;  // barriers; 100 and more are warps' own
-    float exchanged[32][32];       // by warps and lanes
+    float exchanged[32][2][32];    // by warps, in turn, and lanes
     uint4 left[32][32];            // factors of a warp's product
     uint2 right[32][32];
 };
@@ -134,7 +145,7 @@ static Fiber* running;
 static ucontext_t scheduler;
 static long moved;     // events that may let somebody go on
 static bool preceded;  // the kernel before has ended
-static std::mt19937 chance;
+static Chance chance;
 
 // Most copies take a few turns, some very long.
 inline void enqueue(std::function<void()> make) {
@@ -143,14 +154,21 @@ inline void enqueue(std::function<void()> make) {
 
 inline Block& mine() { return programs[running->program]; }
 inline void pause() { swapcontext(&running->context, &scheduler); }
+// Whoever waits is asked for without being run: changing fibers takes system calls.
 template <typename Done>
 void wait_until(Done done) {
-    while (!done()) pause();
+    if (!done()) {
+        running->awaited = &done;
+        running->ready = [](void* awaited) { return (*static_cast<Done*>(awaited))(); };
+        pause();
+        running->ready = nullptr;
+    }
     ++moved;
 }
 
 #define threadIdx (Index{running->thread, 0})
 #define blockIdx (mine().block)
+#define gridDim (Index{static_cast<int>(programs.size()), 1})  // where all run together
 
 inline u32 far_address(u32 address) {
     return address < FAR ? (running->program + 1) * FAR + address : address;
@@ -216,18 +234,6 @@ inline u16 narrow(float value) {
 }
 #endif
 
-inline float activate(float x) {
-#if ACT_gelu
-    return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
-#elif ACT_gelu_tanh
-    return 0.5f * x * (1.0f + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x)));
-#elif ACT_silu
-    return x / (1.0f + std::exp(-x));
-#else
-#error "an activation that no test uses"
-#endif
-}
-
 template <int NAME, int MEMBERS>
 void pass() {
     mine().named[NAME].arrive(MEMBERS), ++moved;
@@ -244,23 +250,20 @@ void meet() {
 }
 inline void __syncthreads() { meet_all(0, fibers.size() / programs.size()); }
 inline void __syncwarp() { meet_all(100 + running->thread / 32, 32); }
-inline float __shfl_xor_sync(u32, float value, int step) {
-    float* lanes = mine().exchanged[running->thread / 32];
+// What a lane gives, in return for what the warp's lane `from` does.
+inline float exchange(float value, int from) {
+    const int warp = running->thread / 32;
+    float* lanes = mine().exchanged[warp][mine().named[100 + warp].generation % 2];
     lanes[running->thread % 32] = value;
     __syncwarp();
-    value = lanes[running->thread % 32 ^ step];
-    __syncwarp();
-    return value;
+    return lanes[from];
 }
-
+inline float __shfl_xor_sync(u32, float value, int step) {
+    return exchange(value, running->thread % 32 ^ step);
+}
 inline float __shfl_down_sync(u32, float value, int step) {
-    float* lanes = mine().exchanged[running->thread / 32];
     const int lane = running->thread % 32;
-    lanes[lane] = value;
-    __syncwarp();
-    value = lanes[lane + step < 32 ? lane + step : lane];
-    __syncwarp();
-    return value;
+    return exchange(value, lane + step < 32 ? lane + step : lane);
 }
 inline int __shfl_xor_sync(u32 all, int value, int step) {
     return __float_as_uint(__shfl_xor_sync(all, __uint_as_float(value), step));
@@ -278,6 +281,7 @@ inline float2 widen(u32 pair) { return {widen_one(pair), widen_one(pair >> 16)};
 inline void widen8(const char* from, float* to) {
     for (int i = 0; i < 8; ++i) to[i] = widen_one(reinterpret_cast<const u16*>(from)[i]);
 }
+inline void widen8(uint4 w, float* to) { widen8(reinterpret_cast<const char*>(&w), to); }
 inline float2 read_constant(const float* from) { return {from[0], from[1]}; }
 
 // sum [16, 8] += a [16, 16] b [16, 8], a warp; the fragments of mma.m16n8k16.
@@ -298,6 +302,26 @@ inline void multiply_add(float (&sum)[4], uint4 a, uint2 b) {
     __syncwarp();
 }
 
+inline uint4 load_rows(u32 address, bool turned) {
+    const int warp = running->thread / 32, lane = running->thread % 32;
+    Block& block = mine();
+    std::memcpy(&block.left[warp][lane], place(address), 16);
+    __syncwarp();
+    u16 v[8];
+    for (int i = 0; i < 8; ++i) {  // two elements of each matrix
+        const int matrix = i / 2, row = lane / 4, column = lane % 4 * 2 + i % 2;
+        const uint4& from = block.left[warp][matrix * 8 + (turned ? column : row)];
+        v[i] = reinterpret_cast<const u16*>(&from)[turned ? row : column];
+    }
+    __syncwarp();
+    uint4 words;
+    std::memcpy(&words, v, 16);
+    return words;
+}
+inline uint4 load_matrices(u32 address) { return load_rows(address, false); }
+inline uint4 load_matrices_turned(u32 address) { return load_rows(address, true); }
+inline void store16(u32 address, uint4 v) { std::memcpy(place(address), &v, 16); }
+
 // ---- words that carry their own news ----
 
 struct Word {
@@ -314,6 +338,10 @@ inline Words peek(const u64* from, int pair) {
     pause();
     const u64 a = from[2 * pair], b = from[2 * pair + 1];
     return {{u32(a), u32(a >> 32)}, {u32(b), u32(b >> 32)}};
+}
+inline u32 count_up(u32* at) {
+    pause();
+    return ++moved, (*at)++;
 }
 inline float hear(const u64* from, u32 flag) {
     wait_until([&] { return u32(*from >> 32) == flag; });
@@ -371,18 +399,22 @@ static bool run_together(int first, int row, int size, int threads, const Late* 
         fiber.context.uc_link = &scheduler;
         makecontext(&fiber.context, thread_main, 0);
     }
+    std::vector<long> idle(fibers.size() / 32);  // warps: until these turns
+    long rested = 0;                             // when all idle ones go on
     int left = fibers.size();
     for (int still = 0; left && still < 8;) {
         const long before = moved;
-        if (!preceded && chance() % 4 == 0) {
+        if (!preceded && chance() % 16 == 0) {
             for (int i = 0; i < n_late; ++i) std::memcpy(late[i].to, late[i].from, late[i].bytes);
             preceded = true, ++moved;
         }
         const size_t begin = chance() % fibers.size();
         for (size_t i = 0; i < fibers.size(); ++i) {
             Fiber& fiber = fibers[(begin + i) % fibers.size()];
-            if (fiber.done || chance() % 8 == 0) continue;
+            if (fiber.done || idle[(begin + i) % fibers.size() / 32] > turn) continue;
+            if (chance() % 8 == 0) continue;
             running = &fiber;
+            if (fiber.ready && !fiber.ready(fiber.awaited)) continue;
             swapcontext(&scheduler, &fiber.context);
             left -= fiber.done;
         }
@@ -393,7 +425,12 @@ static bool run_together(int first, int row, int size, int threads, const Late* 
                 copies.erase(copies.begin() + i);
             } else
                 ++i;
-        still = moved != before || !copies.empty() || !preceded ? 0 : still + 1;
+        if (moved != before && chance() % 256 == 0) {
+            long& until = idle[chance() % idle.size()];
+            until = turn + chance() % 512, rested = rested > until ? rested : until;
+        }
+        const bool coming = !copies.empty() || !preceded || rested > turn;
+        still = moved != before || coming ? 0 : still + 1;
     }
     return left == 0 && copies.empty();
 }

@@ -7,6 +7,7 @@ exchange of sums and the end of a product run as they are written, in an order d
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 import cuda_cases as cases
-from hopper_emulation import NOT_BROKEN, emulated, needs_compiler
-from porttool.engines.torch import cuda_chains, cuda_cluster
+from hopper_emulation import NOT_BROKEN, Late, emulated, needs_compiler
+from porttool.engines.torch import cuda_chains, cuda_cluster, cuda_hopper
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_cluster import CHUNK, NAMES, _Arguments, macros, residual
 from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, default_tuning
@@ -25,18 +26,12 @@ from porttool.nn import KVCache, Step
 pytestmark = needs_compiler
 
 
-class Late(ctypes.Structure):
-    """Memory that the kernel before writes, and what it holds when that ends."""
-
-    _fields_ = (("to", ctypes.c_void_p), ("source", ctypes.c_void_p), ("bytes", ctypes.c_long))
-
-
 def compiled(
     defined: tuple[tuple[str, object], ...], broken: tuple[str, str] = NOT_BROKEN
 ) -> ctypes.CDLL:
     """Return the library of a product."""
-    machine = ("machine.hpp", "cluster.hpp")
-    return emulated(machine, ("linear.cu",), "run_product.hpp", defined, broken)
+    machine = ("machine.hpp", "overlap.hpp", "cluster.hpp", "warpgroup.hpp")
+    return emulated(machine, ("activation.cuh", "linear.cu"), "run_product.hpp", defined, broken)
 
 
 def described(tensor: torch.Tensor, box: tuple[int, ...]) -> tuple[int, ...]:
@@ -176,8 +171,11 @@ def test_what_the_emulation_finds(what: str) -> None:
 class Emulated:
     """In place of a kernel on a GPU."""
 
-    def __init__(self, defined: tuple[tuple[str, object], ...]) -> None:
-        self.library = compiled(defined)
+    resident = 1
+
+    def __init__(self, name: str, defined: Mapping[str, object], **_: object) -> None:
+        assert name == cuda_cluster.KERNEL
+        self.library = compiled(tuple(defined.items()))
 
     def launch_clusters(self, grid, cluster, stream, argument, *, chained) -> None:
         assert grid[0] % cluster == 0
@@ -199,7 +197,7 @@ def test_a_step_of_a_model(case: str, monkeypatch) -> None:
     chosen = default_tuning(shape, "cpu")
     made.use(replace(chosen, cluster={"16": dict(zip(NAMES, tiles, strict=True))},
                      wide_attention={"16": AttentionTile(1, 16, 1)}))  # fmt: skip
-    monkeypatch.setattr(cuda_cluster, "_kernel", lambda defined, device: Emulated(defined))
+    monkeypatch.setattr(cuda_hopper, "load", Emulated)
     monkeypatch.setattr(cuda_cluster, "tensor_map", described)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     cache = KVCache(shape, 2, 16, dtype=torch.float64)
