@@ -1,5 +1,5 @@
-// Behind machine.hpp and overlap.hpp, in place of warpgroup.cuh: products are computed when they are
-// awaited, from shared memory as it is then.
+// Behind machine.hpp and overlap.hpp, in place of warpgroup.cuh: products are computed when they
+// are awaited, from shared memory as it is then.
 
 constexpr int HELD = BLOCK_M / 2;
 

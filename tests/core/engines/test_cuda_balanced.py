@@ -6,6 +6,7 @@ it on a GPU.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,14 @@ from pydantic import ValidationError
 
 import cuda_cases as cases
 from porttool.engines.torch import cuda_balanced, cuda_fallback, cuda_hopper
-from porttool.engines.torch.cuda_balanced import KERNEL, macros, threads, unfit, unsuited
+from porttool.engines.torch.cuda_balanced import (
+    COPIED,
+    kernel,
+    macros,
+    threads,
+    unfit,
+    unsuited,
+)
 from porttool.engines.torch.cuda_candidates import balanced_candidates
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_hopper import compile_kernel
@@ -24,9 +32,9 @@ from porttool.engines.torch.cuda_tuning import AttentionTile, Tuning, default_tu
 TILE = AttentionTile(1, 64, 8, 3, balanced=True)
 
 
-def shape_of(head_dim: int = 64, **changes: object):
-    """Return a model whose heads have keys of their own."""
-    return cases.config("gated rotary", head_dim=head_dim, **changes)
+def shape_of(head_dim: int = 64, *, n_head: int = 4, n_kv_head: int = 4):
+    """Return a model whose heads have keys of their own, or share them."""
+    return cases.config("gated rotary", head_dim=head_dim, n_head=n_head, n_kv_head=n_kv_head)
 
 
 def tuned(shape) -> Tuning:
@@ -36,19 +44,41 @@ def tuned(shape) -> Tuning:
     return replace(plain, wide_attention=several)
 
 
+def programs(shape, tile: AttentionTile) -> int:
+    """Return how many programs the shared memory of a multiprocessor holds."""
+    return (228 << 10) // (macros(shape, torch.float16, tile)["SHARED"] + 1024)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_candidates_compile_and_fit_one_or_two_programs(head_dim: int, compiler) -> None:
+def test_candidates_for_heads_of_their_own(head_dim: int, compiler) -> None:
     """The kernel itself asserts that it gets no less shared memory than it needs."""
     shape = shape_of(head_dim)
-    found = list(balanced_candidates(shape))
+    found = list(balanced_candidates(shape, 32))
     assert len(set(found)) == len(found) == 6
-    programs = [(228 << 10) // (macros(shape, torch.float16, tile)["SHARED"] + 1024)
-                for tile in found]  # fmt: skip
-    assert programs == [2, 2, 1, 2, 2, 1]
+    assert [programs(shape, tile) for tile in found] == [2, 2, 1, 2, 2, 1]
     for tile in (found[0], found[-1]):
-        dtype = torch.bfloat16 if tile.warps == 8 else torch.float16
-        for given in ({}, {"parts": 4, "has_bias": True}):
-            assert KERNEL.encode() in compile_kernel(KERNEL, macros(shape, dtype, tile, **given))
+        assert_it_compiles(shape, tile)
+
+
+@pytest.mark.parametrize(
+    ("n_head", "n_kv_head", "head_dim"), [(16, 1, 128), (48, 1, 128), (32, 8, 64), (8, 2, 256)]
+)
+def test_candidates_for_heads_that_share_keys(n_head, n_kv_head, head_dim, compiler) -> None:
+    shape = shape_of(head_dim, n_head=n_head, n_kv_head=n_kv_head)
+    for n in (17, 32, 128):
+        found = list(balanced_candidates(shape, n))
+        assert len(set(found)) == len(found) > 0
+        assert all(programs(shape, tile) >= 1 for tile in found)
+        assert all(n * n_kv_head * tile.splits >= 100 for tile in found)
+    for tile in (found[0], found[-1]):
+        assert_it_compiles(shape, tile)
+
+
+def assert_it_compiles(shape, tile: AttentionTile) -> None:
+    """Compile a tile for both types, whole and in sums with a bias."""
+    for dtype, given in ((torch.float16, {}), (torch.bfloat16, {"parts": 4, "has_bias": True})):
+        name = kernel(shape)
+        assert name.encode() in compile_kernel(name, macros(shape, dtype, tile, **given))
 
 
 @pytest.mark.parametrize(
@@ -58,17 +88,34 @@ def test_candidates_compile_and_fit_one_or_two_programs(head_dim: int, compiler)
         ({"SLOT": 48}, "all warps take a slot"),
         ({"SLOTS": 1}, "all warps take a slot"),
         ({"SHARED": 40 << 10}, "more shared memory than there is"),
+        ({"KV": 2}, "keys of its own"),
     ],
 )
 def test_what_would_hang_or_go_wrong_is_refused(changes, reason, compiler) -> None:
     with pytest.raises(CompilerUnavailable, match=reason):
-        compile_kernel(KERNEL, {**macros(shape_of(), torch.float16, TILE), **changes})
+        compile_kernel("balanced_attention", {**macros(shape_of(), torch.float16, TILE), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"WIDE": 3}, "share evenly"),
+        ({"DIM": 96}, "share evenly"),
+        ({"SPLIT": 9}, "up to eight programs"),
+        ({"RING": 3}, "taken as a whole"),
+        ({"SHARED": 40 << 10}, "more shared memory than there is"),
+    ],
+)
+def test_clusters_that_would_go_wrong_are_refused(changes, reason, compiler) -> None:
+    shape, tile = shape_of(n_kv_head=1), AttentionTile(4, COPIED, 4, 5, balanced=True)
+    with pytest.raises(CompilerUnavailable, match=reason):
+        compile_kernel("group_attention", {**macros(shape, torch.float16, tile), **changes})
 
 
 def test_unfit_shapes_have_a_reason() -> None:
     assert unfit(shape_of()) is None
     assert "have 80 elements" in str(unfit(shape_of(80)))
-    assert "share keys" in str(unfit(cases.config("multi-query", head_dim=64)))
+    assert "more than 64" in str(unfit(shape_of(n_head=65, n_kv_head=1)))
     assert "16-bit" in str(unsuited(shape_of(), torch.float32, "cuda"))
 
 
@@ -91,7 +138,7 @@ def test_without_a_hopper_gpu_other_attention_runs_and_says_so(monkeypatch) -> N
     found, said = cuda_fallback.usable(given, shape, torch.float16, "cpu")
     assert found == plain
     assert "no balanced attention: the driver is too old" in said
-    assert tried == [(KERNEL, 64, threads(TILE))]
+    assert tried == [("balanced_attention", 64, threads(shape, TILE))]
 
     monkeypatch.setattr(cuda_hopper, "load", lambda *a, **k: None)
     found, said = cuda_fallback.usable(given, shape, torch.float16, "cpu")
@@ -102,7 +149,7 @@ def test_without_a_hopper_gpu_other_attention_runs_and_says_so(monkeypatch) -> N
 def test_a_tile_travels_with_the_tuning() -> None:
     given = tuned(shape_of())
     assert Tuning.from_dict(given.as_dict()) == given
-    assert given.described(20).startswith("attention balanced x 64, ")
+    assert given.described(20).startswith("attention balanced 1 x 64, ")
 
 
 @pytest.mark.parametrize("place", ["attention", "wide_attention"])
@@ -118,11 +165,13 @@ def test_the_tuner_offers_it_to_more_than_sixteen_rows(monkeypatch) -> None:
     decoder = cases.TunedDecoder(shape_of())
     monkeypatch.setattr("porttool.engines.torch.cuda_tune.balanced_unsuited", lambda *a: None)
     assert not balanced_for(decoder, 16)
-    assert balanced_for(decoder, 17) == list(balanced_candidates(shape_of()))
+    assert balanced_for(decoder, 17) == list(balanced_candidates(shape_of(), 17))
     monkeypatch.setattr("porttool.engines.torch.cuda_tune.balanced_unsuited", lambda *a: "no")
     assert not balanced_for(decoder, 17)
 
 
 def test_the_arguments_are_as_the_kernel_reads_them() -> None:
-    given = cuda_balanced._Arguments
-    assert [given.capacity.offset, given.rows.offset, given.scale.offset] == [80, 88, 92]
+    step, heads, group = cuda_balanced._Step, cuda_balanced._Own, cuda_balanced._Group
+    assert [step.capacity.offset, step.rows.offset, step.scale.offset] == [72, 80, 84]
+    assert (heads.drawn.offset, group.step.offset) == (88, 256)
+    assert ctypes.sizeof(group) % 64 == 0

@@ -11,6 +11,7 @@ import cuda_cases as cases
 from cuda_cases import TOLERANCE, prompts
 from cuda_cluster_cases import tensors_of
 from porttool.engines.torch.cuda import CudaDecoder
+from porttool.engines.torch.cuda_balanced import COPIED
 from porttool.engines.torch.cuda_tuning import AttentionTile, Tuning, WideTile, default_tuning
 from porttool.nn import KVCache, Step
 
@@ -21,9 +22,23 @@ pytestmark = [
 SHAPES = {
     "learned": {"head_dim": 64, "n_head": 3, "n_kv_head": 3, "d_model": 192, "d_ff": 768},
     "gated rotary": {"head_dim": 128, "n_head": 3, "n_kv_head": 3, "d_model": 384, "d_ff": 640},
+    "multi-query": {"head_dim": 128, "n_head": 20, "d_model": 320, "d_ff": 640},
+    "grouped rms": {"head_dim": 64, "n_head": 6, "n_kv_head": 2, "d_model": 384, "d_ff": 640},
 }
-TILES = [AttentionTile(1, 64, 8, 6, balanced=True), AttentionTile(1, 32, 4, 2, balanced=True),
-         AttentionTile(1, 128, 8, 3, balanced=True)]  # fmt: skip
+OWN = [AttentionTile(1, 64, 8, 6, balanced=True), AttentionTile(1, 32, 4, 2, balanced=True),
+       AttentionTile(1, 128, 8, 3, balanced=True)]  # fmt: skip
+SHARED = [AttentionTile(splits, COPIED, 4, stages, balanced=True)
+          for splits, stages in ((1, 6), (3, 4), (8, 5))]  # fmt: skip
+EVERY = [
+    (case, tile) for case in SHAPES for tile in (SHARED if SHAPES[case]["n_head"] > 3 else OWN)
+]
+
+
+def name_of(value: object) -> str:
+    """Name a case or a tile."""
+    if isinstance(value, AttentionTile):
+        return f"{value.splits}x{value.block_t}-{value.warps}-{value.stages}"
+    return str(value)
 
 
 def tuned(shape, tile: AttentionTile, *, cut: int) -> Tuning:
@@ -51,8 +66,7 @@ def made_with(case: str, dtype: torch.dtype, tile: AttentionTile, slots: int, *,
 
 @pytest.mark.parametrize("cut", [1, 3])
 @pytest.mark.parametrize("n", [17, 64, 150])
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_t}-{tile.warps}")
-@pytest.mark.parametrize("case", list(SHAPES))
+@pytest.mark.parametrize(("case", "tile"), EVERY, ids=name_of)
 def test_logits(case: str, tile: AttentionTile, n: int, cut: int) -> None:
     dtype = torch.bfloat16 if n == 64 else torch.float16
     made, plain, cache = made_with(case, dtype, tile, n, cut=cut)
@@ -66,9 +80,9 @@ def test_logits(case: str, tile: AttentionTile, n: int, cut: int) -> None:
         assert cases.relative_error(made.step(step), wanted) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.block_t}-{tile.warps}")
-def test_a_row_has_the_same_bits_beside_any_others(tile: AttentionTile) -> None:
-    made, _, _ = made_with("learned", torch.float16, tile, 32)
+@pytest.mark.parametrize(("case", "tile"), EVERY, ids=name_of)
+def test_a_row_has_the_same_bits_beside_any_others(case: str, tile: AttentionTile) -> None:
+    made, _, _ = made_with(case, torch.float16, tile, 32)
     made.step(Step.prefill(prompts([300 + 7 * i for i in range(32)])))
     starts = [300 + 7 * i for i in range(32)]
     whole = made.step(cases.one_token(list(range(32)), torch.arange(32), starts))
@@ -79,8 +93,9 @@ def test_a_row_has_the_same_bits_beside_any_others(tile: AttentionTile) -> None:
 
 
 @pytest.mark.parametrize("n", [24, 128])
-def test_tokens_repeat_and_equal_single_steps(n: int) -> None:
-    made, _, _ = made_with("gated rotary", torch.float16, TILES[0], n)
+@pytest.mark.parametrize(("case", "tile"), [EVERY[3], EVERY[7]], ids=name_of)
+def test_tokens_repeat_and_equal_single_steps(case: str, tile: AttentionTile, n: int) -> None:
+    made, _, _ = made_with(case, torch.float16, tile, n)
     lengths = [20 + 11 * i % 300 for i in range(n)]
     made.step(Step.prefill(prompts(lengths)))
     begin = cases.one_token(list(range(n)), torch.arange(n), lengths)
@@ -93,8 +108,9 @@ def test_tokens_repeat_and_equal_single_steps(n: int) -> None:
         assert torch.equal(fed, tokens[:, i])
 
 
-def test_without_a_graph_it_is_the_same() -> None:
-    made, _, _ = made_with("learned", torch.float16, TILES[2], 20)
+@pytest.mark.parametrize(("case", "tile"), [EVERY[2], EVERY[11]], ids=name_of)
+def test_without_a_graph_it_is_the_same(case: str, tile: AttentionTile) -> None:
+    made, _, _ = made_with(case, torch.float16, tile, 20)
     made.step(Step.prefill(prompts([9 + i for i in range(20)])))
     step = cases.one_token(list(range(20)), torch.arange(20), [9 + i for i in range(20)])
     wanted = made.step(step)

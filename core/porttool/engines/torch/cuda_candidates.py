@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from porttool.config import ModelConfig
+from porttool.engines.torch.cuda_balanced import COPIED, LEAST_STAGES
+from porttool.engines.torch.cuda_balanced import shared as balanced_shared
 from porttool.engines.torch.cuda_tuning import (
     SHARED_BYTES,
     SMALL_ROWS,
@@ -133,13 +136,30 @@ def wide_candidates(
                 yield WideTile(block_n, block_k, warps, stages, split, early)
 
 
-def balanced_candidates(config: ModelConfig) -> Iterator[AttentionTile]:
-    """Balanced attention worth trying: one program fills a multiprocessor, or two do."""
+def balanced_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
+    """Balanced attention worth trying for n rows, one program or more on a multiprocessor."""
+    if config.n_head > config.n_kv_head:
+        yield from _group_candidates(config, n)
+        return
     for slot in (16 << 10, 32 << 10):
         for room, warps in ((_HALF, 8), (_HALF, 4), (2 * _HALF, 8)):
-            beside = 8 * (2 * config.head_dim + warps * (config.head_dim + 2)) + 1024
-            stages = (room - beside) // slot
-            yield AttentionTile(1, slot // (4 * config.head_dim), warps, stages, balanced=True)
+            tile = AttentionTile(1, slot // (4 * config.head_dim), warps, 0, balanced=True)
+            stages = (room - 1024 - balanced_shared(config, tile)) // (slot + 16)
+            yield replace(tile, stages=stages)
+
+
+def _group_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
+    """Clusters for each row and head of keys; rings that leave half a multiprocessor or more."""
+    warps = 8 if config.n_head <= 16 * config.n_kv_head and config.head_dim >= 128 else 4
+    for splits in (1, 2, 3, 4, 5, 6, 8):
+        programs = n * config.n_kv_head * splits
+        if programs < 100 or (splits > 1 and programs > 600):
+            continue
+        tile = AttentionTile(splits, COPIED, warps, LEAST_STAGES, balanced=True)
+        least, copy = balanced_shared(config, tile), 4 * COPIED * config.head_dim + 16
+        more = [max(room - least, 0) // copy for room in (_HALF - (8 << 10), 72 << 10)]
+        for several in sorted({0, *more}):
+            yield replace(tile, stages=LEAST_STAGES + several)
 
 
 def attention_candidates(config: ModelConfig, n: int, *, staged: bool) -> Iterator[AttentionTile]:

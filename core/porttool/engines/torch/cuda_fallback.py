@@ -44,9 +44,9 @@ def _attention(
         return tuning, ""
     reason = cuda_balanced.unsuited(config, dtype, device)
     for tile in [] if reason else balanced.values():
-        defined = cuda_balanced.macros(config, dtype, tile)
+        defined, threads = cuda_balanced.macros(config, dtype, tile), cuda_balanced.threads
         reason = reason or _refused(
-            cuda_balanced.KERNEL, defined, cuda_balanced.threads(tile), device
+            cuda_balanced.kernel(config), defined, threads(config, tile), device
         )
     if reason:
         others = default_tuning(config, device).wide_attention

@@ -16,9 +16,12 @@ ARCH = "sm_90a"
 _SOURCES = Path(__file__).parent / "hopper"
 _PARTS = {
     "cluster_linear": (
-        "machine.cuh", "activation.cuh", "overlap.cuh", "cluster.cuh", "linear.cu",
+        "machine.cuh", "activation.cuh", "overlap.cuh", "cluster.cuh", "warpgroup.cuh", "linear.cu",
     ),
-    "balanced_attention": ("machine.cuh", "overlap.cuh", "attend.cu"),
+    "balanced_attention": ("machine.cuh", "overlap.cuh", "heads.cuh", "attend.cu"),
+    "group_attention": (
+        "machine.cuh", "overlap.cuh", "cluster.cuh", "heads.cuh", "attend_group.cu",
+    ),
 }  # fmt: skip
 
 

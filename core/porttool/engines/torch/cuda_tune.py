@@ -253,7 +253,7 @@ def balanced_for(decoder: CudaDecoder, n: int) -> list[AttentionTile]:
     d = decoder
     if n <= SMALL_ROWS or balanced_unsuited(d.config, d.dtype, d.device):
         return []
-    return list(balanced_candidates(d.config))
+    return list(balanced_candidates(d.config, n))
 
 
 def tuned_rows(max_batch_size: int) -> tuple[int, ...]:

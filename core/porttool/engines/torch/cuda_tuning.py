@@ -67,7 +67,8 @@ class AttentionTile:
     """Parts of the context, positions a program takes at a time, its warps and tiles in flight.
 
     With `staged` the first tiles go to shared memory before the kernel's predecessor ends. With
-    `balanced` a program that is done with a head draws the next one: nothing is split.
+    `balanced` a kernel for Hopper runs: a program that is done with a head draws the next one, or,
+    where heads share keys, `splits` programs, a cluster, take a part each and join them.
     """
 
     splits: int
@@ -79,7 +80,7 @@ class AttentionTile:
 
     def __str__(self) -> str:
         """Return parts x positions of a tile."""
-        return f"{'balanced' if self.balanced else self.splits} x {self.block_t}"
+        return f"{'balanced ' * self.balanced}{self.splits} x {self.block_t}"
 
 
 @dataclass(frozen=True)

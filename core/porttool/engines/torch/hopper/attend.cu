@@ -7,9 +7,8 @@
 // load, each lane with a softmax of its own positions; a last one joins what they found, while they
 // are at the next head. So the memory never waits for a head to begin or end.
 //
-// Behind machine.cuh and overlap.cuh. Defined outside beside machine.cuh's: HEADS, DIM, ROTARY
-// (rotated elements of a head), SLOT (positions of a slot of the ring), SLOTS, WARPS (that compute),
-// PARTS (sums that qkv is still in), HAS_BIAS (which is then to be added).
+// Behind machine.cuh, overlap.cuh and heads.cuh. Defined outside beside heads.cuh's: SLOT (positions
+// of a slot of the ring), SLOTS, WARPS (that compute).
 
 constexpr int BYTES = 2 * DIM;        // of a key
 constexpr int LANES = DIM / 8;        // that hold a position's key, eight elements each
@@ -17,22 +16,14 @@ constexpr int EACH = 32 / LANES;      // positions of a warp's load
 constexpr int STRIDE = WARPS * EACH;  // of all warps'
 constexpr int AT_ONCE = SLOT / STRIDE < 4 ? SLOT / STRIDE : 4;  // positions of a lane
 constexpr int QUEUE = 4;                                        // heads drawn ahead, at most
-constexpr int QKV = 3 * HEADS * DIM;
 
+static_assert(KV == HEADS, "each head has keys of its own");
 static_assert(DIM == 64 || DIM == 128 || DIM == 256, "lanes share a key evenly");
 static_assert(SLOT % (AT_ONCE * STRIDE) == 0 && SLOTS >= 2, "all warps take a slot");
 
 struct Arguments {
-    const void* qkv;               // [rows, QKV], 16-bit, or PARTS sums of it in float32
-    const u16* bias;               // [QKV]
-    u16 *keys, *values;            // [slots, HEADS, capacity, DIM]
-    const int *slots, *positions;  // [rows]; a negative slot is padding
-    const float *cosine, *sine;    // [positions, ROTARY / 2]
-    u32* drawn;                    // heads that were drawn: zero before and after
-    u16* out;                      // [rows, HEADS, DIM]
-    long long capacity;
-    int rows;
-    float scale;
+    Step step;
+    u32* drawn;  // heads that were drawn: zero before and after
 };
 
 struct Shared {
@@ -46,18 +37,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than there is");
 
-// One of the rows' heads.
-struct Head {
-    int row, head, position, slot, stored;  // positions that the cache holds
-    long long from;                         // of its keys and values
-
-    __device__ Head(const Arguments& a, int number) : row(number / HEADS), head(number % HEADS) {
-        position = a.positions[row], slot = a.slots[row];
-        stored = slot < 0 ? 0 : position;
-        from = (static_cast<long long>(slot) * HEADS + head) * a.capacity * DIM;
-    }
-};
-
 // The next head, or NOBODY. Of `heads` draws the last one puts the count back.
 __device__ __forceinline__ int draw(const Arguments& a, int heads) {
     const int number = count_up(a.drawn);
@@ -68,73 +47,43 @@ __device__ __forceinline__ int draw(const Arguments& a, int heads) {
 
 // Keys and values of one head after the other, the first one without drawing it.
 __device__ __forceinline__ void fill(const Arguments& a, Shared& s) {
-    const int heads = a.rows * HEADS;
+    const int heads = a.step.rows * HEADS;
     int number = blockIdx.x < heads ? blockIdx.x : NOBODY, filled = 0;
     for (int n = 0;; ++n) {
         barrier_wait(shared_address(&s.noted[n % QUEUE]), (n / QUEUE & 1) ^ 1);
         s.queue[n % QUEUE] = number;
         barrier_arrive(shared_address(&s.drawn[n % QUEUE]), 1);
         if (number == NOBODY) break;
-        const Head head(a, number);
-        for (int t = 0; t < head.stored; t += SLOT, ++filled) {
-            const int i = filled % SLOTS, bytes = min(SLOT, head.stored - t) * BYTES;
-            const long long from = head.from + static_cast<long long>(t) * DIM;
+        const Place place(a.step, number);
+        for (int t = 0; t < place.stored; t += SLOT, ++filled) {
+            const int i = filled % SLOTS, bytes = min(SLOT, place.stored - t) * BYTES;
+            const long long from = (place.first + t) * DIM;
             const u32 full = shared_address(&s.full[i]);
             barrier_wait(shared_address(&s.empty[i]), (filled / SLOTS & 1) ^ 1);
             barrier_expect(full, 2 * bytes);
-            copy_once(shared_address(s.ring[i][0]), a.keys + from, bytes, full);
-            copy_once(shared_address(s.ring[i][1]), a.values + from, bytes, full);
+            copy_once(shared_address(s.ring[i][0]), a.step.keys + from, bytes, full);
+            copy_once(shared_address(s.ring[i][1]), a.step.values + from, bytes, full);
         }
         number = draw(a, heads);
     }
     let_next_start();
 }
 
-// Element i of a row's queries, keys and values.
-__device__ __forceinline__ float projected(const Arguments& a, int row, int i) {
-    const long long at = static_cast<long long>(row) * QKV + i;
-    if (PARTS == 1) return widen_one(static_cast<const u16*>(a.qkv)[at]);
-    float value = HAS_BIAS ? widen_one(a.bias[i]) : 0.0f;
-#pragma unroll
-    for (int p = 0; p < PARTS; ++p)
-        value += static_cast<const float*>(a.qkv)[p * static_cast<long long>(a.rows) * QKV + at];
-    return value;
-}
-
-// Element d of a row's `part`-th head of queries and keys, rotated by its position (Su et al.
-// 2021): i is paired with i + ROTARY / 2, elements from ROTARY on pass through. Rounded as if
-// cached.
-__device__ __forceinline__ u16 rotated(const Arguments& a, const Head& head, int part, int d) {
-    float value = projected(a, head.row, part * DIM + d);
-    if (d < ROTARY) {
-        constexpr int HALF = most(ROTARY / 2, 1);
-        const float other =
-            projected(a, head.row, part * DIM + (d < HALF ? d + HALF : d - HALF));
-        const long long angle = static_cast<long long>(head.position) * HALF + d % HALF;
-        value = value * a.cosine[angle] + (d < HALF ? -other : other) * a.sine[angle];
-    }
-    return narrow(value);
-}
-
 // Queries, times the scale of scores, and the step's own keys and values, which it stores.
-__device__ __forceinline__ void ask(const Arguments& a, Shared& s, int lane) {
+__device__ __forceinline__ void ask(const Step& step, Shared& s, int lane) {
     for (int n = 0, number = 0; number != NOBODY; ++n) {
         const int i = n % 2;
         barrier_wait(shared_address(&s.drawn[n % QUEUE]), n / QUEUE & 1);
         number = s.queue[n % QUEUE];
         barrier_wait(shared_address(&s.answered[i]), (n / 2 & 1) ^ 1);
         if (number != NOBODY) {
-            const Head head(a, number);
-            const long long to = head.from + static_cast<long long>(head.position) * DIM;
+            const Place place(step, number);
 #pragma unroll
             for (int d = lane; d < DIM; d += 32) {
-                const u16 key = rotated(a, head, HEADS + head.head, d);
-                const u16 value = narrow(projected(a, head.row, (2 * HEADS + head.head) * DIM + d));
-                s.query[i][d] = widen_one(rotated(a, head, head.head, d)) * a.scale;
-                s.key[i][d] = key, s.value[i][d] = value;
-                if (head.slot >= 0) a.keys[to + d] = key, a.values[to + d] = value;
+                own(step, place, d, s.key[i][d], s.value[i][d]);
+                s.query[i][d] = widen_one(rotated(step, place, place.kv, d)) * step.scale;
             }
-            if (lane == 0) s.stored[i] = head.stored;
+            if (lane == 0) s.stored[i] = place.stored;
         }
         if (lane == 0) s.head[i] = number;
         __syncwarp();
@@ -272,7 +221,7 @@ __device__ __forceinline__ void attend(Shared& s, int warp, int lane) {
 }
 
 // The softmax of all warps' positions; a lane has pairs of elements.
-__device__ __forceinline__ void join(const Arguments& a, Shared& s, int lane) {
+__device__ __forceinline__ void join(u16* all, Shared& s, int lane) {
     for (int n = 0;; ++n) {
         const int which = n % 2;
         barrier_wait(shared_address(&s.found[which]), n / 2 & 1);
@@ -287,7 +236,7 @@ __device__ __forceinline__ void join(const Arguments& a, Shared& s, int lane) {
             total += s.totals[which][w] * share[w];
         }
         const float scale = 1.0f / total;
-        u32* out = reinterpret_cast<u32*>(a.out + static_cast<long long>(number) * DIM);
+        u32* out = reinterpret_cast<u32*>(all + static_cast<long long>(number) * DIM);
 #pragma unroll
         for (int d = lane; d < DIM / 2; d += 32) {
             float2 sum = {0.0f, 0.0f};
@@ -333,9 +282,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 96)
     }
     await_last();
     if (warp == WARPS + 1)
-        ask(a, s, lane);
+        ask(a.step, s, lane);
     else if (warp == WARPS + 2)
-        join(a, s, lane);
+        join(a.step.out, s, lane);
     else
         attend(s, warp, lane);
 }

@@ -1,5 +1,6 @@
 // A product of several rows whose programs share the work in clusters: out = f(x . w), or the sum
-// that the residual stream takes. Behind machine.cuh and cluster.cuh.
+// that the residual stream takes. Behind machine.cuh, activation.cuh, overlap.cuh, cluster.cuh and
+// warpgroup.cuh.
 //
 // A cluster owns BLOCK_N columns. Each of its SPLIT programs multiplies its part of the inner
 // dimension, 64 elements of all its columns and rows a slot of the ring; then they send each other

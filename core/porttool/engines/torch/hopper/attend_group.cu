@@ -1,0 +1,377 @@
+// Attention of several rows whose heads share keys: a cluster for each row and head of keys.
+//
+// Each of its SPLIT programs takes a part of the context: the heads of the group are the rows of
+// products on the tensor cores. All warps share a slot of keys, each its positions, exchange the
+// highest scores, and share the slot's values, each its elements; so nothing of the sums is held
+// twice. Then the programs send each other what they found, and each finishes a share of the heads.
+// Keys and values are asked for before the predecessor ends.
+//
+// Behind machine.cuh, overlap.cuh, cluster.cuh and heads.cuh. Defined outside beside heads.cuh's:
+// SPLIT, RING (copies of 16 positions that it holds), WIDE (warps for 16 heads).
+
+constexpr int GROUP = HEADS / KV;            // heads that share their keys
+constexpr int TALL = (GROUP + 15) / 16;      // tiles of heads
+constexpr int WARPS = TALL * WIDE;           // that compute; one more fills the ring
+constexpr int SLOT = 64, GRAIN = 16;         // positions: of a slot, of a copy
+constexpr int HALVES = DIM / 64;             // of a key: 128 bytes, swizzled together
+constexpr int BYTES = GRAIN * DIM * 2;       // of a copy
+constexpr int QUERY = DIM * 2 + 16;          // bytes of a query: no bank is met twice
+constexpr int CHANCES = SLOT * 2 + 16;       // of a head's, the same
+constexpr int SCORED = SLOT / WIDE / 8;      // tiles of a slot's positions, a warp
+constexpr int HELD = DIM / WIDE / 8;         // tiles of the elements, a warp
+constexpr int SHARE = (GROUP + SPLIT - 1) / SPLIT;  // heads that a program finishes
+constexpr int FOUND = DIM + 4;               // of a head: sums, highest score, weight, two unused
+
+static_assert(DIM % 64 == 0 && SLOT % (WIDE * 8) == 0 && HELD % 2 == 0, "warps share evenly");
+static_assert(SPLIT >= 1 && SPLIT <= 8, "a cluster has up to eight programs");
+static_assert(RING >= SLOT / GRAIN, "a slot is taken as a whole");
+
+struct Arguments {
+    TensorMap keys, values;  // boxes of GRAIN positions
+    Step step;
+};
+
+struct Shared {
+    union {
+        struct {
+            alignas(1024) char keys[RING][BYTES];
+            char values[RING][BYTES];
+        };
+        float sums[SPLIT][SHARE][FOUND];  // by the programs that finish them
+    };
+    alignas(16) float heard[most(SPLIT - 1, 1)][SHARE][FOUND];  // from others
+    alignas(16) char query[TALL * 16][QUERY], chances[2][TALL * 16][CHANCES];
+    alignas(16) u16 key[DIM], value[DIM];
+    float tops[2][TALL][WIDE][16], totals[TALL][WIDE][16], own_score[TALL * 16];
+    alignas(8) u64 full[RING];
+    u64 empty[RING], all_heard;
+};
+static_assert(sizeof(Shared) + 1024 <= SHARED, "more shared memory than there is");
+
+// A program's part of a context; the last one has the step's own position.
+struct Part : Place {
+    int rank, low, high;
+    bool last;
+
+    __device__ explicit Part(const Step& step)
+        : Place(step, blockIdx.x / SPLIT), rank(blockIdx.x % SPLIT), last(rank == SPLIT - 1) {
+        const int grains = (stored + GRAIN - 1) / GRAIN;
+        low = min((grains + SPLIT - 1) / SPLIT * GRAIN * rank, stored);
+        high = min((grains + SPLIT - 1) / SPLIT * GRAIN * (rank + 1), stored);
+    }
+};
+
+__device__ __forceinline__ void together() { meet<1, WARPS * 32>(); }
+
+__device__ __forceinline__ void fill(const Arguments& a, Shared& s, const Part& part) {
+    int copies = 0;
+    for (int t = part.low; t < part.high; t += GRAIN, ++copies) {
+        const int i = copies % RING, row = part.first + t;
+        const u32 full = shared_address(&s.full[i]);
+        barrier_wait(shared_address(&s.empty[i]), (copies / RING & 1) ^ 1);
+        barrier_expect(full, 2 * BYTES);
+        copy_chunks(shared_address(s.keys[i]), a.keys, row, 0, full);
+        copy_chunks(shared_address(s.values[i]), a.values, row, 0, full);
+    }
+    let_next_start();
+}
+
+// 16 bytes of a copy: row `row`, its unit-th eight elements.
+__device__ __forceinline__ u32 unit_of(const char* copy, int row, int unit) {
+    return shared_address(copy) + unit / 8 * (GRAIN * 128) + row * 128 +
+           ((unit % 8) ^ (row % 8)) * 16;
+}
+
+// Eight elements of the group's queries, in a row; zeros behind them.
+__device__ __forceinline__ uint4 query_unit(const Step& step, const Part& part, int unit) {
+    const int h = unit / (DIM / 8), d = unit % (DIM / 8) * 8, head = part.kv * GROUP + h;
+    if (h >= GROUP) return {0, 0, 0, 0};
+    if (PARTS == 1 && ROTARY == 0) {
+        const u16* from = static_cast<const u16*>(step.qkv);
+        return *reinterpret_cast<const uint4*>(from + static_cast<long long>(part.row) * QKV +
+                                               head * DIM + d);
+    }
+    u32 pairs[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        pairs[i] = rotated(step, part, head, d + 2 * i) |
+                   u32(rotated(step, part, head, d + 2 * i + 1)) << 16;
+    return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// All queries of the group; where the step's own position is this program's, its key, its value and
+// its scores. Everything is asked for before anything is used.
+__device__ __forceinline__ void read_step(const Step& step, Shared& s, const Part& part, int warp,
+                                          int lane) {
+    constexpr int UNITS = TALL * 16 * DIM / 8, EACH = (UNITS + WARPS * 32 - 1) / (WARPS * 32);
+    uint4 query[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const int unit = i * WARPS * 32 + threadIdx.x;
+        if (unit < UNITS) query[i] = query_unit(step, part, unit);
+    }
+    if (part.last)
+        for (int d = threadIdx.x; d < DIM; d += WARPS * 32)
+            own(step, part, d, s.key[d], s.value[d]);
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const int unit = i * WARPS * 32 + threadIdx.x;
+        if (unit < UNITS)
+            store16(shared_address(s.query[unit / (DIM / 8)]) + unit % (DIM / 8) * 16, query[i]);
+    }
+    together();
+    if (!part.last) return;
+    for (int h = warp; h < TALL * 16; h += WARPS) {
+        float score = 0.0f;
+        for (int d = lane; d < DIM; d += 32)
+            score += widen_one(reinterpret_cast<const u16*>(s.query[h])[d]) * widen_one(s.key[d]);
+        score = warp_sum(score);
+        if (lane == 0) s.own_score[h] = score * step.scale;
+    }
+    together();
+}
+
+// What a warp has of 16 heads: lane l holds rows l / 4 and l / 4 + 8.
+struct Running {
+    float top[2], total[2], sum[HELD][4];
+
+    // The step's own position, or nothing.
+    __device__ Running(const Shared& s, const Part& part, int tile, int w, int lane) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            top[i] = part.last ? s.own_score[tile * 16 + lane / 4 + 8 * i] : LOWEST;
+            total[i] = part.last && w == 0 && lane % 4 == 0;
+        }
+#pragma unroll
+        for (int j = 0; j < HELD; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                sum[j][i] = part.last ? widen_one(s.value[element(w, j, i, lane)]) : 0.0f;
+    }
+
+    __device__ static int element(int w, int j, int i, int lane) {
+        return (w * HELD + j) * 8 + lane % 4 * 2 + i % 2;
+    }
+
+    __device__ void rise(int i, float to) {
+        const float shrink = __expf(top[i] - to);
+        top[i] = to, total[i] *= shrink;
+#pragma unroll
+        for (int j = 0; j < HELD; ++j) sum[j][2 * i] *= shrink, sum[j][2 * i + 1] *= shrink;
+    }
+};
+
+// Scores of this warp's positions of the n-th slot, of which `live` are there.
+__device__ __forceinline__ void score(float (&scores)[SCORED][4], const uint4 (&query)[DIM / 16],
+                                      const Shared& s, int n, int w, int lane, int live,
+                                      float scale) {
+#pragma unroll
+    for (int j = 0; j < SCORED; ++j) {
+        const int first = (w * SCORED + j) * 8, row = first % GRAIN + lane % 8;
+        float odd[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[j][i] = first < live ? 0.0f : LOWEST;
+        if (first >= live) continue;
+        const char* keys = s.keys[(n * (SLOT / GRAIN) + first / GRAIN) % RING];
+#pragma unroll
+        for (int k = 0; k < DIM / 32; ++k) {
+            const uint4 key = load_matrices(unit_of(keys, row, k * 4 + lane / 8));
+            multiply_add(scores[j], query[2 * k], {key.x, key.y});
+            multiply_add(odd, query[2 * k + 1], {key.z, key.w});
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const bool there = first + lane % 4 * 2 + i % 2 < live;
+            scores[j][i] = there ? (scores[j][i] + odd[i]) * scale : LOWEST;
+        }
+    }
+}
+
+// The highest score of all warps' positions, of both of a lane's heads.
+__device__ __forceinline__ void highest(const float (&scores)[SCORED][4], float (&tops)[WIDE][16],
+                                        float (&above)[2], int w, int lane) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float top = LOWEST;
+#pragma unroll
+        for (int j = 0; j < SCORED; ++j)
+            top = fmaxf(top, fmaxf(scores[j][2 * i], scores[j][2 * i + 1]));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        if (lane % 4 == 0) tops[w][lane / 4 + 8 * i] = top;
+    }
+    together();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int v = 0; v < WIDE; ++v) above[i] = fmaxf(above[i], tops[v][lane / 4 + 8 * i]);
+}
+
+// Nothing of what lies behind the first `live` positions of a copy: it may be NaN, which no weight
+// of zero takes away.
+__device__ __forceinline__ void clear_rest(char* values, int live) {
+    for (int i = threadIdx.x; i < (GRAIN - live) * DIM / 8; i += WARPS * 32)
+        store16(unit_of(values, live + i / (DIM / 8), i % (DIM / 8)), {0, 0, 0, 0});
+}
+
+__device__ __forceinline__ void take_slot(Running& run, Shared& s, const uint4 (&query)[DIM / 16],
+                                          int n, int tile, int w, int lane, int live, float scale) {
+    const int copy = n * (SLOT / GRAIN), which = n % 2;
+    float scores[SCORED][4], above[2] = {run.top[0], run.top[1]};
+    score(scores, query, s, n, w, lane, live, scale);
+    highest(scores, s.tops[which][tile], above, w, lane);
+    run.rise(0, above[0]), run.rise(1, above[1]);
+#pragma unroll
+    for (int j = 0; j < SCORED; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float a = __expf(scores[j][2 * i] - above[i]);
+            const float b = __expf(scores[j][2 * i + 1] - above[i]);
+            char* to = s.chances[which][tile * 16 + lane / 4 + 8 * i];
+            run.total[i] += a + b;
+            reinterpret_cast<u32*>(to)[(w * SCORED + j) * 4 + lane % 4] =
+                narrow(a) | u32(narrow(b)) << 16;
+        }
+    if (live < SLOT && live % GRAIN)
+        clear_rest(s.values[(copy + live / GRAIN) % RING], live % GRAIN);
+    together();
+    for (int g = 0; g < SLOT / GRAIN && g * GRAIN < live; ++g) {
+        const uint4 chances = load_matrices(
+            shared_address(s.chances[which][tile * 16 + lane % 16]) + (g * 2 + lane / 16) * 16);
+#pragma unroll
+        for (int j = 0; j < HELD; j += 2) {
+            const uint4 value = load_matrices_turned(
+                unit_of(s.values[(copy + g) % RING], lane % 16, w * HELD + j + lane / 16));
+            multiply_add(run.sum[j], chances, {value.x, value.y});
+            multiply_add(run.sum[j + 1], chances, {value.z, value.w});
+        }
+    }
+}
+
+__device__ __forceinline__ Running attend(const Step& step, Shared& s, const Part& part, int warp,
+                                          int lane) {
+    const int tile = warp / WIDE, w = warp % WIDE;
+    uint4 query[DIM / 16];
+#pragma unroll
+    for (int k = 0; k < DIM / 16; ++k)
+        query[k] = load_matrices(shared_address(s.query[tile * 16 + lane % 16]) +
+                                 (k * 2 + lane / 16) * 16);
+    Running run(s, part, tile, w, lane);
+    for (int n = 0, t = part.low; t < part.high; ++n, t += SLOT) {
+        const int copy = n * (SLOT / GRAIN), live = part.high - t;
+        const int end = copy + (min(live, SLOT) + GRAIN - 1) / GRAIN;
+        for (int i = copy; i < end; ++i)
+            barrier_wait(shared_address(&s.full[i % RING]), i / RING & 1);
+        take_slot(run, s, query, n, tile, w, lane, live, step.scale);
+        __syncwarp();
+        if (lane < end - copy) barrier_arrive(shared_address(&s.empty[(copy + lane) % RING]), 1);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float total = run.total[i];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        if (lane % 4 == 0) s.totals[tile][w][lane / 4 + 8 * i] = total;
+    }
+    together();  // nobody reads the ring any more
+    return run;
+}
+
+// This warp's elements to shared memory, and what belongs to them.
+__device__ __forceinline__ void leave(const Running& run, Shared& s, int warp, int lane) {
+    const int tile = warp / WIDE, w = warp % WIDE;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = lane / 4 + 8 * i, head = tile * 16 + row;
+        if (head >= GROUP) continue;
+        float* to = s.sums[head / SHARE][head % SHARE];
+#pragma unroll
+        for (int j = 0; j < HELD; ++j)
+            *reinterpret_cast<float2*>(to + Running::element(w, j, 0, lane)) = {
+                run.sum[j][2 * i], run.sum[j][2 * i + 1]};
+        if (w != 0 || lane % 4 != 0) continue;
+        float total = 0.0f;
+#pragma unroll
+        for (int v = 0; v < WIDE; ++v) total += s.totals[tile][v][row];
+        to[DIM] = run.top[i], to[DIM + 1] = total;
+    }
+}
+
+// Give every other program of the cluster what it finishes.
+__device__ __forceinline__ void tell_others(Shared& s, int rank, int lane) {
+    if (lane == 0) barrier_expect(shared_address(&s.all_heard), (SPLIT - 1) * sizeof(s.heard[0]));
+    if (lane < SPLIT && lane != rank)
+        send(address_in(lane, shared_address(s.heard[rank - (rank > lane)])),
+             shared_address(s.sums[lane]), sizeof(s.sums[0]),
+             address_in(lane, shared_address(&s.all_heard)));
+}
+
+// This program's heads, joined from all parts: four elements a thread.
+__device__ __forceinline__ void finish(const Step& step, const Shared& s, const Part& part) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < SHARE * DIM / 4; i += WARPS * 32) {
+        const int j = i / (DIM / 4), d = i % (DIM / 4) * 4, head = part.rank * SHARE + j;
+        if (head >= GROUP) break;
+        const float* from[SPLIT];
+        float top = LOWEST, total = 0.0f;
+#pragma unroll
+        for (int r = 0; r < SPLIT; ++r) {
+            from[r] = r == part.rank ? s.sums[r][j] : s.heard[r - (r > part.rank)][j];
+            top = fmaxf(top, from[r][DIM]);
+        }
+        float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int r = 0; r < SPLIT; ++r) {
+            const float weight = __expf(from[r][DIM] - top);
+            const float4 sum = *reinterpret_cast<const float4*>(from[r] + d);
+            total += from[r][DIM + 1] * weight;
+            v.x += sum.x * weight, v.y += sum.y * weight;
+            v.z += sum.z * weight, v.w += sum.w * weight;
+        }
+        const float scale = 1.0f / total;
+        u16* out = step.out +
+                   (static_cast<long long>(part.row) * HEADS + part.kv * GROUP + head) * DIM + d;
+        *reinterpret_cast<uint2*>(out) = {
+            narrow(v.x * scale) | u32(narrow(v.y * scale)) << 16,
+            narrow(v.z * scale) | u32(narrow(v.w * scale)) << 16};
+    }
+}
+
+// Grid: SPLIT programs for each row and head of keys, a cluster.
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
+    group_attention(const __grid_constant__ Arguments a) {
+    extern __shared__ char raw[];
+    Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Part part(a.step);
+    if (threadIdx.x == WARPS * 32) {
+        for (int i = 0; i < RING; ++i) {
+            barrier_init(shared_address(&s.full[i]), 1);
+            barrier_init(shared_address(&s.empty[i]), WARPS);
+        }
+        barrier_init(shared_address(&s.all_heard), 1);
+        fence_barriers();
+    }
+    __syncthreads();
+    if (SPLIT > 1) cluster_arrive();
+    if (warp == WARPS) {
+        if (lane == 0) fill(a, s, part);
+        __syncwarp();
+        if (SPLIT > 1) cluster_wait(), cluster_arrive();
+    } else {
+        await_last();
+        read_step(a.step, s, part, warp, lane);
+        const Running run = attend(a.step, s, part, warp, lane);
+        leave(run, s, warp, lane);
+        if (SPLIT > 1) fence_shared_copies();
+        together();
+        if (SPLIT > 1) {
+            cluster_wait();
+            if (warp == 0) tell_others(s, part.rank, lane);
+            barrier_wait(shared_address(&s.all_heard), 0);
+            cluster_arrive();
+        }
+        finish(a.step, s, part);
+    }
+    if (SPLIT > 1) cluster_wait();  // what others still read of this program's memory stays
+}
