@@ -10,30 +10,19 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import cuda_cases as cases
-from hopper_emulation import NOT_BROKEN, Late, emulated, needs_compiler
+from cuda_attention_cases import ROTARY, TOLERANCE, Case, assert_right, compiled, error, same_bits
+from hopper_emulation import NOT_BROKEN, needs_compiler
 from porttool.engines.torch import cuda_balanced, cuda_hopper
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_balanced import _Own, _Step, macros
-from porttool.engines.torch.cuda_state import rotary_tables
 from porttool.engines.torch.cuda_tuning import AttentionTile, default_tuning
 from porttool.nn import KVCache
 
 pytestmark = needs_compiler
-CAPACITY, N_SLOTS = 80, 6
-TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3}
-
-
-def compiled(defined: Mapping[str, object], broken: tuple[str, str] = NOT_BROKEN) -> ctypes.CDLL:
-    """Return the library of an attention."""
-    machine, kernel = ("machine.hpp", "overlap.hpp"), ("heads.cuh", "attend.cu")
-    return emulated(machine, kernel, "run_attention.hpp", tuple(defined.items()), broken)
 
 
 def tile(block_t: int, warps: int, stages: int) -> AttentionTile:
@@ -41,105 +30,6 @@ def tile(block_t: int, warps: int, stages: int) -> AttentionTile:
     return AttentionTile(1, block_t, warps, stages, balanced=True)
 
 
-class Case:
-    """Rows of several lengths: what goes in, what is right, and what came out.
-
-    rows: the slot and position of each. Of the cache only what they may read is a number.
-    """
-
-    def __init__(
-        self, rows: list[tuple[int, int]], dtype: torch.dtype, ring: AttentionTile, *,
-        n_head: int, parts: int = 1, biased: bool = False, **shape: Any,
-    ) -> None:  # fmt: skip
-        self.config = cases.config("learned", n_head=n_head, n_kv_head=n_head, **shape)
-        self.dtype, self.parts = dtype, parts
-        self.defined = macros(self.config, dtype, ring, parts=parts, has_bias=biased)
-        c, draw = self.config, torch.Generator().manual_seed(len(rows))
-        self.rows = torch.tensor(rows, dtype=torch.int32)  # [rows, 2]
-        kind = dtype if parts == 1 else torch.float32
-        qkv = torch.randn(parts, len(rows), c.qkv_dim, generator=draw) * 2 * parts**-0.5
-        self.qkv = qkv.to(kind)
-        self.bias = torch.randn(c.qkv_dim, generator=draw).to(dtype) if biased else None
-        sides = (2, N_SLOTS + 1, n_head, CAPACITY, c.head_dim)  # slot -1 is there, too
-        self.cache = torch.full(sides, torch.nan, dtype=dtype)
-        for slot, position in rows:
-            if slot >= 0:
-                place = self.cache[:, slot + 1, :, :position]
-                place.copy_(torch.randn(place.shape, generator=draw))
-        self.tables = rotary_tables(c, CAPACITY, "cpu")
-
-    def heads(self) -> Tensor:
-        """Queries, keys and values of the step, [3, rows, heads, head_dim], rounded as cached."""
-        c, summed = self.config, self.qkv.double().sum(0)
-        if self.bias is not None:
-            summed = summed + self.bias.double()
-        heads = summed.view(len(self.rows), 3, c.n_head, c.head_dim).transpose(0, 1)
-        if c.position == "rotary":
-            half = c.rotary_dim // 2
-            cosine, sine = (t[self.rows[:, 1]].double()[:, None] for t in self.tables)
-            x, y = heads[:2, ..., :half].clone(), heads[:2, ..., half : 2 * half].clone()
-            heads[:2, ..., :half] = x * cosine - y * sine
-            heads[:2, ..., half : 2 * half] = y * cosine + x * sine
-        return heads.to(self.dtype).double()
-
-    def wanted(self) -> Tensor:
-        """Return what is right, [rows, heads, head_dim] in float64."""
-        found = []
-        for row, (slot, position) in enumerate(self.rows.tolist()):
-            q, *own = self.heads()[:, row]
-            cached = self.cache[:, slot + 1, :, : position if slot >= 0 else 0].double()
-            k, v = (torch.cat((old, new[:, None]), 1) for old, new in zip(cached, own, strict=True))
-            scores = torch.einsum("hd,htd->ht", q, k) * self.config.layer_scale(0)
-            found.append(torch.einsum("ht,htd->hd", scores.softmax(-1), v))
-        return torch.stack(found)
-
-    def appended(self) -> Tensor:
-        """Return what the cache is to hold afterwards."""
-        after = self.cache.clone()
-        for row, (slot, position) in enumerate(self.rows.tolist()):
-            if slot >= 0:
-                after[:, slot + 1, :, position] = self.heads()[1:, row].to(self.dtype)
-        return after
-
-    def part(self, first: int, end: int) -> Case:
-        """Return some of the rows, the rest as it is."""
-        some = Case.__new__(Case)
-        some.__dict__ = dict(self.__dict__, rows=self.rows[first:end].contiguous(),
-                             qkv=self.qkv[:, first:end].contiguous())  # fmt: skip
-        return some
-
-    def run(
-        self, programs: int, *, seed: int, broken: tuple[str, str] = NOT_BROKEN
-    ) -> tuple[Tensor, Tensor, int] | None:
-        """Return the result, the cache and the count of draws; None if it hung."""
-        library, c = compiled(self.defined, broken), self.config
-        assert library.arguments_bytes() == ctypes.sizeof(_Own)
-        qkv, cache = torch.full_like(self.qkv, torch.nan), self.cache.clone()
-        out = torch.full((len(self.rows), c.n_head, c.head_dim), torch.nan, dtype=self.dtype)
-        drawn = torch.zeros(1, dtype=torch.int32)
-        slots, positions = self.rows.T.contiguous()
-        tensors = (qkv, self.bias, *cache[:, 1:], slots, positions, *self.tables, out)
-        step = _Step(*(None if t is None else t.data_ptr() for t in tensors), CAPACITY,
-                     len(self.rows), c.layer_scale(0))  # fmt: skip
-        late = Late(qkv.data_ptr(), self.qkv.data_ptr(), qkv.nbytes)
-        hung = library.run(
-            ctypes.byref(_Own(step, drawn.data_ptr())), programs, seed, ctypes.byref(late), 1
-        )
-        return None if hung else (out, cache, int(drawn))
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    """Return the largest relative error of a row's head."""
-    difference = (found.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    return float(difference.nan_to_num(torch.inf).max())
-
-
-def same_bits(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two tensors of 16-bit numbers are the same; NaN is as good as any."""
-    return torch.equal(found.view(torch.int16), wanted.view(torch.int16))
-
-
-ROTARY = {"position": "rotary", "rotary_fraction": 0.5}
 MIXED = [(4, 37), (-1, 9), (0, 0), (5, 64), (2, 33), (1, 16)]
 KINDS = [
     (MIXED, torch.float16, tile(16, 4, 2), {"n_head": 2, "head_dim": 64}),
@@ -154,30 +44,8 @@ KINDS = [
 
 @pytest.mark.parametrize(("rows", "dtype", "ring", "shape"), KINDS)
 def test_every_kind_of_attention(rows, dtype, ring, shape) -> None:
-    """Right, the same bits in any company and order, and nothing is left behind but the cache."""
-    case = Case(rows, dtype, ring, **shape)
-    wanted, appended = case.wanted(), case.appended()
-    first: Tensor | None = None
-    for seed, programs in enumerate((2, 3, 1, len(rows) * shape["n_head"] + 1, 2, 3, 5, 1)):
-        found = case.run(programs, seed=seed)
-        assert found is not None, "it hung"
-        out, cache, drawn = found
-        assert error(out, wanted) < TOLERANCE[dtype]
-        assert_appended(cache, appended, case)
-        assert drawn == 0
-        first = out if first is None else first
-        assert same_bits(out, first)
-    for begin, end in ((0, 1), (1, 3)):
-        alone = case.part(begin, end).run(2, seed=5)
-        assert alone is not None, "it hung"
-        assert same_bits(alone[0], first[begin:end])
-
-
-def assert_appended(cache: Tensor, wanted: Tensor, case: Case) -> None:
-    """The step's keys and values are in the cache, and everything else is as before."""
-    own = (cache.view(torch.int16) != case.cache.view(torch.int16)).any(-1)  # [2, slot, head, pos]
-    assert torch.equal(own, (wanted.view(torch.int16) != case.cache.view(torch.int16)).any(-1))
-    assert error(cache[own], wanted[own].double()) < TOLERANCE[case.dtype]
+    programs = (2, 3, 1, len(rows) * shape["n_head"] + 1, 2, 3, 5, 1)
+    assert_right(Case(rows, dtype, ring, **shape), programs)
 
 
 BROKEN = {
@@ -226,7 +94,7 @@ class Emulated:
 
     def __init__(self, name: str, defined: Mapping[str, object], **_: object) -> None:
         assert name == "balanced_attention"
-        self.library = compiled(defined)
+        self.library = compiled(name, defined)
 
     def launch_clusters(self, grid, cluster, stream, argument, *, chained) -> None:
         assert (grid, cluster) == ((4, 1), 1)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import cuda_cases as cases
-from hopper_emulation import NOT_BROKEN, Late, emulated, needs_compiler
+from hopper_emulation import NOT_BROKEN, Late, described, emulated, needs_compiler
 from porttool.engines.torch import cuda_chains, cuda_cluster, cuda_hopper
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_cluster import CHUNK, NAMES, _Arguments, macros, residual
@@ -32,14 +32,6 @@ def compiled(
     """Return the library of a product."""
     machine = ("machine.hpp", "overlap.hpp", "cluster.hpp", "warpgroup.hpp")
     return emulated(machine, ("activation.cuh", "linear.cu"), "run_product.hpp", defined, broken)
-
-
-def described(tensor: torch.Tensor, box: tuple[int, ...]) -> tuple[int, ...]:
-    """Say of a tensor what the emulated copies read: address, sides, strides and sides of a box."""
-    sides = [*reversed(tensor.shape), 1][:3]
-    strides = [s * tensor.itemsize for s in reversed(tensor.stride()[:-1])]
-    words = (tensor.data_ptr(), *sides, *[*strides, 0][:2], *[*box, 1][:3])
-    return words + (0,) * (16 - len(words))
 
 
 class Case:
