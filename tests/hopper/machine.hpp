@@ -401,6 +401,11 @@ static bool run_together(int first, int row, int size, int threads, const Late* 
     }
     std::vector<long> idle(fibers.size() / 32);  // warps: until these turns
     long rested = 0;                             // when all idle ones go on
+    if (size > 1 && chance() % 2) {              // one program begins late
+        const size_t first = chance() % size * (threads / 32);
+        rested = turn + chance() % 2048;
+        for (int i = 0; i < threads / 32; ++i) idle[first + i] = rested;
+    }
     int left = fibers.size();
     for (int still = 0; left && still < 8;) {
         const long before = moved;

@@ -61,6 +61,7 @@ BROKEN = {
     "others' weights are not awaited": "«together();»\n    for (int g",
     "sums take the ring's place too early": "«together();»  // nobody reads the ring any more",
     "sums are sent before they are there": "«together();»\n        if (SPLIT > 1) {",
+    "others' barriers are not awaited": "«cluster_wait();»\n            if (warp == 0)",
     "others' sums are not awaited": "«barrier_wait(shared_address(&s.all_heard), 0);»",
     "the kernel before is not awaited": "«await_last();»",
 }  # fmt: skip
