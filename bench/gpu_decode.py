@@ -281,7 +281,7 @@ def main() -> None:
         result["models"][name] = found
         print(name, json.dumps(found), flush=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    with ThreadPoolExecutor() as pool:  # nothing is timed any more
+    with ThreadPoolExecutor(2) as pool:  # nothing is timed any more
         peaks = pool.map(lambda name: memory_apart(name, arguments.tuning), result["models"])
         for found, peak in zip(result["models"].values(), peaks, strict=True):
             found["memory, 32 rows"] = peak

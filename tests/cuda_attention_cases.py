@@ -20,7 +20,7 @@ TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3}
 ROTARY = {"position": "rotary", "rotary_fraction": 0.5}
 _FILES = {
     "balanced_attention": (("machine.hpp", "overlap.hpp"), "attend.cu", "run_attention.hpp"),
-    "group_attention": (
+    "cluster_attention": (
         ("machine.hpp", "overlap.hpp", "cluster.hpp"), "attend_group.cu", "run_group.hpp"),
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 static const Arguments* given;
 
 static void thread_main() {
-    group_attention(*given);
+    cluster_attention(*given);
     running->done = true, ++moved;
 }
 

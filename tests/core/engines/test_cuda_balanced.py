@@ -103,13 +103,13 @@ def test_what_would_hang_or_go_wrong_is_refused(changes, reason, compiler) -> No
         ({"DIM": 96}, "share evenly"),
         ({"SPLIT": 9}, "up to eight programs"),
         ({"RING": 3}, "taken as a whole"),
-        ({"SHARED": 40 << 10}, "more shared memory than there is"),
+        ({"SHARED": 16 << 10}, "more shared memory than there is"),
     ],
 )
 def test_clusters_that_would_go_wrong_are_refused(changes, reason, compiler) -> None:
     shape, tile = shape_of(n_kv_head=1), AttentionTile(4, COPIED, 4, 5, balanced=True)
     with pytest.raises(CompilerUnavailable, match=reason):
-        compile_kernel("group_attention", {**macros(shape, torch.float16, tile), **changes})
+        compile_kernel("cluster_attention", {**macros(shape, torch.float16, tile), **changes})
 
 
 def test_unfit_shapes_have_a_reason() -> None:
@@ -130,20 +130,29 @@ def test_without_a_hopper_gpu_other_attention_runs_and_says_so(monkeypatch) -> N
     tried = []
 
     def refuses(name, defined, *, threads, device):
-        tried.append((name, defined["SLOT"], threads))
-        raise CompilerUnavailable("the driver is too old")
+        tried.append((name, defined["SLOT"], defined["PARTS"], defined["HAS_BIAS"], threads))
+        return "the driver is too old"
 
     monkeypatch.setattr(cuda_balanced, "unsuited", lambda *a: None)
-    monkeypatch.setattr(cuda_hopper, "load", refuses)
+    monkeypatch.setattr(cuda_hopper, "refusal", refuses)
     found, said = cuda_fallback.usable(given, shape, torch.float16, "cpu")
     assert found == plain
     assert "no balanced attention: the driver is too old" in said
-    assert tried == [("balanced_attention", 64, threads(shape, TILE))]
+    parts = given.wide["32"]["qkv"].split  # as its steps will find them
+    assert tried == [("balanced_attention", 64, parts, 0, threads(shape, TILE))]
 
-    monkeypatch.setattr(cuda_hopper, "load", lambda *a, **k: None)
+    monkeypatch.setattr(cuda_hopper, "refusal", lambda *a, **k: None)
     found, said = cuda_fallback.usable(given, shape, torch.float16, "cpu")
     assert found == given
     assert said == ", balanced attention of several rows"
+
+
+@pytest.mark.parametrize("damage", [{"splits": 0}, {"stages": 0}, {"warps": -1}])
+def test_a_tile_of_nothing_is_refused_when_it_is_read(damage: dict[str, int]) -> None:
+    data = tuned(shape_of()).as_dict()
+    data["wide_attention"]["32"] |= damage
+    with pytest.raises(ValidationError, match="no attention runs"):
+        Tuning.from_dict(data)
 
 
 def test_a_tile_travels_with_the_tuning() -> None:

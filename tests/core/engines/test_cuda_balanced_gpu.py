@@ -25,12 +25,24 @@ SHAPES = {
     "multi-query": {"head_dim": 128, "n_head": 20, "d_model": 320, "d_ff": 640},
     "grouped rms": {"head_dim": 64, "n_head": 6, "n_kv_head": 2, "d_model": 384, "d_ff": 640},
 }
-OWN = [AttentionTile(1, 64, 8, 6, balanced=True), AttentionTile(1, 32, 4, 2, balanced=True),
-       AttentionTile(1, 128, 8, 3, balanced=True)]  # fmt: skip
-SHARED = [AttentionTile(splits, COPIED, 4, stages, balanced=True)
-          for splits, stages in ((1, 6), (3, 4), (8, 5))]  # fmt: skip
+
+
+def own(block_t: int, warps: int, stages: int) -> AttentionTile:
+    """Return a tile for heads of their own."""
+    return AttentionTile(1, block_t, warps, stages, balanced=True)
+
+
+def shared(splits: int, stages: int, warps: int = 4) -> AttentionTile:
+    """Return a tile for heads that share keys."""
+    return AttentionTile(splits, COPIED, warps, stages, balanced=True)
+
+
+OWN = [own(64, 8, 6), own(32, 4, 2), own(128, 8, 3)]
+SHARED = [shared(1, 6), shared(3, 4), shared(8, 5)]
 EVERY = [
-    (case, tile) for case in SHAPES for tile in (SHARED if SHAPES[case]["n_head"] > 3 else OWN)
+    *((case, tile) for case in ("learned", "gated rotary") for tile in OWN),
+    *((case, tile) for case in ("multi-query", "grouped rms") for tile in SHARED),
+    ("multi-query", shared(6, 4, 8)),
 ]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,11 +123,8 @@ def test_what_is_unsuited_runs_without_and_says_so(monkeypatch) -> None:
     assert plain == replace(tuned, cluster={})
     assert "no products in clusters: they are written for Hopper" in said
 
-    def refuses(*_, **__):
-        raise CompilerUnavailable("the driver is too old")
-
     monkeypatch.setattr(cuda_cluster, "unsuited", lambda *a: None)
-    monkeypatch.setattr(cuda_hopper, "load", refuses)
+    monkeypatch.setattr(cuda_hopper, "refusal", lambda *a, **k: "the driver is too old")
     plain, said = usable(tuned, shape, torch.float16, "cpu")
     assert not plain.cluster
     assert "the driver is too old" in said
@@ -143,15 +139,13 @@ def test_a_tile_travels_with_the_tuning() -> None:
 
 
 def test_what_does_not_run_after_all_is_an_error_with_a_way_out(monkeypatch) -> None:
-    shape = shape_of("learned")
-    model = SimpleNamespace(config=shape, tuning=with_clusters(shape, "cpu", TILES[0]))
-
     def refuses(*_):
         raise CompilerUnavailable("CUDA says no")
 
-    monkeypatch.setattr(cuda_cluster, "ClusterProduct", refuses)
-    with pytest.raises(EngineError, match=r"CUDA says no.*--set tune false"):
-        cuda_cluster.layer_products(model, None, 20)
+    monkeypatch.setattr(cuda_hopper, "_loaded", refuses)
+    assert cuda_hopper.refusal(KERNEL, {}, threads=32, device="cpu") == "CUDA says no"
+    with pytest.raises(EngineError, match=rf"{KERNEL} does not run.*says no.*--set tune false"):
+        cuda_hopper.load(KERNEL, {}, threads=32, device="cpu")
 
 
 def test_the_arguments_are_as_long_as_the_kernel_reads() -> None:

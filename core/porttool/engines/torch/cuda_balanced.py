@@ -50,7 +50,7 @@ def group(config: ModelConfig) -> int:
 
 def kernel(config: ModelConfig) -> str:
     """Name the kernel for a model's heads."""
-    return "balanced_attention" if group(config) == 1 else "group_attention"
+    return "balanced_attention" if group(config) == 1 else "cluster_attention"
 
 
 def macros(
@@ -121,7 +121,9 @@ class _Group(ctypes.Structure):
 class BalancedAttention:
     """One layer's attention for steps of n rows, ready to be enqueued.
 
-    drawn: an int32 of zero that no other kernel uses at the same time; it is zero afterwards.
+    drawn: an int32 of zero, and zero afterwards, that no other layer uses: it is counted up before
+    the predecessor ends. The step's first norm, which lets nobody start before its own predecessor
+    has ended, keeps two launches with the same one apart.
     """
 
     def __init__(

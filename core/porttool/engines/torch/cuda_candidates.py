@@ -143,9 +143,9 @@ def balanced_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
         return
     for slot in (16 << 10, 32 << 10):
         for room, warps in ((_HALF, 8), (_HALF, 4), (2 * _HALF, 8)):
-            tile = AttentionTile(1, slot // (4 * config.head_dim), warps, 0, balanced=True)
-            stages = (room - 1024 - balanced_shared(config, tile)) // (slot + 16)
-            yield replace(tile, stages=stages)
+            tile = AttentionTile(1, slot // (4 * config.head_dim), warps, balanced=True)
+            more = (room - 1024 - balanced_shared(config, tile)) // (slot + 16)
+            yield replace(tile, stages=tile.stages + more)
 
 
 def _group_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:

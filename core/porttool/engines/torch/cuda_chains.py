@@ -132,9 +132,8 @@ class WideChain:
             self._drawn = torch.zeros(layers, dtype=torch.int32, device=self.scratch.x.device)
         if (n, index) not in self._balanced:
             self._balanced[n, index] = BalancedAttention(
-                self.model, self.rows, self.scratch, index, n, tile, qkv,
-                self._drawn[index],
-            )  # fmt: skip
+                self.model, self.rows, self.scratch, index, n, tile, qkv, self._drawn[index]
+            )
         self._balanced[n, index].enqueue()
 
     def _norm(

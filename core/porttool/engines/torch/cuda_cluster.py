@@ -9,11 +9,10 @@ import torch
 
 from porttool.config import ModelConfig
 from porttool.engines.torch import cuda_hopper
-from porttool.engines.torch.cuda_compile import CompilerUnavailable, tensor_map
+from porttool.engines.torch.cuda_compile import tensor_map
 from porttool.engines.torch.cuda_launch import Model
 from porttool.engines.torch.cuda_state import Scratch
 from porttool.engines.torch.cuda_tuning import ClusterTile, tile_rows
-from porttool.errors import EngineError
 
 KERNEL = "cluster_linear"
 CHUNK = 64
@@ -125,18 +124,9 @@ class ClusterProduct:
 
 
 def layer_products(model: Model, scratch: Scratch, n: int) -> list[list[ClusterProduct]]:
-    """Return the products of every layer, in the order of NAMES.
-
-    Raises EngineError where one cannot run: `usable` tries one of them beforehand.
-    """
+    """Return the products of every layer, in the order of NAMES."""
     tiles = model.tuning.cluster[str(tile_rows(n))]
-    try:
-        return [
-            [ClusterProduct(model, scratch, index, name, n, tiles) for name in NAMES]
-            for index in range(model.config.n_layer)
-        ]
-    except CompilerUnavailable as error:
-        raise EngineError(
-            f"a product in clusters does not run here: {error}; build the engine again with "
-            "--set tune true, or with --set tune false to do without"
-        ) from error
+    return [
+        [ClusterProduct(model, scratch, index, name, n, tiles) for name in NAMES]
+        for index in range(model.config.n_layer)
+    ]

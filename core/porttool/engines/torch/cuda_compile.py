@@ -64,7 +64,7 @@ class CompiledKernel:
     """
 
     def __init__(self, cubin: bytes, name: str, *, threads: int, shared: int) -> None:
-        driver, self.threads, self.shared = _driver(), threads, shared
+        driver, self.name, self.threads, self.shared = _driver(), name, threads, shared
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         try:
             self._module = _checked(driver.cuModuleLoadData(cubin))
@@ -121,15 +121,27 @@ class CompiledKernel:
         config.attrs, config.numAttrs = attributes, len(attributes)
         (status,) = driver.cuLaunchKernelEx(config, self._function, ((argument,), (None,)), 0)
         if int(status) != 0:
-            raise EngineError(f"the GPU does not launch a product in clusters: {status!r}")
+            raise EngineError(
+                f"the GPU does not launch {self.name}: {status!r}; build the engine again with "
+                "--set tune true, or with --set tune false to do without"
+            )
 
 
 def tensor_map(matrix: Tensor, box: tuple[int, ...]) -> tuple[int, ...]:
     """Describe a 16-bit tensor for the GPU's copies of boxes of it, sides last to first.
 
     A box is 128 bytes wide; its rows are swizzled in shared memory as the tensor cores want it.
-    What lies outside the tensor is zero. Raises CompilerUnavailable for what the GPU cannot copy.
+    What lies outside the tensor is zero. Raises EngineError for what the GPU cannot copy.
     """
+    try:
+        return _encoded(matrix, box)
+    except CompilerUnavailable as error:
+        raise EngineError(
+            f"the GPU does not copy boxes of {tuple(matrix.shape)}: {error}"
+        ) from error
+
+
+def _encoded(matrix: Tensor, box: tuple[int, ...]) -> tuple[int, ...]:
     driver = _driver()
     long, short = driver.cuuint64_t, driver.cuuint32_t
     *strides, _ = (long(stride * matrix.itemsize) for stride in matrix.stride())

@@ -8,7 +8,6 @@ import torch
 
 from porttool.config import ModelConfig
 from porttool.engines.torch import cuda_balanced, cuda_cluster, cuda_hopper
-from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_tuning import Tuning, default_tuning
 
 
@@ -16,49 +15,49 @@ def usable(
     tuning: Tuning, config: ModelConfig, dtype: torch.dtype, device: str
 ) -> tuple[Tuning, str]:
     """Return a tuning that can run here, and what to say of kernels that it has or goes without."""
-    tuning, clusters = _clusters(tuning, config, dtype, device)
-    tuning, attention = _attention(tuning, config, dtype, device)
-    return tuning, clusters + attention
+    said = ""
+    if tuning.cluster:
+        reason = _clusters_refused(tuning, config, dtype, device)
+        tuning = replace(tuning, cluster={}) if reason else tuning
+        said += f", no products in clusters: {reason}" if reason else ""
+        said += "" if reason else ", products of several rows in clusters"
+    balanced = [rows for rows, tile in tuning.wide_attention.items() if tile.balanced]
+    if balanced:
+        reason = _attention_refused(tuning, config, dtype, device)
+        if reason:
+            others = default_tuning(config, device).wide_attention
+            kept = {**tuning.wide_attention, **{rows: others[rows] for rows in balanced}}
+            tuning = replace(tuning, wide_attention=kept)
+        said += f", no balanced attention: {reason}" if reason else ""
+        said += "" if reason else ", balanced attention of several rows"
+    return tuning, said
 
 
-def _clusters(
+def _clusters_refused(
     tuning: Tuning, config: ModelConfig, dtype: torch.dtype, device: str
-) -> tuple[Tuning, str]:
-    if not tuning.cluster:
-        return tuning, ""
-    reason = cuda_cluster.unsuited(config, dtype, device)
-    if reason is None:
-        rows, tiles = next(iter(tuning.cluster.items()))
-        defined = cuda_cluster.macros(config, dtype, "out", tiles["out"], int(rows))
-        reason = _refused(cuda_cluster.KERNEL, defined, cuda_cluster.threads(tiles["out"]), device)
-    if reason:
-        return replace(tuning, cluster={}), f", no products in clusters: {reason}"
-    return tuning, ", products of several rows in clusters"
+) -> str | None:
+    """Say why products in clusters do not run, by one of them, or None."""
+    rows, tiles = next(iter(tuning.cluster.items()))
+    tile = tiles["out"]
+    return cuda_cluster.unsuited(config, dtype, device) or cuda_hopper.refusal(
+        cuda_cluster.KERNEL, cuda_cluster.macros(config, dtype, "out", tile, int(rows)),
+        threads=cuda_cluster.threads(tile), device=device,
+    )  # fmt: skip
 
 
-def _attention(
+def _attention_refused(
     tuning: Tuning, config: ModelConfig, dtype: torch.dtype, device: str
-) -> tuple[Tuning, str]:
-    balanced = {rows: tile for rows, tile in tuning.wide_attention.items() if tile.balanced}
-    if not balanced:
-        return tuning, ""
+) -> str | None:
+    """Say why one of the balanced tiles does not run, as its steps will want it, or None."""
     reason = cuda_balanced.unsuited(config, dtype, device)
-    for tile in [] if reason else balanced.values():
-        defined, threads = cuda_balanced.macros(config, dtype, tile), cuda_balanced.threads
-        reason = reason or _refused(
-            cuda_balanced.kernel(config), defined, threads(config, tile), device
-        )
-    if reason:
-        others = default_tuning(config, device).wide_attention
-        kept = {**tuning.wide_attention, **{rows: others[rows] for rows in balanced}}
-        return replace(tuning, wide_attention=kept), f", no balanced attention: {reason}"
-    return tuning, ", balanced attention of several rows"
-
-
-def _refused(name: str, defined: dict[str, object], threads: int, device: str) -> str | None:
-    """Say why a kernel cannot be made ready here, or None."""
-    try:
-        cuda_hopper.load(name, defined, threads=threads, device=device)
-    except CompilerUnavailable as error:
-        return str(error)
-    return None
+    for rows, tile in tuning.wide_attention.items():
+        if reason or not tile.balanced:
+            continue
+        parts = 1 if rows in tuning.cluster else tuning.wide[rows]["qkv"].split
+        defined = cuda_balanced.macros(config, dtype, tile, parts=parts,
+                                       has_bias=parts > 1 and config.qkv_bias)  # fmt: skip
+        reason = cuda_hopper.refusal(
+            cuda_balanced.kernel(config), defined, threads=cuda_balanced.threads(config, tile),
+            device=device,
+        )  # fmt: skip
+    return reason

@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from porttool.engines.torch.cuda_compile import CompiledKernel, compile_cubin
+from porttool.engines.torch.cuda_compile import (
+    CompiledKernel,
+    CompilerUnavailable,
+    compile_cubin,
+)
+from porttool.errors import EngineError
 
 ARCH = "sm_90a"
 
@@ -19,7 +24,7 @@ _PARTS = {
         "machine.cuh", "activation.cuh", "overlap.cuh", "cluster.cuh", "warpgroup.cuh", "linear.cu",
     ),
     "balanced_attention": ("machine.cuh", "overlap.cuh", "heads.cuh", "attend.cu"),
-    "group_attention": (
+    "cluster_attention": (
         "machine.cuh", "overlap.cuh", "cluster.cuh", "heads.cuh", "attend_group.cu",
     ),
 }  # fmt: skip
@@ -48,8 +53,28 @@ def compile_kernel(name: str, defined: Mapping[str, object]) -> bytes:
 def load(
     name: str, defined: Mapping[str, object], *, threads: int, device: str | torch.device
 ) -> CompiledKernel:
-    """Return a kernel ready for a device; SHARED is among what its source finds defined."""
-    return _loaded(name, tuple(defined.items()), threads, torch.device(device))
+    """Return a kernel ready for a device; SHARED is among what its source finds defined.
+
+    Raises EngineError where it does not run: `refusal` tries it beforehand.
+    """
+    try:
+        return _loaded(name, tuple(defined.items()), threads, torch.empty(0, device=device).device)
+    except CompilerUnavailable as error:
+        raise EngineError(
+            f"{name} does not run here: {error}; build the engine again with --set tune true, or "
+            "with --set tune false to do without"
+        ) from error
+
+
+def refusal(
+    name: str, defined: Mapping[str, object], *, threads: int, device: str | torch.device
+) -> str | None:
+    """Say why a kernel cannot be made ready for a device, or None."""
+    try:
+        _loaded(name, tuple(defined.items()), threads, torch.empty(0, device=device).device)
+    except CompilerUnavailable as error:
+        return str(error)
+    return None
 
 
 @cache

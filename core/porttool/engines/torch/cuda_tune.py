@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -153,21 +153,14 @@ class _Search:
         """Measure one matrix in another tile."""
         self.offer(with_tile(self.best, name, tile, self.n))
 
-    def offer_attention(self) -> None:
-        """Measure every cut of the context."""
-        staged = stageable(self.decoder.dtype, self.decoder.device)
-        for tile in attention_candidates(self.decoder.config, self.n, staged=staged):
+    def offer_attention(self, tiles: Iterable[AttentionTile]) -> None:
+        """Measure cuts of the context."""
+        for tile in tiles:
             if self.n == 1:
                 self.offer(replace(self.best, attention=tile))
             else:
                 several = {**self.best.wide_attention, str(tile_rows(self.n)): tile}
                 self.offer(replace(self.best, wide_attention=several))
-
-    def offer_balanced(self, tiles: Sequence[AttentionTile]) -> None:
-        """Measure attention in which who is done with a head draws the next."""
-        for tile in tiles:
-            several = {**self.best.wide_attention, str(tile_rows(self.n)): tile}
-            self.offer(replace(self.best, wide_attention=several))
 
     def offer_persistent(self) -> None:
         """Measure the persistent kernel, one of its numbers after the other."""
@@ -232,14 +225,15 @@ def refine(
         first = with_tile(first, name, next(t for t in tiles if t.block_n), n)
     decoder.use(first)
     search = _Search(decoder, n, context)
-    search.offer_attention()
-    search.offer_balanced(balanced)
+    staged = stageable(decoder.dtype, decoder.device)
+    search.offer_attention(attention_candidates(decoder.config, n, staged=staged))
+    search.offer_attention(balanced)
     for name, tiles in found.items():
         for tile in tiles:
             search.offer_tile(name, tile)
     if clustered and all(clustered.values()):
         search.offer_clusters(clustered)
-        search.offer_balanced(balanced)  # its neighbours are others now
+        search.offer_attention(balanced)  # its neighbours are others now
     if n == 1:
         search.offer(replace(search.best, join_in_out=True))
         search.offer_persistent()

@@ -78,6 +78,11 @@ class AttentionTile:
     staged: bool = False
     balanced: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse a tile of nothing, with a ValueError: tiles are read from files."""
+        if min(self.splits, self.block_t, self.warps, self.stages) < 1:
+            raise ValueError(f"no attention runs in {self!r}")
+
     def __str__(self) -> str:
         """Return parts x positions of a tile."""
         return f"{'balanced ' * self.balanced}{self.splits} x {self.block_t}"

@@ -339,7 +339,7 @@ __device__ __forceinline__ void finish(const Step& step, const Shared& s, const 
 
 // Grid: SPLIT programs for each row and head of keys, a cluster.
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
-    group_attention(const __grid_constant__ Arguments a) {
+    cluster_attention(const __grid_constant__ Arguments a) {
     extern __shared__ char raw[];
     Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

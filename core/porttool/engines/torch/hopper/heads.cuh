@@ -22,8 +22,8 @@ struct Place {
     long long first;                      // of its keys and values: position 0 of all slots'
 
     __device__ Place(const Step& step, int number) : row(number / KV), kv(number % KV) {
-        position = step.positions[row], slot = step.slots[row];
-        stored = slot < 0 ? 0 : position;
+        slot = step.slots[row], position = slot < 0 ? 0 : step.positions[row];
+        stored = position;
         first = (static_cast<long long>(slot) * KV + kv) * step.capacity;
     }
 };

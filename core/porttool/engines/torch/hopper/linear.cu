@@ -14,7 +14,8 @@
 // of 4.5: what is lost are the ends, when the last sums are exchanged and the next kernel begins.
 //
 // Defined outside beside machine.cuh's: BLOCK_M (rows), BLOCK_N, SPLIT, STAGES, AHEAD (slots that
-// are asked for before the predecessor ends), GATED, NORM, RESIDUAL and ACTIVATED (0 or 1).
+// are asked for before the predecessor ends), GATED, NORM, RESIDUAL, ACTIVATED and RMS (0 or 1),
+// EPS (of the norm).
 
 constexpr int GROUPS = BLOCK_N / 64;  // warpgroups, 64 columns each
 constexpr int WARPS = GROUPS * 4;     // that multiply; one more fills the ring, another helps

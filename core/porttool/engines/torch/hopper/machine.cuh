@@ -1,10 +1,7 @@
-// What the persistent kernel needs of the machine: asynchronous copies, loads, barriers, numbers.
+// What every kernel here needs of the machine: asynchronous copies, loads, barriers, numbers, words.
 // No header is included: NVRTC compiles this where no CUDA toolkit is installed.
 //
-// Defined outside: D, HEADS, KV, DIM, FF, VOCAB, LAYERS (the model's sizes), ROTARY (rotated
-// elements of a head), GATED, RMS, BF16 (0 or 1), ACT_name, EPS (of the norms), GRID
-// (multiprocessors), SHARED (bytes of shared memory), THREADS (that compute), FILLERS (warps that
-// fill), MOST_STEPS, FLYING, SPLITS (see PersistentTile) and PLAN_WORDS.
+// Defined outside: BF16 (0 or 1), SHARED (bytes of shared memory), and what each file says.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -240,7 +237,7 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
-// Weights leave the L2 cache first: each is read once a step.
+// What is read once a step, weights and cached keys, leaves the L2 cache first.
 __device__ __forceinline__ void copy_once(u32 to, const void* from, u32 bytes, u32 barrier) {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

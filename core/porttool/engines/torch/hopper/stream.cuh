@@ -5,6 +5,11 @@
 // next is known ahead of all activations, so the filling warps run through the whole model by
 // themselves and wait only for free slots: the ring fills up whatever the computing warps wait for.
 // (One warp alone does not issue copies fast enough.)
+//
+// Defined outside: D, HEADS, KV, DIM, FF, VOCAB, LAYERS (the model's sizes), ROTARY (rotated
+// elements of a head), GATED, RMS (0 or 1), ACT_name, EPS (of the norms), GRID (multiprocessors),
+// THREADS (that compute), FILLERS (warps that fill), MOST_STEPS, FLYING, SPLITS (see PersistentTile)
+// and PLAN_WORDS.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int ALL_THREADS = THREADS + FILLERS * 32;

@@ -4,8 +4,8 @@ A kernel of the decode chain first does what does not depend on its predecessor 
 and old cache entries into registers), then waits for it, then reads activations.
 Every kernel waits, so that after its wait everything earlier in the chain is complete.
 A kernel that lets its successor start before its own wait (`EARLY`) only promises weights: the
-first kernel of each token does not, so that later ones may read positions and old cache entries
-before their wait.
+first kernel of each token does not, so that later ones may read positions and old cache entries,
+and count the heads that they draw, before their wait.
 """
 
 from __future__ import annotations
