@@ -128,3 +128,17 @@ def assert_same_bits_in_any_batch(made: Any) -> None:
     drafted = torch.stack([tokens[:4], tokens[:4] + 1, tokens[:4] + 2], dim=1)
     step = Step(torch.arange(4), drafted, torch.tensor(lengths[:4]), torch.tensor([3, 1, 3, 2]))
     assert torch.equal(made.step(step, all_positions=True)[:, 0], whole[:4])
+
+
+def assert_tokens_repeat_and_equal_single_steps(made: Any, lengths: list[int]) -> None:
+    """40 greedy tokens of rows that have so many: twice the same, and those of 40 single steps."""
+    n = len(lengths)
+    made.step(Step.prefill(prompts(lengths)))
+    begin = one_token(list(range(n)), torch.arange(n), lengths)
+    tokens = made.decode(begin, 40).cpu()
+    assert torch.equal(made.decode(begin, 40).cpu(), tokens)
+    fed = torch.arange(n)
+    for i in range(40):
+        step = one_token(list(range(n)), fed, [length + i for length in lengths])
+        fed = made.step(step).argmax(-1).cpu()
+        assert torch.equal(fed, tokens[:, i])

@@ -108,16 +108,7 @@ def test_a_row_has_the_same_bits_beside_any_others(case: str, tile: AttentionTil
 @pytest.mark.parametrize(("case", "tile"), [EVERY[3], EVERY[7]], ids=name_of)
 def test_tokens_repeat_and_equal_single_steps(case: str, tile: AttentionTile, n: int) -> None:
     made, _, _ = made_with(case, torch.float16, tile, n)
-    lengths = [20 + 11 * i % 300 for i in range(n)]
-    made.step(Step.prefill(prompts(lengths)))
-    begin = cases.one_token(list(range(n)), torch.arange(n), lengths)
-    tokens = made.decode(begin, 40).cpu()
-    assert torch.equal(made.decode(begin, 40).cpu(), tokens)
-    fed = torch.arange(n)
-    for i in range(40):
-        step = cases.one_token(list(range(n)), fed, [length + i for length in lengths])
-        fed = made.step(step).argmax(-1).cpu()
-        assert torch.equal(fed, tokens[:, i])
+    cases.assert_tokens_repeat_and_equal_single_steps(made, [20 + 11 * i % 300 for i in range(n)])
 
 
 @pytest.mark.parametrize(("case", "tile"), [EVERY[2], EVERY[11]], ids=name_of)

@@ -75,16 +75,7 @@ def test_a_row_has_the_same_bits_in_any_small_batch(tile: ClusterTile) -> None:
 @pytest.mark.parametrize("n", [5, 40, 128])
 def test_tokens_repeat_and_equal_single_steps(n: int) -> None:
     made, _, _ = made_with("gated rotary", torch.float16, TILES[1], n)
-    lengths = [20 + i % 5 for i in range(n)]
-    made.step(Step.prefill(prompts(lengths)))
-    begin = cases.one_token(list(range(n)), torch.arange(n), lengths)
-    tokens = made.decode(begin, 40).cpu()
-    assert torch.equal(made.decode(begin, 40).cpu(), tokens)
-    fed = torch.arange(n)
-    for i in range(40):
-        step = cases.one_token(list(range(n)), fed, [length + i for length in lengths])
-        fed = made.step(step).argmax(-1).cpu()
-        assert torch.equal(fed, tokens[:, i])
+    cases.assert_tokens_repeat_and_equal_single_steps(made, [20 + i % 5 for i in range(n)])
 
 
 def test_it_runs_where_no_work_was_given_to_the_gpu_before() -> None:
