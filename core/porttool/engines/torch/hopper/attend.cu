@@ -2,10 +2,12 @@
 // next. Multiprocessors do not get equal shares of the memory: dealt out evenly, GPT-2 XL's heads
 // of 128 rows were all asked for after 108 us by the slowest program, after 73 by the fastest.
 //
-// Some warps ask for keys and values, head after head, into a ring that is always full; another
+// One warp asks for keys and values, head after head, into a ring that is always full; another
 // fetches queries one head ahead; those that compute take positions, 512 bytes of keys a warp's
 // load, each lane with a softmax of its own positions; a last one joins what they found, while they
 // are at the next head. So the memory never waits for a head to begin or end.
+// Moves each key and value once. To a step it adds, a layer of GPT-2 XL: 109 MB at 32 rows in 26 us,
+// 4.2 TB/s, 436 MB at 128 rows in 99 us, 4.4 TB/s, the memory's own speed.
 //
 // Behind machine.cuh, overlap.cuh and heads.cuh. Defined outside beside heads.cuh's: SLOT (positions
 // of a slot of the ring), SLOTS, WARPS (that compute).

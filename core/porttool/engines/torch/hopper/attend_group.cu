@@ -5,6 +5,8 @@
 // highest scores, and share the slot's values, each its elements; so nothing of the sums is held
 // twice. Then the programs send each other what they found, and each finishes a share of the heads.
 // Keys and values are asked for before the predecessor ends.
+// Moves each key and value once: SantaCoder's 9 MB at 32 rows add 5 us to a layer, 1.8 TB/s; what
+// they take are the ways from the query to the sums of all programs.
 //
 // Behind machine.cuh, overlap.cuh, cluster.cuh and heads.cuh. Defined outside beside heads.cuh's:
 // SPLIT, RING (copies of 16 positions that it holds), WIDE (warps for 16 heads).
