@@ -24,10 +24,11 @@ from porttool.engines.torch.cuda_balanced import (
     unsuited,
 )
 from porttool.engines.torch.cuda_candidates import balanced_candidates
+from porttool.engines.torch.cuda_cluster import NAMES
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_hopper import compile_kernel
 from porttool.engines.torch.cuda_tune import balanced_for
-from porttool.engines.torch.cuda_tuning import AttentionTile, Tuning, default_tuning
+from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, Tuning, default_tuning
 
 TILE = AttentionTile(1, 64, 8, 3, balanced=True)
 
@@ -177,6 +178,34 @@ def test_the_tuner_offers_it_to_more_than_sixteen_rows(monkeypatch) -> None:
     assert balanced_for(decoder, 17) == list(balanced_candidates(shape_of(), 17))
     monkeypatch.setattr("porttool.engines.torch.cuda_tune.balanced_unsuited", lambda *a: "no")
     assert not balanced_for(decoder, 17)
+
+
+class Decoder(cases.TunedDecoder):
+    """Balanced attention alone is slower, beside products in clusters it is faster."""
+
+    def refuses(self, tuning: Tuning) -> bool:
+        return tuning.wide_attention["32"] == replace(TILE, stages=2)
+
+    def milliseconds(self) -> float:
+        tile = self.tuning.wide_attention["32"]
+        if not self.tuning.cluster:
+            return 1.1 if tile.balanced else 1.0
+        return {3: 0.7, 6: 0.6}[tile.stages] if tile.balanced else 0.8
+
+
+def test_the_tuner_measures_it_beside_products_in_clusters(monkeypatch) -> None:
+    from porttool.engines.torch import cuda_tune
+
+    monkeypatch.setattr(cuda_tune, "stageable", lambda *a: False)
+    monkeypatch.setattr(cuda_tune, "step_milliseconds", lambda d, n, context: d.milliseconds())
+    offered = [replace(TILE, stages=stages) for stages in (3, 2, 6)]
+    decoder = Decoder(shape_of())
+    assert cuda_tune.refine(decoder, {}, 32, 512, None, offered) == pytest.approx(1.0)
+    assert not decoder.tuning.wide_attention["32"].balanced
+    clusters = {name: [ClusterTile(64, 1, 3, 3)] for name in NAMES}
+    assert cuda_tune.refine(decoder, {}, 32, 512, clusters, offered) == pytest.approx(0.6)
+    assert decoder.tuning.wide_attention["32"] == offered[2]
+    assert not decoder.tuning.wide_attention["64"].balanced
 
 
 def test_the_arguments_are_as_the_kernel_reads_them() -> None:
