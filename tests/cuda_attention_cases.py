@@ -11,6 +11,7 @@ from torch import Tensor
 
 import cuda_cases as cases
 from hopper_emulation import NOT_BROKEN, Late, described, emulated
+from porttool.engines.torch import cuda_hopper
 from porttool.engines.torch.cuda_balanced import COPIED, _Group, _Own, _Step, kernel, macros
 from porttool.engines.torch.cuda_state import rotary_tables
 from porttool.engines.torch.cuda_tuning import AttentionTile
@@ -18,11 +19,6 @@ from porttool.engines.torch.cuda_tuning import AttentionTile
 CAPACITY, N_SLOTS = 202, 6
 TOLERANCE = {torch.float16: 6e-4, torch.bfloat16: 5e-3}
 ROTARY = {"position": "rotary", "rotary_fraction": 0.5}
-_FILES = {
-    "balanced_attention": (("machine.hpp", "overlap.hpp"), "attend.cu", "run_attention.hpp"),
-    "cluster_attention": (
-        ("machine.hpp", "overlap.hpp", "cluster.hpp"), "attend_group.cu", "run_group.hpp"),
-}  # fmt: skip
 
 
 def compiled(
@@ -30,8 +26,9 @@ def compiled(
     leaving: tuple[str, ...] = (),
 ) -> ctypes.CDLL:  # fmt: skip
     """Return the library of an attention kernel."""
-    machine, own, run = _FILES[name]
-    return emulated(machine, ("heads.cuh", own), run, tuple(defined.items()), broken, leaving)
+    machine = ("machine.hpp", "overlap.hpp", "cluster.hpp")
+    kernel = ("heads.cuh", cuda_hopper.sources(name)[-1].name)
+    return emulated(machine, kernel, "run_attention.hpp", tuple(defined.items()), broken, leaving)
 
 
 def maps(keys: Tensor, values: Tensor) -> tuple[tuple[int, ...], ...]:
