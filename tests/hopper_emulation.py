@@ -14,9 +14,9 @@ from tempfile import mkdtemp
 import pytest
 from torch import Tensor
 
-from porttool.engines.torch import cuda_persistent
+from porttool.engines.torch import cuda_hopper
 
-KERNELS = cuda_persistent._SOURCES
+KERNELS = cuda_hopper._SOURCES
 MACHINE = Path(__file__).parent / "hopper"
 SHARED_MEMORY = r"extern __shared__ (__align__\(\d+\) )?char (\w+)\[\];"
 NOT_BROKEN = ("", "")

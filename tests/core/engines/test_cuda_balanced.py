@@ -126,7 +126,7 @@ def test_without_a_hopper_gpu_other_attention_runs_and_says_so(monkeypatch) -> N
     assert cuda_fallback.usable(plain, shape, torch.float16, "cpu") == (plain, "")
     found, said = cuda_fallback.usable(given, shape, torch.float16, "cpu")
     assert found == plain
-    assert said == ", no balanced attention: they are written for Hopper GPUs"
+    assert said == ", no balanced attention: a Hopper GPU is needed"
 
     tried = []
 

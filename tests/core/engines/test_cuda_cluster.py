@@ -121,7 +121,7 @@ def test_what_is_unsuited_runs_without_and_says_so(monkeypatch) -> None:
     assert usable(default_tuning(shape, "cpu"), shape, torch.float16, "cpu")[1] == ""
     plain, said = usable(tuned, shape, torch.float16, "cpu")
     assert plain == replace(tuned, cluster={})
-    assert "no products in clusters: they are written for Hopper" in said
+    assert "no products in clusters: a Hopper GPU is needed" in said
 
     monkeypatch.setattr(cuda_cluster, "unsuited", lambda *a: None)
     monkeypatch.setattr(cuda_hopper, "refusal", lambda *a, **k: "the driver is too old")

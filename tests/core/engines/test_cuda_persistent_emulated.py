@@ -17,7 +17,7 @@ import torch
 
 import cuda_cases as cases
 from hopper_emulation import NOT_BROKEN, emulated, needs_compiler
-from porttool.engines.torch import cuda_persistent
+from porttool.engines.torch import cuda_hopper, cuda_persistent
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_tuning import PersistentTile, default_tuning
 from porttool.nn import KVCache, Step
@@ -38,7 +38,7 @@ class Emulated:
 
     def __init__(self, defined: Any, name: str, *, threads: int, shared: int) -> None:
         macros = (("BASE", 1024), *defined.items())
-        parts = cuda_persistent._PARTS[1:]
+        parts = tuple(path.name for path in cuda_hopper.sources(cuda_persistent.KERNEL)[1:])
         self.library = emulated(("machine.hpp",), parts, "run_row.hpp", macros, self.broken)
         self.seed = 0
 

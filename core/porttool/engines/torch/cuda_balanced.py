@@ -14,8 +14,8 @@ from torch import Tensor
 from porttool.config import ModelConfig
 from porttool.engines.torch import cuda_hopper
 from porttool.engines.torch.cuda_compile import tensor_map
+from porttool.engines.torch.cuda_hopper import programs_of
 from porttool.engines.torch.cuda_launch import Model, Projected
-from porttool.engines.torch.cuda_persistent import programs_of
 from porttool.engines.torch.cuda_state import Rows, Scratch
 from porttool.engines.torch.cuda_tuning import AttentionTile
 

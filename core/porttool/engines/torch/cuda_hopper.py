@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of several rows, compiled for one model and loaded: `hopper/`."""
+"""The CUDA C++ kernels for Hopper GPUs, compiled for one model and loaded: `hopper/`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ ARCH = "sm_90a"
 
 _SOURCES = Path(__file__).parent / "hopper"
 _PARTS = {
+    "decode_row": (
+        "machine.cuh", "activation.cuh", "stream.cuh", "product.cuh", "attention.cuh", "step.cu",
+    ),
     "cluster_linear": (
         "machine.cuh", "activation.cuh", "overlap.cuh", "cluster.cuh", "warpgroup.cuh", "linear.cu",
     ),
@@ -33,10 +36,15 @@ _PARTS = {
 def unsuited(dtype: torch.dtype, device: str) -> str | None:
     """Say why none of these kernels runs on a device, or None."""
     if dtype not in (torch.float16, torch.bfloat16):
-        return "they multiply 16-bit numbers"
+        return "16-bit weights are needed"
     if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != (9, 0):
-        return "they are written for Hopper GPUs"
+        return "a Hopper GPU is needed"
     return None
+
+
+def programs_of(device: str | torch.device) -> int:
+    """Return the multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def sources(name: str) -> list[Path]:

@@ -3,48 +3,35 @@
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from porttool.config import ModelConfig
+from porttool.engines.torch import cuda_hopper
 from porttool.engines.torch.cuda_compile import (
     INTEGER,
     POINTER,
     CompiledKernel,
     CompilerUnavailable,
-    compile_cubin,
 )
+from porttool.engines.torch.cuda_hopper import compile_kernel, programs_of
 from porttool.engines.torch.cuda_launch import Model
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import PersistentTile
 from porttool.engines.torch.cuda_weights import LayerWeights, Linear
 
-ARCH = "sm_90a"
+KERNEL = "decode_row"
 SHARED = 227 << 10
 """Shared memory of a multiprocessor's only program: all that Hopper gives it."""
 
-_SOURCES = Path(__file__).parent / "hopper"
-_PARTS = (
-    "machine.cuh", "activation.cuh", "stream.cuh", "product.cuh", "attention.cuh", "step.cu",
-)  # fmt: skip
 _COMPUTING = 256  # threads of a program; others fill its ring
 _MOST_FLAGS = 1 << 31
 
 
 def unsuited(config: ModelConfig, dtype: torch.dtype, device: str) -> str | None:
     """Say why the persistent kernel cannot run a model on a device, or None."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "it multiplies 16-bit weights"
-    if not device.startswith("cuda") or torch.cuda.get_device_capability(device) != (9, 0):
-        return "it is written for Hopper GPUs"
-    return unfit(config, programs_of(device))
-
-
-def programs_of(device: str | torch.device) -> int:
-    """Return the multiprocessors of a GPU: each runs one program."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return cuda_hopper.unsuited(dtype, device) or unfit(config, programs_of(device))
 
 
 def unfit(config: ModelConfig, programs: int) -> str | None:
@@ -86,9 +73,7 @@ def compile_row(
     config: ModelConfig, dtype: torch.dtype, tile: PersistentTile, programs: int
 ) -> bytes:
     """Compile the kernel for a model; CompilerUnavailable says why that cannot be."""
-    source = "\n".join((_SOURCES / name).read_text() for name in _PARTS)
-    defined = macros(config, dtype, tile, programs)
-    return compile_cubin(source, name="decode_row", arch=ARCH, macros=defined)
+    return compile_kernel(KERNEL, macros(config, dtype, tile, programs))
 
 
 class PersistentRow:
@@ -118,7 +103,7 @@ class PersistentRow:
         threads = _COMPUTING + 32 * tile.fillers
         with torch.cuda.device(x.device):
             cubin = compile_row(c, model.dtype, tile, self.programs)
-            self._kernel = CompiledKernel(cubin, "decode_row", threads=threads, shared=SHARED)
+            self._kernel = CompiledKernel(cubin, KERNEL, threads=threads, shared=SHARED)
 
     def run(self, tokens: int, logits: Tensor | None = None) -> None:
         """Enqueue greedy tokens; with `logits` [vocab_size] float32 one step that fills them.

@@ -22,6 +22,7 @@ from porttool.engines.torch.cuda_candidates import (
 )
 from porttool.engines.torch.cuda_cluster import unsuited as clusters_unsuited
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
+from porttool.engines.torch.cuda_hopper import programs_of
 from porttool.engines.torch.cuda_launch import stream, wide
 from porttool.engines.torch.cuda_limits import stageable
 from porttool.engines.torch.cuda_measure import (
@@ -32,7 +33,7 @@ from porttool.engines.torch.cuda_measure import (
     random_weights,
     tuning_config,
 )
-from porttool.engines.torch.cuda_persistent import programs_of, unsuited
+from porttool.engines.torch.cuda_persistent import unsuited
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
 from porttool.engines.torch.cuda_tune_cluster import cluster_leaders
 from porttool.engines.torch.cuda_tuning import (

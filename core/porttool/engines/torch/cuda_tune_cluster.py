@@ -12,7 +12,7 @@ from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_candidates import cluster_candidates
 from porttool.engines.torch.cuda_cluster import KERNEL, NAMES, ClusterProduct, macros, residual
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
-from porttool.engines.torch.cuda_hopper import compile_kernel
+from porttool.engines.torch.cuda_hopper import compile_kernel, programs_of
 from porttool.engines.torch.cuda_measure import (
     captured,
     cold_passes,
@@ -21,7 +21,6 @@ from porttool.engines.torch.cuda_measure import (
     random_weights,
     tuning_config,
 )
-from porttool.engines.torch.cuda_persistent import programs_of
 from porttool.engines.torch.cuda_state import Scratch, make_scratch
 from porttool.engines.torch.cuda_tuning import ClusterTile, shapes
 from porttool.errors import EngineError
