@@ -9,6 +9,15 @@ inline void let_next_start() {}
 inline void await_last() {
     wait_until([] { return preceded; });
 }
+inline void meet_programs(u32* count, u32 programs) {
+    count_up(count);
+    wait_until([&] { return *count >= programs; });
+    if (count_up(count) == 2 * programs - 1) *count = 0;
+}
+inline float4 read_fresh(const float* from) {
+    pause(), ++moved;
+    return {from[0], from[1], from[2], from[3]};
+}
 inline u64 leaving_first() { return 0; }
 inline void fence_barriers() {}
 inline void fence_shared_copies() {}

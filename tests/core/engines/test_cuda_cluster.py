@@ -56,7 +56,7 @@ def test_candidates_fit_the_shared_memory_that_they_are_given(rows: int, compile
         n, k = shapes(shape)[name]
         given = {"gated": name == "up", "residual": residual(name)}
         found = list(cluster_candidates(n, k, rows, HOPPER, **given))
-        assert 1 <= len(found) <= 16
+        assert 1 <= len(found) <= 20
         assert len(set(found)) == len(found)
         for tile in found:
             assert tile.shared(rows, **given) <= 227 << 10
@@ -68,10 +68,9 @@ def test_candidates_fit_the_shared_memory_that_they_are_given(rows: int, compile
 @pytest.mark.parametrize(
     ("changes", "name", "reason"),
     [
-        ({"BLOCK_N": 192}, "down", "whole rows"),
         ({"SPLIT": 9}, "up", "up to eight programs"),
         ({"BLOCK_N": 96}, "up", "64 columns"),
-        ({"STAGES": 1}, "up", "when the next one is multiplied"),
+        ({"STAGES": 1}, "up", "while another is multiplied"),
         ({"AHEAD": 5}, "up", "before there is a slot"),
         ({"SHARED": 40 << 10}, "up", "more shared memory than there is"),
     ],
@@ -151,7 +150,7 @@ def test_what_does_not_run_after_all_is_an_error_with_a_way_out(monkeypatch) -> 
 def test_the_arguments_are_as_long_as_the_kernel_reads() -> None:
     assert ctypes.sizeof(cuda_cluster._Arguments) % 64 == 0
     assert cuda_cluster._Arguments.bias.offset == 3 * 128
-    assert cuda_cluster._Arguments.rows.offset == 3 * 128 + 7 * 8
+    assert cuda_cluster._Arguments.rows.offset == 3 * 128 + 9 * 8
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_balanced import COPIED, LEAST_STAGES
@@ -85,29 +86,26 @@ def cluster_candidates(
 
     One program or two fill a multiprocessor, or half of it, which lets the next kernel in; those
     that leave the fewest multiprocessors idle. Half of the slots asked for ahead were best mostly.
+    Sums of many rows go through memory, too: exchanged in shared memory, they take the ring's room.
     """
     tiles: dict[ClusterTile, float] = {}
-    for block_n in (64, 128) if residual or gated else (64, 128, 192):
-        for split in (1, 2, 3, 4, 5, 6, 8):
+    for block_n in (64, 128) if gated else (64, 128, 192):
+        for split, by_memory in ((1, False), *product((2, 3, 4, 5, 6, 8), (False, True))):
             count = -(-n // block_n) * split
+            if by_memory and (rows < 64 or block_n < 128):
+                continue
             for each, room in ((1, 2 * _HALF), (1, _HALF), (2, _HALF)):
                 idle = 1 - count / (-(-count // (programs * each)) * programs * each)
                 stages = 1
-                while stages < min(16, -(-k // (64 * split))) and _fits(
-                    block_n, split, stages + 1, rows, room, gated=gated, residual=residual
-                ):
+                while stages < min(16, -(-k // (64 * split))):
+                    more = ClusterTile(block_n, split, stages + 1, 1, by_memory)
+                    if more.shared(rows, gated=gated, residual=residual) > room:
+                        break
                     stages += 1
                 if stages > 1 and count <= 3 * programs and idle < 0.4:
-                    tile = ClusterTile(block_n, split, stages, max(stages // 2, 1))
+                    tile = ClusterTile(block_n, split, stages, max(stages // 2, 1), by_memory)
                     tiles[tile] = min(idle, tiles.get(tile, 1.0))
-    yield from sorted(tiles, key=tiles.__getitem__)[:16]
-
-
-def _fits(
-    block_n: int, split: int, stages: int, rows: int, room: int, *, gated: bool, residual: bool
-) -> bool:
-    tile = ClusterTile(block_n, split, stages, stages)
-    return tile.shared(rows, gated=gated, residual=residual) <= room
+    yield from sorted(tiles, key=tiles.__getitem__)[:20]
 
 
 def wide_candidates(

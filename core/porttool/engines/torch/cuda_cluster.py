@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from porttool.config import ModelConfig
 from porttool.engines.torch import cuda_hopper
 from porttool.engines.torch.cuda_compile import tensor_map
+from porttool.engines.torch.cuda_hopper import programs_of
 from porttool.engines.torch.cuda_launch import Model
 from porttool.engines.torch.cuda_state import Scratch
-from porttool.engines.torch.cuda_tuning import ClusterTile, tile_rows
+from porttool.engines.torch.cuda_tuning import ClusterTile, shapes, tile_rows
+from porttool.errors import EngineError
 
 KERNEL = "cluster_linear"
 CHUNK = 64
 """Elements of the inner dimension in a slot: 128 bytes."""
+
+TOLD = 64
+"""Columns of the residual stream whose sums are told as one."""
 
 NAMES = ("qkv", "out", "up", "down")
 
@@ -50,7 +57,7 @@ def macros(
     gated = config.gated and name == "up"
     return {
         "BLOCK_M": rows, "BLOCK_N": tile.block_n, "SPLIT": tile.split, "STAGES": tile.stages,
-        "AHEAD": min(tile.ahead, tile.stages), "GATED": int(gated),
+        "AHEAD": min(tile.ahead, tile.stages), "BY_MEMORY": int(tile.by_memory), "GATED": int(gated),
         "NORM": int(not residual(name) and not first), "RESIDUAL": int(residual(name)),
         "ACTIVATED": int(name == "up"), f"ACT_{config.activation}": 1,
         "BF16": int(dtype == torch.bfloat16), "RMS": int(config.norm == "rmsnorm"),
@@ -70,10 +77,46 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_uint64 * 16) for name in ("weights", "inputs", "first_inputs")),
         *((name, ctypes.c_void_p)
-          for name in ("bias", "column_sum", "heard", "x", "out", "gamma", "told")),
-        *((name, ctypes.c_int) for name in ("rows", "columns", "chunks", "heard_tiles", "width")),
-        ("given", ctypes.c_float), ("taken", ctypes.c_float), ("padding", ctypes.c_byte * 44),
+          for name in ("bias", "column_sum", "heard", "x", "out", "gamma", "told", "parts", "met")),
+        *((name, ctypes.c_int)
+          for name in ("rows", "columns", "chunks", "heard_tiles", "width", "row_tile")),
+        ("given", ctypes.c_float), ("taken", ctypes.c_float), ("padding", ctypes.c_byte * 24),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Between:
+    """What the products of steps of n rows keep between them.
+
+    parts: float32 sums that go through memory; met: int32, zeros, where the programs of a tile meet
+    that left them.
+    """
+
+    parts: Tensor
+    met: Tensor
+
+    @classmethod
+    def of(
+        cls, config: ModelConfig, tiles: Mapping[str, Sequence[ClusterTile]], rows: int,
+        device: str | torch.device,
+    ) -> Between:  # fmt: skip
+        """Allocate it for any of some tiles of each matrix, of so many rows."""
+        sums = 1
+        for name, several in tiles.items():
+            halves = 2 if config.gated and name == "up" else 1
+            for tile in several:
+                if tile.by_memory:
+                    programs = grid_of(config, name, tile, rows)[0]
+                    sums = max(sums, programs * halves * rows * tile.block_n)
+        columns = max(shapes(config)[name][0] for name in NAMES)
+        met = torch.zeros(-(-columns // 64), dtype=torch.int32, device=device)
+        return cls(torch.empty(sums, device=device), met)
+
+
+def grid_of(config: ModelConfig, name: str, tile: ClusterTile, n: int) -> tuple[int, int]:
+    """Return the programs of a product of n rows: along the columns, and along the rows."""
+    columns = shapes(config)[name][0]
+    return -(-columns // tile.block_n) * tile.split, -(-n // tile_rows(n))
 
 
 class ClusterProduct:
@@ -86,47 +129,57 @@ class ClusterProduct:
 
     def __init__(
         self, model: Model, scratch: Scratch, index: int, name: str, n: int,
-        tiles: Mapping[str, ClusterTile],
+        tiles: Mapping[str, ClusterTile], between: Between,
     ) -> None:  # fmt: skip
         c, s, layers, tile = model.config, scratch, model.weights.layers, tiles[name]
         layer, rows, ahead = layers[index], tile_rows(n), min(tile.ahead, tile.stages)
         linear = getattr(layer, name)
         following = layers[index + 1].qkv if index + 1 < len(layers) else model.weights.head
         after = {"out": layer.up.norm, "down": following.norm}.get(name)
-        heard = {"qkv": tiles["down"] if index else None, "up": tiles["out"]}.get(name)
+        first = name == "qkv" and not index
+        normed = name == "up" or (name == "qkv" and not first)
         gamma, given = (None, 1.0) if after is None else (after.gamma, after.scale)
-        taken = 1.0 if heard is None or linear.norm is None else 1 / linear.norm.scale
+        taken = 1 / linear.norm.scale if normed and linear.norm else 1.0
         x = {"out": s.attended, "down": s.hidden}.get(name, s.normed)[:n]
         out = {"qkv": s.qkv, "up": s.hidden}.get(name, s.normed)
-        columns, inner = linear.weight.shape
-        columns //= 2 if linear.gated else 1
-        defined = macros(c, model.dtype, name, tile, rows, first=index == 0 and name == "qkv")
+        columns, inner = shapes(c)[name]
+        defined = macros(c, model.dtype, name, tile, rows, first=first)
         self._kernel = cuda_hopper.load(KERNEL, defined, threads=threads(tile), device=s.x.device)
-        self._grid = (-(-columns // tile.block_n) * tile.split, -(-n // rows))
-        self._cluster, self._chained = tile.split, model.chained
-        bias = linear.bias if heard is None else linear.folded_bias
+        wide, high = grid_of(c, name, tile, n)
+        apart = tile.by_memory and tile.split > 1
+        if apart and wide > programs_of(s.x.device) * self._kernel.resident:
+            raise EngineError(f"{wide} programs that wait for each other are more than the GPU holds")
+        self._grid, self._cluster = (wide, 1 if apart else high), 1 if apart else tile.split
+        self._chained, self._kept = model.chained, between
+        bias = linear.folded_bias if normed else linear.bias
         chunks = x.view(n, -1, CHUNK).transpose(0, 1)
-        pointers = (bias, linear.column_sum, s.moments, s.x, out, gamma, s.moments)
-        self._arguments = _Arguments(
+        pointers = (bias, linear.column_sum, s.moments, s.x, out, gamma, s.moments, between.parts,
+                    between.met)  # fmt: skip
+        fixed = (
             tensor_map(linear.weight, (CHUNK, tile.block_n)),
             tensor_map(chunks, (CHUNK, rows, 1)), tensor_map(chunks, (CHUNK, rows, ahead)),
             *(None if t is None else t.data_ptr() for t in pointers),
-            n, columns, inner // CHUNK, -(-inner // heard.block_n) if heard else 0, inner,
-            given, taken,
+            n, columns, inner // CHUNK, -(-inner // TOLD), inner,
         )  # fmt: skip
+        self._arguments = [
+            _Arguments(*fixed, row_tile, given, taken) for row_tile in range(high if apart else 1)
+        ]
 
     def enqueue(self) -> None:
         """Launch it on the current stream."""
         stream = torch.cuda.current_stream().cuda_stream
-        self._kernel.launch_clusters(
-            self._grid, self._cluster, stream, self._arguments, chained=self._chained
-        )
+        for arguments in self._arguments:
+            self._kernel.launch_clusters(
+                self._grid, self._cluster, stream, arguments, chained=self._chained
+            )
 
 
 def layer_products(model: Model, scratch: Scratch, n: int) -> list[list[ClusterProduct]]:
     """Return the products of every layer, in the order of NAMES."""
     tiles = model.tuning.cluster[str(tile_rows(n))]
+    every = {name: [tile] for name, tile in tiles.items()}
+    between = Between.of(model.config, every, tile_rows(n), scratch.x.device)
     return [
-        [ClusterProduct(model, scratch, index, name, n, tiles) for name in NAMES]
+        [ClusterProduct(model, scratch, index, name, n, tiles, between) for name in NAMES]
         for index in range(model.config.n_layer)
     ]

@@ -10,7 +10,14 @@ import torch
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_candidates import cluster_candidates
-from porttool.engines.torch.cuda_cluster import KERNEL, NAMES, ClusterProduct, macros, residual
+from porttool.engines.torch.cuda_cluster import (
+    KERNEL,
+    NAMES,
+    Between,
+    ClusterProduct,
+    macros,
+    residual,
+)
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_hopper import compile_kernel, programs_of
 from porttool.engines.torch.cuda_measure import (
@@ -45,7 +52,8 @@ def cluster_leaders(
             residual=residual(name),
         ))  # fmt: skip
         _compile([macros(config, dtype, name, tile, rows) for tile in tiles])
-        timed = {tile: _microseconds(decoder, scratch, name, rows, tile) for tile in tiles}
+        between = Between.of(config, {name: tiles}, rows, device)
+        timed = {t: _microseconds(decoder, scratch, between, name, rows, t) for t in tiles}
         best = sorted((t for t in tiles if timed[t] < float("inf")), key=timed.__getitem__)
         out[name] = best[:count]
     return out
@@ -65,13 +73,16 @@ def _compile(defined: list[dict[str, object]]) -> None:
 
 
 def _microseconds(
-    decoder: CudaDecoder, scratch: Scratch, name: str, rows: int, tile: ClusterTile
-) -> float:
+    decoder: CudaDecoder, scratch: Scratch, between: Between, name: str, rows: int,
+    tile: ClusterTile,
+) -> float:  # fmt: skip
     """Return the device time of one matrix; infinite for a tile that does not run."""
     tiles = dict.fromkeys(NAMES, tile)
     layers = range(1, decoder.config.n_layer)  # the first layer's qkv is another kernel
     try:
-        products = [ClusterProduct(decoder.model, scratch, i, name, rows, tiles) for i in layers]
+        products = [
+            ClusterProduct(decoder.model, scratch, i, name, rows, tiles, between) for i in layers
+        ]
         nbytes = sum(getattr(decoder.model.weights.layers[i], name).nbytes for i in layers)
         passes = cold_passes(nbytes, len(products))
 

@@ -93,13 +93,14 @@ class ClusterTile:
     """How a product is cut: `split` programs, a cluster, share the inner dimension of some columns.
 
     Each has `stages` slots of 64 inner elements, `ahead` of which are asked for before the
-    kernel's predecessor ends.
+    kernel's predecessor ends. They exchange sums through shared memory, or `by_memory`.
     """
 
     block_n: int
     split: int
     stages: int
     ahead: int
+    by_memory: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the kernel does not run, with a ValueError: tiles are read from files."""
@@ -110,9 +111,10 @@ class ClusterTile:
     def shared(self, rows: int, *, gated: bool, residual: bool) -> int:
         """Bytes of shared memory of a program for a tile of so many rows."""
         parts, share = 2 if gated else 1, -(-rows // self.split)
-        sent = 4 * parts * share * (self.block_n + 4)
+        sent = 16 * parts if self.by_memory else 4 * parts * share * (self.block_n + 4)
         ring = self.stages * 128 * (parts * self.block_n + rows)
-        beside = (self.split - 1) * sent + 32 + 4 * self.block_n * (share if residual else 1)
+        old = share if residual and not self.by_memory else 1
+        beside = (self.split - 1) * sent + 32 + 4 * self.block_n * old
         beside += 16 * self.stages + 8 * share + 4 * self.block_n * (2 * parts + 1) + 128
         return (-(-max(ring, self.split * sent) // 1024) - (-beside // 1024) + 1) * 1024
 

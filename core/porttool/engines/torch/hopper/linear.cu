@@ -5,7 +5,8 @@
 // A cluster owns BLOCK_N columns. Each of its SPLIT programs multiplies its part of the inner
 // dimension, 64 elements of all its columns and rows a slot of the ring; then they send each other
 // their sums, and each finishes a share of the rows. So activations are read once for BLOCK_N
-// columns, in pieces, and nothing but finished rows goes to memory.
+// columns, in pieces, and nothing but finished rows goes to memory (BY_MEMORY: sums, too, which
+// leaves the shared memory to the ring where rows and columns are many).
 // The norm before a product is applied after it: with xg = x gamma, y = r (w . xg - mean w . gamma)
 // + w . beta + bias, where mean and r come from sums that the products before have left. xg is
 // scaled by a power of two that brings the largest gamma to 1, so that it fits where x does.
@@ -14,8 +15,8 @@
 // of 4.5: what is lost are the ends, when the last sums are exchanged and the next kernel begins.
 //
 // Defined outside beside machine.cuh's: BLOCK_M (rows), BLOCK_N, SPLIT, STAGES, AHEAD (slots that
-// are asked for before the predecessor ends), GATED, NORM, RESIDUAL, ACTIVATED and RMS (0 or 1),
-// EPS (of the norm).
+// are asked for before the predecessor ends), BY_MEMORY, GATED, NORM, RESIDUAL, ACTIVATED and RMS
+// (0 or 1), EPS (of the norm).
 
 constexpr int GROUPS = BLOCK_N / 64;  // warpgroups, 64 columns each
 constexpr int WARPS = GROUPS * 4;     // that multiply; one more fills the ring, another helps
@@ -26,11 +27,13 @@ constexpr int PITCH = BLOCK_N + 4;   // of a row of sums: no bank is met twice
 constexpr int SENT = SHARE * PITCH;  // sums that one program gives another
 
 constexpr int QUADS = BLOCK_N / 4;  // of columns, a thread each when finished
+constexpr int QUEUED = STAGES > 4;  // slots whose products run while the next one's are begun
+constexpr int TOLD = 64;            // columns whose sums are told as one
+constexpr bool CLUSTERED = SPLIT > 1 && !BY_MEMORY;
 
 static_assert(BLOCK_N % 64 == 0 && BLOCK_N <= 256, "a warpgroup multiplies 64 columns");
-static_assert(!RESIDUAL || BLOCK_N == 64 || BLOCK_N == 128, "a warp sums up whole rows");
 static_assert(SPLIT >= 1 && SPLIT <= 8, "a cluster has up to eight programs");
-static_assert(STAGES >= 2, "a slot is given back when the next one is multiplied");
+static_assert(STAGES >= 2, "one slot is filled while another is multiplied");
 static_assert(AHEAD >= 1 && AHEAD <= STAGES, "asked for before there is a slot");
 
 struct Arguments {
@@ -41,8 +44,11 @@ struct Arguments {
     float* x;             // [rows, columns], the residual stream
     u16* out;             // [rows, columns]; x times the next norm's scale with RESIDUAL
     const float* gamma;   // of the next norm
-    float2* told;         // [tiles, rows], as `heard`
+    float2* told;         // [tiles of TOLD columns, rows], as `heard`
+    float* parts;         // [programs, PARTS, BLOCK_M, BLOCK_N]: sums BY_MEMORY
+    u32* met;             // [tiles of columns]: programs that have left theirs there
     int rows, columns, chunks, heard_tiles, width;
+    int row_tile;        // the first
     float given, taken;  // scale of x gamma for the next product; the inverse of this one's
 };
 
@@ -52,10 +58,10 @@ struct Shared {
             alignas(1024) char weights[STAGES][PARTS * WEIGHTS];
             char inputs[STAGES][INPUTS];
         };
-        float sums[PARTS][SPLIT][SENT];  // by the programs that finish them
+        float sums[PARTS][SPLIT][BY_MEMORY ? 4 : SENT];  // by the programs that finish them
     };
-    alignas(16) float heard[most(SPLIT - 1, 1)][PARTS][SPLIT > 1 ? SENT : 4];  // from others
-    alignas(16) float old[RESIDUAL ? SHARE : 1][BLOCK_N];  // of the residual stream
+    alignas(16) float heard[CLUSTERED ? SPLIT - 1 : 1][PARTS][CLUSTERED ? SENT : 4];  // from others
+    alignas(16) float old[RESIDUAL && !BY_MEMORY ? SHARE : 1][BLOCK_N];  // of the residual stream
     alignas(8) u64 full[STAGES];
     u64 empty[STAGES], begun, all_heard, old_read;
     float2 moments[SHARE];  // mean and inverse deviation
@@ -67,9 +73,16 @@ struct Place {
     int tile, rank, row0, first, chunks;  // first of this program's chunks of 64 inner elements
 
     __device__ Place(const Arguments& a)
-        : tile(blockIdx.x / SPLIT), rank(blockIdx.x % SPLIT), row0(blockIdx.y * BLOCK_M) {
+        : tile(blockIdx.x / SPLIT),
+          rank(blockIdx.x % SPLIT),
+          row0((blockIdx.y + a.row_tile) * BLOCK_M) {
         first = a.chunks * rank / SPLIT;
         chunks = a.chunks * (rank + 1) / SPLIT - first;
+    }
+
+    // Where the sums of a program of this tile lie in memory.
+    __device__ float* parts(const Arguments& a, int program) const {
+        return a.parts + static_cast<long long>(tile * SPLIT + program) * PARTS * BLOCK_M * BLOCK_N;
     }
 };
 
@@ -177,8 +190,9 @@ __device__ __forceinline__ void multiply(float (&sum)[PARTS][HELD], Shared& s, i
         commit_products();
 #pragma unroll
         for (int p = 0; p < PARTS; ++p) pinned(sum[p]);
-        await_products<1>();
-        if (leader && i) barrier_arrive(shared_address(&s.empty[(i - 1) % STAGES]), 1);
+        await_products<QUEUED>();
+        if (leader && i >= QUEUED)
+            barrier_arrive(shared_address(&s.empty[(i - QUEUED) % STAGES]), 1);
     }
     await_products<0>();
 #pragma unroll
@@ -197,17 +211,21 @@ __device__ __forceinline__ void read_old(const Arguments& a, Shared& s, const Pl
              bytes, barrier);
 }
 
-// This warpgroup's sums to shared memory.
-__device__ __forceinline__ void leave(const float (&sum)[PARTS][HELD], Shared& s) {
+// This warpgroup's sums to shared memory, or to memory.
+__device__ __forceinline__ void leave(const float (&sum)[PARTS][HELD], const Arguments& a,
+                                      Shared& s, const Place& at) {
+    constexpr int pitch = BY_MEMORY ? BLOCK_N : PITCH;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int column = warp * 16 + lane / 4;
 #pragma unroll
-    for (int p = 0; p < PARTS; ++p)
+    for (int p = 0; p < PARTS; ++p) {
+        float* to = BY_MEMORY ? at.parts(a, at.rank) + p * BLOCK_M * BLOCK_N : s.sums[p][0];
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             const int m = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            s.sums[p][0][m * PITCH + column + i / 2 % 2 * 8] = sum[p][i];
+            to[m * pitch + column + i / 2 % 2 * 8] = sum[p][i];
         }
+    }
 }
 
 // Give every other program of the cluster the sums of its rows.
@@ -220,74 +238,109 @@ __device__ __forceinline__ void tell_others(Shared& s, int rank, int lane) {
                  address_in(lane, shared_address(&s.all_heard)));
 }
 
-// Columns n to n + 3 of one of this program's rows, finished but for the activation.
-__device__ __forceinline__ float4 joined(const Arguments& a, const Shared& s, int rank, int part,
+// What columns n to n + 3 of one of this program's rows are made of.
+struct Quad {
+    float4 parts[PARTS][SPLIT], old;
+
+    __device__ __forceinline__ void read(const Arguments& a, const Shared& s, const Place& at,
                                          int j, int n) {
-    float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-    for (int r = 0; r < SPLIT; ++r) {
-        const float* from = r == rank ? s.sums[part][r] : s.heard[r - (r > rank)][part];
-        const float4 more = *reinterpret_cast<const float4*>(from + j * PITCH + n);
-        v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
+        for (int p = 0; p < PARTS; ++p)
+#pragma unroll
+            for (int r = 0; r < SPLIT; ++r) {
+                if (BY_MEMORY) {
+                    const int m = p * BLOCK_M + at.rank * SHARE + j;
+                    parts[p][r] = read_fresh(at.parts(a, r) + m * BLOCK_N + n);
+                } else {
+                    const float* from = r == at.rank ? s.sums[p][r] : s.heard[r - (r > at.rank)][p];
+                    parts[p][r] = *reinterpret_cast<const float4*>(from + j * PITCH + n);
+                }
+            }
+        if (!RESIDUAL) return;
+        const long long row = at.row0 + at.rank * SHARE + j;
+        old = BY_MEMORY ? read_fresh(a.x + row * a.columns + at.tile * BLOCK_N + n)
+                        : *reinterpret_cast<const float4*>(&s.old[j][n]);
     }
-    const float4 bias = *reinterpret_cast<const float4*>(&s.bias[part][n]);
-    if (NORM) {
-        const float2 moment = s.moments[j];
-        const float4 column = *reinterpret_cast<const float4*>(&s.column_sum[part][n]);
-        const float scale = moment.y * a.taken, shift = -moment.x * moment.y;
-        v.x = scale * v.x + shift * column.x;
-        v.y = scale * v.y + shift * column.y;
-        v.z = scale * v.z + shift * column.z;
-        v.w = scale * v.w + shift * column.w;
+
+    // Finished but for the activation.
+    __device__ __forceinline__ float4 joined(const Arguments& a, const Shared& s, int p, int j,
+                                             int n) const {
+        float4 v = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int r = 0; r < SPLIT; ++r) {
+            const float4 more = parts[p][r];
+            v.x += more.x, v.y += more.y, v.z += more.z, v.w += more.w;
+        }
+        const float4 bias = *reinterpret_cast<const float4*>(&s.bias[p][n]);
+        if (NORM) {
+            const float2 moment = s.moments[j];
+            const float4 column = *reinterpret_cast<const float4*>(&s.column_sum[p][n]);
+            const float scale = moment.y * a.taken, shift = -moment.x * moment.y;
+            v.x = scale * v.x + shift * column.x;
+            v.y = scale * v.y + shift * column.y;
+            v.z = scale * v.z + shift * column.z;
+            v.w = scale * v.w + shift * column.w;
+        }
+        return {v.x + bias.x, v.y + bias.y, v.z + bias.z, v.w + bias.w};
     }
-    return {v.x + bias.x, v.y + bias.y, v.z + bias.z, v.w + bias.w};
-}
+};
 
 __device__ __forceinline__ uint2 narrow4(float4 v) {
     return {narrow(v.x) | u32(narrow(v.y)) << 16, narrow(v.z) | u32(narrow(v.w)) << 16};
 }
 
 // Store this program's rows, or add them to the residual stream. Nothing is unrolled: code that
-// has to be fetched would take longer than what it does.
+// has to be fetched would take longer than what it does. What comes from memory is asked for one
+// turn ahead.
 __device__ __forceinline__ void finish(const Arguments& a, Shared& s, const Place& at) {
     const int first = at.rank * SHARE, lane = threadIdx.x % 32;
     const int end = min(min(SHARE, BLOCK_M - first), a.rows - at.row0 - first) * QUADS;
+    const auto inside = [&](int i) {
+        return i < end && at.tile * BLOCK_N + i % QUADS * 4 < a.columns;
+    };
+    Quad next;
+    if (BY_MEMORY && inside(threadIdx.x))
+        next.read(a, s, at, threadIdx.x / QUADS, threadIdx.x % QUADS * 4);
 #pragma unroll 1
     for (int begin = threadIdx.x - lane; begin < end; begin += WARPS * 32) {
-        const int j = (begin + lane) / QUADS, n = (begin + lane) % QUADS * 4;
+        const int i = begin + lane, j = i / QUADS, n = i % QUADS * 4, later = i + WARPS * 32;
         const int m = at.row0 + first + j, column = at.tile * BLOCK_N + n;
-        const bool inside = begin + lane < end && column < a.columns;
         const long long place = static_cast<long long>(m) * a.columns + column;
         float2 told = {0.0f, 0.0f};
-        if (inside) {
-            float4 v = joined(a, s, at.rank, 0, j, n);
+        Quad quad = next;
+        if (!BY_MEMORY && inside(i)) quad.read(a, s, at, j, n);
+        if (BY_MEMORY && inside(later)) next.read(a, s, at, later / QUADS, later % QUADS * 4);
+        if (inside(i)) {
+            float4 v = quad.joined(a, s, 0, j, n);
             if (ACTIVATED) v = {activate(v.x), activate(v.y), activate(v.z), activate(v.w)};
             if (GATED) {
-                const float4 gate = joined(a, s, at.rank, PARTS - 1, j, n);
+                const float4 gate = quad.joined(a, s, PARTS - 1, j, n);
                 v.x *= gate.x, v.y *= gate.y, v.z *= gate.z, v.w *= gate.w;
             }
             if (RESIDUAL) {
-                const float4 old = *reinterpret_cast<const float4*>(&s.old[j][n]);
-                const float4 next = *reinterpret_cast<const float4*>(&s.gamma[n]);
+                const float4 old = quad.old;
+                const float4 following = *reinterpret_cast<const float4*>(&s.gamma[n]);
                 v.x += old.x, v.y += old.y, v.z += old.z, v.w += old.w;
                 *reinterpret_cast<float4*>(a.x + place) = v;
                 told.x = v.x + v.y + v.z + v.w;
                 told.y = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-                v.x *= next.x, v.y *= next.y, v.z *= next.z, v.w *= next.w;
+                v.x *= following.x, v.y *= following.y;
+                v.z *= following.z, v.w *= following.w;
             }
             *reinterpret_cast<uint2*>(a.out + place) = narrow4(v);
         }
         if (!RESIDUAL) continue;
 #pragma unroll
-        for (int step = QUADS / 2; step; step /= 2) {
+        for (int step = TOLD / 8; step; step /= 2) {
             told.x += __shfl_xor_sync(~0u, told.x, step);
             told.y += __shfl_xor_sync(~0u, told.y, step);
         }
-        if (inside && n == 0) a.told[at.tile * a.rows + m] = told;
+        if (inside(i) && n % TOLD == 0) a.told[column / TOLD * a.rows + m] = told;
     }
 }
 
-// Grid (tiles of columns x SPLIT, tiles of rows), in clusters of SPLIT.
+// Grid (tiles of columns x SPLIT, tiles of rows), in clusters of SPLIT, or BY_MEMORY all at once:
+// programs of a tile wait for each other.
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64)
     cluster_linear(const __grid_constant__ Arguments a) {
     extern __shared__ char raw[];
@@ -298,34 +351,39 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64)
     if (threadIdx.x == WARPS * 32) filler.begin();
     if (warp < WARPS) read_constants(a, s, at);
     __syncthreads();
-    if (SPLIT > 1) cluster_arrive();
+    if (CLUSTERED) cluster_arrive();
     constexpr int MULTIPLYING = WARPS * 32, FINISHING = MULTIPLYING + 32;
     if (warp == WARPS) {
         if (lane == 0) filler.run();
         __syncwarp();
-        if (SPLIT > 1) cluster_wait(), cluster_arrive();
+        if (CLUSTERED) cluster_wait(), cluster_arrive();
     } else if (warp > WARPS) {
         await_last();
         if (NORM) read_moments(a, s, at, lane);
-        if (RESIDUAL) read_old(a, s, at, lane);
+        if (RESIDUAL && !BY_MEMORY) read_old(a, s, at, lane);
         pass<2, FINISHING>();
-        if (SPLIT > 1) cluster_wait(), cluster_arrive();
+        if (CLUSTERED) cluster_wait(), cluster_arrive();
     } else {
         await_last();
         float sum[PARTS][HELD] = {};
         multiply(sum, s, at.chunks, warp / 4, threadIdx.x % 128 == 0);
-        meet<1, MULTIPLYING>();
-        leave(sum, s);
-        if (SPLIT > 1) fence_shared_copies();
+        if (!BY_MEMORY) meet<1, MULTIPLYING>();
+        leave(sum, a, s, at);
+        if (CLUSTERED) fence_shared_copies();
         meet<2, FINISHING>();
-        if (SPLIT > 1) {
+        if (CLUSTERED) {
             cluster_wait();
             if (warp == 0) tell_others(s, at.rank, lane);
             barrier_wait(shared_address(&s.all_heard), 0);
             cluster_arrive();
         }
-        if (RESIDUAL) barrier_wait(shared_address(&s.old_read), 0);
+        if (BY_MEMORY && SPLIT > 1) {
+            if (threadIdx.x == 0) meet_programs(a.met + at.tile, SPLIT);
+            meet<1, MULTIPLYING>();
+        }
+        if (RESIDUAL && !BY_MEMORY) barrier_wait(shared_address(&s.old_read), 0);
         finish(a, s, at);
     }
-    if (SPLIT > 1) cluster_wait();  // what others still read of this program's memory stays
+    // what others still read of this program's memory stays
+    if (CLUSTERED) cluster_wait();
 }

@@ -10,6 +10,32 @@ __device__ __forceinline__ void let_next_start() {
 
 __device__ __forceinline__ void await_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// As another program left it, past this multiprocessor's own cache.
+__device__ __forceinline__ float4 read_fresh(const float* from) {
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ u32 read_fresh(const u32* from) {
+    u32 now;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(from) : "memory");
+    return now;
+}
+
+// Wait until all of some programs have come, which see then what each wrote. The last to go leaves
+// the count at zero, as it was. By one thread, between barriers.
+__device__ __forceinline__ void meet_programs(u32* count, u32 programs) {
+    fence_all();
+    count_up(count);
+    while (read_fresh(count) < programs) {
+    }
+    fence_all();
+    if (count_up(count) == 2 * programs - 1) *count = 0;
+}
+
 // Of copies: what they bring leaves the L2 cache first.
 __device__ __forceinline__ u64 leaving_first() {
     u64 policy;
