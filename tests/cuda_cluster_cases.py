@@ -19,7 +19,13 @@ SHAPES = {
     "gated rotary": {"head_dim": 80, "d_model": 320, "d_ff": 704, **_LONG},
     "grouped rms": {"head_dim": 160, "d_model": 960, "d_ff": 640, **_LONG},
 }
-TILES = [ClusterTile(64, 1, 3, 3), ClusterTile(64, 3, 4, 2), ClusterTile(128, 5, 2, 1)]
+TILES = [
+    ClusterTile(64, 1, 3, 3),
+    ClusterTile(64, 3, 4, 2),
+    ClusterTile(128, 5, 2, 1),
+    ClusterTile(192, 2, 2, 1),
+    ClusterTile(128, 3, 3, 2, by_memory=True),
+]
 
 
 def shape_of(case: str, **changes: object) -> ModelConfig:

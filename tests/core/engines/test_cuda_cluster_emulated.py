@@ -128,8 +128,9 @@ KINDS = [
     ("down", 30, torch.float16, ClusterTile(192, 2, 2, 1), {}),
     ("out", 70, torch.bfloat16, ClusterTile(192, 2, 2, 1, True), {}),
     ("down", 130, torch.float16, ClusterTile(128, 3, 2, 2, True), {}),
-    ("up", 40, torch.float16, ClusterTile(64, 3, 2, 1, True), {"gated": True, "activation": "silu"}),
-]
+    ("up", 40, torch.float16, ClusterTile(64, 3, 2, 1, True),
+     {"gated": True, "activation": "silu"}),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "n", "dtype", "tile", "shape"), KINDS)

@@ -105,7 +105,7 @@ def cluster_candidates(
                 if stages > 1 and count <= 3 * programs and idle < 0.4:
                     tile = ClusterTile(block_n, split, stages, max(stages // 2, 1), by_memory)
                     tiles[tile] = min(idle, tiles.get(tile, 1.0))
-    yield from sorted(tiles, key=tiles.__getitem__)[:20]
+    yield from sorted(tiles, key=tiles.__getitem__)[:28]
 
 
 def wide_candidates(

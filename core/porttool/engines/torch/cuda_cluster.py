@@ -57,9 +57,9 @@ def macros(
     gated = config.gated and name == "up"
     return {
         "BLOCK_M": rows, "BLOCK_N": tile.block_n, "SPLIT": tile.split, "STAGES": tile.stages,
-        "AHEAD": min(tile.ahead, tile.stages), "BY_MEMORY": int(tile.by_memory), "GATED": int(gated),
-        "NORM": int(not residual(name) and not first), "RESIDUAL": int(residual(name)),
-        "ACTIVATED": int(name == "up"), f"ACT_{config.activation}": 1,
+        "AHEAD": min(tile.ahead, tile.stages), "BY_MEMORY": int(tile.by_memory),
+        "GATED": int(gated), "NORM": int(not residual(name) and not first),
+        "RESIDUAL": int(residual(name)), "ACTIVATED": int(name == "up"), f"ACT_{config.activation}": 1,
         "BF16": int(dtype == torch.bfloat16), "RMS": int(config.norm == "rmsnorm"),
         "EPS": f"{config.norm_eps!r}f",
         "SHARED": tile.shared(rows, gated=gated, residual=residual(name)),
@@ -120,7 +120,7 @@ def grid_of(config: ModelConfig, name: str, tile: ClusterTile, n: int) -> tuple[
 
 
 class ClusterProduct:
-    """One matrix of a layer for steps of n rows, ready to be enqueued; `tiles` by matrix.
+    """One matrix of a layer for steps of n rows, ready to be enqueued.
 
     qkv and up take scratch.normed [n, d_model], the residual stream times the norm's scale, with
     the sums in scratch.moments; the first layer's qkv takes it normalised. out and down add to
@@ -129,9 +129,9 @@ class ClusterProduct:
 
     def __init__(
         self, model: Model, scratch: Scratch, index: int, name: str, n: int,
-        tiles: Mapping[str, ClusterTile], between: Between,
+        tile: ClusterTile, between: Between,
     ) -> None:  # fmt: skip
-        c, s, layers, tile = model.config, scratch, model.weights.layers, tiles[name]
+        c, s, layers = model.config, scratch, model.weights.layers
         layer, rows, ahead = layers[index], tile_rows(n), min(tile.ahead, tile.stages)
         linear = getattr(layer, name)
         following = layers[index + 1].qkv if index + 1 < len(layers) else model.weights.head
@@ -146,10 +146,15 @@ class ClusterProduct:
         defined = macros(c, model.dtype, name, tile, rows, first=first)
         self._kernel = cuda_hopper.load(KERNEL, defined, threads=threads(tile), device=s.x.device)
         wide, high = grid_of(c, name, tile, n)
-        apart = tile.by_memory and tile.split > 1
-        if apart and wide > programs_of(s.x.device) * self._kernel.resident:
-            raise EngineError(f"{wide} programs that wait for each other are more than the GPU holds")
-        self._grid, self._cluster = (wide, 1 if apart else high), 1 if apart else tile.split
+        if tile.by_memory and wide > programs_of(s.x.device) * self._kernel.resident:
+            raise EngineError(
+                f"{name}'s {wide} programs wait for each other and are more than this GPU holds; "
+                "build the engine again with --set tune true"
+            )
+        self._grid, self._cluster = (wide, high), tile.split
+        rows_apart = 1
+        if tile.by_memory:  # the programs of a tile of rows wait for each other
+            self._grid, self._cluster, rows_apart = (wide, 1), 1, high
         self._chained, self._kept = model.chained, between
         bias = linear.folded_bias if normed else linear.bias
         chunks = x.view(n, -1, CHUNK).transpose(0, 1)
@@ -162,7 +167,7 @@ class ClusterProduct:
             n, columns, inner // CHUNK, -(-inner // TOLD), inner,
         )  # fmt: skip
         self._arguments = [
-            _Arguments(*fixed, row_tile, given, taken) for row_tile in range(high if apart else 1)
+            _Arguments(*fixed, row_tile, given, taken) for row_tile in range(rows_apart)
         ]
 
     def enqueue(self) -> None:
@@ -180,6 +185,6 @@ def layer_products(model: Model, scratch: Scratch, n: int) -> list[list[ClusterP
     every = {name: [tile] for name, tile in tiles.items()}
     between = Between.of(model.config, every, tile_rows(n), scratch.x.device)
     return [
-        [ClusterProduct(model, scratch, index, name, n, tiles, between) for name in NAMES]
+        [ClusterProduct(model, scratch, index, name, n, tiles[name], between) for name in NAMES]
         for index in range(model.config.n_layer)
     ]

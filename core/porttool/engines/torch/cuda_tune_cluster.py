@@ -77,11 +77,10 @@ def _microseconds(
     tile: ClusterTile,
 ) -> float:  # fmt: skip
     """Return the device time of one matrix; infinite for a tile that does not run."""
-    tiles = dict.fromkeys(NAMES, tile)
     layers = range(1, decoder.config.n_layer)  # the first layer's qkv is another kernel
     try:
         products = [
-            ClusterProduct(decoder.model, scratch, i, name, rows, tiles, between) for i in layers
+            ClusterProduct(decoder.model, scratch, i, name, rows, tile, between) for i in layers
         ]
         nbytes = sum(getattr(decoder.model.weights.layers[i], name).nbytes for i in layers)
         passes = cold_passes(nbytes, len(products))

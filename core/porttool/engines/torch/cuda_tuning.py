@@ -105,7 +105,7 @@ class ClusterTile:
     def __post_init__(self) -> None:
         """Refuse what the kernel does not run, with a ValueError: tiles are read from files."""
         runs = self.block_n in (64, 128, 192, 256) and 1 <= self.split <= 8
-        if not (runs and self.stages >= 2 and self.ahead >= 1):
+        if not (runs and self.stages >= 2 and self.ahead >= 1 and self.split > self.by_memory):
             raise ValueError(f"no product runs in {self!r}")
 
     def shared(self, rows: int, *, gated: bool, residual: bool) -> int:
@@ -119,8 +119,8 @@ class ClusterTile:
         return (-(-max(ring, self.split * sent) // 1024) - (-beside // 1024) + 1) * 1024
 
     def __str__(self) -> str:
-        """Return the columns and programs of a cluster."""
-        return f"{self.block_n} by a cluster of {self.split}"
+        """Return the columns and the programs that share them."""
+        return f"{self.block_n} by {'' if self.by_memory else 'a cluster of '}{self.split}"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ constexpr bool CLUSTERED = SPLIT > 1 && !BY_MEMORY;
 
 static_assert(BLOCK_N % 64 == 0 && BLOCK_N <= 256, "a warpgroup multiplies 64 columns");
 static_assert(SPLIT >= 1 && SPLIT <= 8, "a cluster has up to eight programs");
+static_assert(SPLIT > 1 || !BY_MEMORY, "a program alone has nobody to exchange sums with");
 static_assert(STAGES >= 2, "one slot is filled while another is multiplied");
 static_assert(AHEAD >= 1 && AHEAD <= STAGES, "asked for before there is a slot");
 
@@ -377,7 +378,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 64)
             barrier_wait(shared_address(&s.all_heard), 0);
             cluster_arrive();
         }
-        if (BY_MEMORY && SPLIT > 1) {
+        if (BY_MEMORY) {
             if (threadIdx.x == 0) meet_programs(a.met + at.tile, SPLIT);
             meet<1, MULTIPLYING>();
         }
