@@ -59,9 +59,9 @@ def macros(
         "BLOCK_M": rows, "BLOCK_N": tile.block_n, "SPLIT": tile.split, "STAGES": tile.stages,
         "AHEAD": min(tile.ahead, tile.stages), "BY_MEMORY": int(tile.by_memory),
         "GATED": int(gated), "NORM": int(not residual(name) and not first),
-        "RESIDUAL": int(residual(name)), "ACTIVATED": int(name == "up"), f"ACT_{config.activation}": 1,
-        "BF16": int(dtype == torch.bfloat16), "RMS": int(config.norm == "rmsnorm"),
-        "EPS": f"{config.norm_eps!r}f",
+        "RESIDUAL": int(residual(name)), "ACTIVATED": int(name == "up"),
+        f"ACT_{config.activation}": 1, "BF16": int(dtype == torch.bfloat16),
+        "RMS": int(config.norm == "rmsnorm"), "EPS": f"{config.norm_eps!r}f",
         "SHARED": tile.shared(rows, gated=gated, residual=residual(name)),
     }  # fmt: skip
 
