@@ -60,6 +60,7 @@ def test_candidates_fit_the_shared_memory_that_they_are_given(rows: int, compile
         assert len(set(found)) == len(found)
         for tile in found:
             assert tile.shared(rows, **given) <= 227 << 10
+            assert not tile.by_memory or -(-n // tile.block_n) * tile.split <= 2 * HOPPER
             assert -(-n // tile.block_n) * tile.split >= HOPPER // 2
         for tile in found[:2]:
             compile_kernel(KERNEL, macros(shape, torch.float16, name, tile, rows))

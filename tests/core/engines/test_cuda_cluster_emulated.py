@@ -21,6 +21,7 @@ from porttool.engines.torch import cuda_chains, cuda_cluster, cuda_hopper
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_cluster import CHUNK, NAMES, TOLD, _Arguments, macros, residual
 from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, default_tuning
+from porttool.errors import EngineError
 from porttool.nn import KVCache, Step
 
 pytestmark = needs_compiler
@@ -56,7 +57,7 @@ class Case:
         self.activations = drawn(n, self.inner, kind=dtype)
 
     def norm_input(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """x times gamma / 0.03125 in 16 bits, and the sums by tiles of so many columns."""
+        """x times gamma / 0.03125 in 16 bits, and the sums by TOLD columns."""
         told = [torch.stack((p.sum(1), (p**2).sum(1)), -1) for p in self.x.split(TOLD, 1)]
         return (self.x * self.gamma * 32).to(self.dtype), torch.stack(told).contiguous()
 
@@ -126,6 +127,7 @@ KINDS = [
     ("up", 130, torch.float16, ClusterTile(192, 1, 2, 1), {}),
     ("down", 20, torch.float16, ClusterTile(64, 1, 5, 2), {"d_ff": 576}),
     ("down", 30, torch.float16, ClusterTile(192, 2, 2, 1), {}),
+    ("down", 20, torch.float16, ClusterTile(256, 2, 2, 1), {}),
     ("out", 70, torch.bfloat16, ClusterTile(192, 2, 2, 1, True), {}),
     ("down", 130, torch.float16, ClusterTile(128, 3, 2, 2, True), {}),
     ("up", 40, torch.float16, ClusterTile(64, 3, 2, 1, True),
@@ -202,24 +204,35 @@ class Emulated:
         assert self.library.run(ctypes.byref(argument), *grid, 1, None, 0) == 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on masked lanes
-@pytest.mark.parametrize("case", ["multi-query", "gated rotary"])
-def test_a_step_of_a_model(case: str, monkeypatch) -> None:
+@pytest.fixture
+def emulation(monkeypatch) -> None:
+    monkeypatch.setattr(cuda_hopper, "load", Emulated)
+    monkeypatch.setattr(cuda_cluster, "programs_of", lambda device: 4)
+    monkeypatch.setattr(cuda_cluster, "tensor_map", described)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+
+
+def made_with(case: str, down: ClusterTile) -> tuple[CudaDecoder, Any]:
+    """Return a decoder of products in clusters and the same model in float64."""
     n_head, n_kv_head = (4, 1) if case == "multi-query" else (2, 2)
     shape = cases.config(case, d_model=128, d_ff=128, head_dim=128 // n_head, n_head=n_head,
                          n_kv_head=n_kv_head)  # fmt: skip
     plain = cases.drawn(shape, torch.float16)
     made = CudaDecoder(shape, plain.state_dict(), dtype=torch.float16,
                        limits=cases.limits(2, 16), device="cpu")  # fmt: skip
-    tiles = (ClusterTile(64, 2, 2, 1), ClusterTile(128, 1, 2, 2), ClusterTile(64, 1, 2, 2),
-             ClusterTile(64, 2, 2, 2))  # fmt: skip
+    tiles = ClusterTile(64, 2, 2, 1), ClusterTile(128, 1, 2, 2), ClusterTile(64, 1, 2, 2), down
     chosen = default_tuning(shape, "cpu")
     made.use(replace(chosen, cluster={"16": dict(zip(NAMES, tiles, strict=True))},
                      wide_attention={"16": AttentionTile(1, 16, 1)}))  # fmt: skip
-    monkeypatch.setattr(cuda_hopper, "load", Emulated)
-    monkeypatch.setattr(cuda_cluster, "tensor_map", described)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    return made, plain
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on masked lanes
+@pytest.mark.parametrize(("case", "by_memory"), [("multi-query", True), ("gated rotary", False)])
+def test_a_step_of_a_model(case: str, by_memory: bool, emulation, monkeypatch) -> None:
+    made, plain = made_with(case, ClusterTile(64, 2, 2, 2, by_memory))
+    shape = made.config
     cache = KVCache(shape, 2, 16, dtype=torch.float64)
     first = Step.prefill([[5, 7], [9, 11]])  # four tokens: a small step, too
     step = cases.one_token([0, 1], torch.arange(2), [2, 2])
@@ -228,3 +241,13 @@ def test_a_step_of_a_model(case: str, monkeypatch) -> None:
         assert cases.relative_error(made.step(one), wanted) < cases.TOLERANCE[torch.float16]
     monkeypatch.setattr(cuda_chains, "layer_products", None)
     made.step(step)  # what was made for a step is kept
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the kernels")
+def test_programs_that_wait_for_each_other_must_all_have_room(emulation, monkeypatch) -> None:
+    """Else they would wait for ever."""
+    monkeypatch.setattr(cuda_cluster, "programs_of", lambda device: 3)
+    made, _ = made_with("multi-query", ClusterTile(64, 2, 2, 2, by_memory=True))
+    step = cases.one_token([0, 1], torch.arange(2), [2, 2])
+    with pytest.raises(EngineError, match=r"down's 4 programs wait .* --set tune false"):
+        made.step(step)

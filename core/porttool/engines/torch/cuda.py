@@ -105,7 +105,7 @@ class CudaDecoder(DeviceDecoder):
     def use(self, tuning: Tuning) -> None:
         """Run with another tuning from now on; graphs are captured anew."""
         self.tuning = tuning
-        self.model = replace(self.model, tuning=tuning)
+        self.model = replace(self.model, tuning=tuning, between={})
         self._graphs.clear()
         self._scratch.clear()
         self._works: dict[tuple[str, int], Callable[[], None]] = {}

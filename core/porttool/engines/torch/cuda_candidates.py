@@ -95,6 +95,8 @@ def cluster_candidates(
             if by_memory and (rows < 64 or block_n < 128):
                 continue
             for each, room in ((1, 2 * _HALF), (1, _HALF), (2, _HALF)):
+                if by_memory and count > programs * each:
+                    continue  # they wait for each other
                 idle = 1 - count / (-(-count // (programs * each)) * programs * each)
                 stages = 1
                 while stages < min(16, -(-k // (64 * split))):

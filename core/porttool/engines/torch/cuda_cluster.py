@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from porttool.config import ModelConfig
 from porttool.engines.torch import cuda_hopper
 from porttool.engines.torch.cuda_compile import tensor_map
 from porttool.engines.torch.cuda_hopper import programs_of
 from porttool.engines.torch.cuda_launch import Model
-from porttool.engines.torch.cuda_state import Scratch
+from porttool.engines.torch.cuda_state import Between, Scratch
 from porttool.engines.torch.cuda_tuning import ClusterTile, shapes, tile_rows
 from porttool.errors import EngineError
 
@@ -84,33 +82,21 @@ class _Arguments(ctypes.Structure):
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Between:
-    """What the products of steps of n rows keep between them.
-
-    parts: float32 sums that go through memory; met: int32, zeros, where the programs of a tile meet
-    that left them.
-    """
-
-    parts: Tensor
-    met: Tensor
-
-    @classmethod
-    def of(
-        cls, config: ModelConfig, tiles: Mapping[str, Sequence[ClusterTile]], rows: int,
-        device: str | torch.device,
-    ) -> Between:  # fmt: skip
-        """Allocate it for any of some tiles of each matrix, of so many rows."""
-        sums = 1
-        for name, several in tiles.items():
-            halves = 2 if config.gated and name == "up" else 1
-            for tile in several:
-                if tile.by_memory:
-                    programs = grid_of(config, name, tile, rows)[0]
-                    sums = max(sums, programs * halves * rows * tile.block_n)
-        columns = max(shapes(config)[name][0] for name in NAMES)
-        met = torch.zeros(-(-columns // 64), dtype=torch.int32, device=device)
-        return cls(torch.empty(sums, device=device), met)
+def between(
+    config: ModelConfig, tiles: Mapping[str, Sequence[ClusterTile]], rows: int,
+    device: str | torch.device,
+) -> Between:  # fmt: skip
+    """Allocate what products need between them for any of some tiles of each matrix."""
+    sums = 1
+    for name, several in tiles.items():
+        halves = 2 if config.gated and name == "up" else 1
+        for tile in several:
+            if tile.by_memory:
+                programs = grid_of(config, name, tile, rows)[0]
+                sums = max(sums, programs * halves * rows * tile.block_n)
+    columns = max(shapes(config)[name][0] for name in NAMES)
+    met = torch.zeros(-(-columns // 64), dtype=torch.int32, device=device)
+    return Between(torch.empty(sums, device=device), met)
 
 
 def grid_of(config: ModelConfig, name: str, tile: ClusterTile, n: int) -> tuple[int, int]:
@@ -129,7 +115,7 @@ class ClusterProduct:
 
     def __init__(
         self, model: Model, scratch: Scratch, index: int, name: str, n: int,
-        tile: ClusterTile, between: Between,
+        tile: ClusterTile, kept: Between,
     ) -> None:  # fmt: skip
         c, s, layers = model.config, scratch, model.weights.layers
         layer, rows, ahead = layers[index], tile_rows(n), min(tile.ahead, tile.stages)
@@ -149,17 +135,17 @@ class ClusterProduct:
         if tile.by_memory and wide > programs_of(s.x.device) * self._kernel.resident:
             raise EngineError(
                 f"{name}'s {wide} programs wait for each other and are more than this GPU holds; "
-                "build the engine again with --set tune true"
+                "build again with --set tune true, or with --set tune false to do without"
             )
         self._grid, self._cluster = (wide, high), tile.split
         rows_apart = 1
         if tile.by_memory:  # the programs of a tile of rows wait for each other
             self._grid, self._cluster, rows_apart = (wide, 1), 1, high
-        self._chained, self._kept = model.chained, between
+        self._chained, self._kept = model.chained, kept
         bias = linear.folded_bias if normed else linear.bias
         chunks = x.view(n, -1, CHUNK).transpose(0, 1)
-        pointers = (bias, linear.column_sum, s.moments, s.x, out, gamma, s.moments, between.parts,
-                    between.met)  # fmt: skip
+        pointers = (bias, linear.column_sum, s.moments, s.x, out, gamma, s.moments, kept.parts,
+                    kept.met)  # fmt: skip
         fixed = (
             tensor_map(linear.weight, (CHUNK, tile.block_n)),
             tensor_map(chunks, (CHUNK, rows, 1)), tensor_map(chunks, (CHUNK, rows, ahead)),
@@ -181,10 +167,13 @@ class ClusterProduct:
 
 def layer_products(model: Model, scratch: Scratch, n: int) -> list[list[ClusterProduct]]:
     """Return the products of every layer, in the order of NAMES."""
-    tiles = model.tuning.cluster[str(tile_rows(n))]
-    every = {name: [tile] for name, tile in tiles.items()}
-    between = Between.of(model.config, every, tile_rows(n), scratch.x.device)
+    rows = tile_rows(n)
+    tiles = model.tuning.cluster[str(rows)]
+    if rows not in model.between:
+        every = {name: [tile] for name, tile in tiles.items()}
+        model.between[rows] = between(model.config, every, rows, scratch.x.device)
+    kept = model.between[rows]
     return [
-        [ClusterProduct(model, scratch, index, name, n, tiles[name], between) for name in NAMES]
+        [ClusterProduct(model, scratch, index, name, n, tiles[name], kept) for name in NAMES]
         for index in range(model.config.n_layer)
     ]

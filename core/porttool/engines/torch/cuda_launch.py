@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_library import activated_product, product
-from porttool.engines.torch.cuda_state import DeviceCache, Rows, Scratch
+from porttool.engines.torch.cuda_state import Between, DeviceCache, Rows, Scratch
 from porttool.engines.torch.cuda_tuning import (
     AttentionTile,
     StreamTile,
@@ -63,6 +63,7 @@ class Model:
     dtype: torch.dtype
     chained: bool  # programmatic dependent launch; off under the interpreter
     shared: int  # bytes of shared memory that a program may take
+    between: dict[int, Between] = field(default_factory=dict)  # by rows of a tile
 
     @property
     def rotary(self) -> int:

@@ -43,6 +43,19 @@ class Scratch:
     where: Tensor  # the same, int32
 
 
+@dataclass(frozen=True)
+class Between:
+    """What all products in clusters for so many rows of a tile keep between them.
+
+    parts: float32 sums that go through memory; met: int32, zeros, where the programs of a tile meet
+    that left them. They wait for each other, so that no other step of such products may run on the
+    GPU at the same time.
+    """
+
+    parts: Tensor
+    met: Tensor
+
+
 def make_rows(n: int, device: str) -> Rows:
     """Allocate the state of n rows, all of them padding."""
 

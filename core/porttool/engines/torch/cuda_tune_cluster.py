@@ -13,8 +13,8 @@ from porttool.engines.torch.cuda_candidates import cluster_candidates
 from porttool.engines.torch.cuda_cluster import (
     KERNEL,
     NAMES,
-    Between,
     ClusterProduct,
+    between,
     macros,
     residual,
 )
@@ -28,7 +28,7 @@ from porttool.engines.torch.cuda_measure import (
     random_weights,
     tuning_config,
 )
-from porttool.engines.torch.cuda_state import Scratch, make_scratch
+from porttool.engines.torch.cuda_state import Between, Scratch, make_scratch
 from porttool.engines.torch.cuda_tuning import ClusterTile, shapes
 from porttool.errors import EngineError
 
@@ -52,8 +52,8 @@ def cluster_leaders(
             residual=residual(name),
         ))  # fmt: skip
         _compile([macros(config, dtype, name, tile, rows) for tile in tiles])
-        between = Between.of(config, {name: tiles}, rows, device)
-        timed = {t: _microseconds(decoder, scratch, between, name, rows, t) for t in tiles}
+        kept = between(config, {name: tiles}, rows, device)
+        timed = {t: _microseconds(decoder, scratch, kept, name, rows, t) for t in tiles}
         best = sorted((t for t in tiles if timed[t] < float("inf")), key=timed.__getitem__)
         out[name] = best[:count]
     return out
@@ -73,14 +73,14 @@ def _compile(defined: list[dict[str, object]]) -> None:
 
 
 def _microseconds(
-    decoder: CudaDecoder, scratch: Scratch, between: Between, name: str, rows: int,
+    decoder: CudaDecoder, scratch: Scratch, kept: Between, name: str, rows: int,
     tile: ClusterTile,
 ) -> float:  # fmt: skip
     """Return the device time of one matrix; infinite for a tile that does not run."""
     layers = range(1, decoder.config.n_layer)  # the first layer's qkv is another kernel
     try:
         products = [
-            ClusterProduct(decoder.model, scratch, i, name, rows, tile, between) for i in layers
+            ClusterProduct(decoder.model, scratch, i, name, rows, tile, kept) for i in layers
         ]
         nbytes = sum(getattr(decoder.model.weights.layers[i], name).nbytes for i in layers)
         passes = cold_passes(nbytes, len(products))

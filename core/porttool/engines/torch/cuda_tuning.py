@@ -90,10 +90,11 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class ClusterTile:
-    """How a product is cut: `split` programs, a cluster, share the inner dimension of some columns.
+    """How a product is cut: `split` programs share the inner dimension of some columns.
 
     Each has `stages` slots of 64 inner elements, `ahead` of which are asked for before the
-    kernel's predecessor ends. They exchange sums through shared memory, or `by_memory`.
+    kernel's predecessor ends. They are a cluster and exchange sums through
+    shared memory, or exchange them `by_memory` and are none.
     """
 
     block_n: int

@@ -12,9 +12,8 @@
 // scaled by a power of two that brings the largest gamma to 1, so that it fits where x does.
 // Moves each weight once. In chains of their like, norms included: GPT-2 XL's 20 MB at 32 rows in
 // 6.7 to 6.9 us, 3.0 TB/s; SantaCoder's 34 MB in 9.6 us, 3.5 TB/s, at 128 rows in 13 us, 2.6 TB/s,
-// of 4.5; StarCoder's 302 MB in 73 to 76 us, 4.0 to 4.1 TB/s, at 128 rows in 80 to 87, where power
-// is the limit. What is lost are the ends, when the last sums are exchanged and the next kernel
-// begins.
+// of 4.5; StarCoder's 302 MB in 73 to 76 us, 4.0 to 4.1 TB/s, at 128 rows in 80 to 87. What is
+// lost are the ends, when the last sums are exchanged and the next kernel begins.
 //
 // Defined outside beside machine.cuh's: BLOCK_M (rows), BLOCK_N, SPLIT, STAGES, AHEAD (slots that
 // are asked for before the predecessor ends), BY_MEMORY, GATED, NORM, RESIDUAL, ACTIVATED and RMS
