@@ -206,7 +206,8 @@ def convert(
         require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
         shards = plan_shards(jobs, "model", max_shard_bytes)
         key = hashlib.sha256(f"{manifest.model_dump_json()}{max_shard_bytes}".encode()).hexdigest()
-        with pending_folder(output, key, replace=replace) as folder:
+        replaces = MANIFEST if replace else None
+        with pending_folder(output, key, replaces=replaces, sources=[source_path]) as folder:
             progress.start(f"convert {converter.name}", sum(job.nbytes for job in jobs))
             write_shards(folder, shards, workers=workers, progress=progress)
             for name, data in tokenizer.items():

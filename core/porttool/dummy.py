@@ -227,7 +227,7 @@ def drawn_checkpoint(
     require_space(target, n_bytes)
     manifest = describe(config, shapes, dtype, seed, family)
     key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
-    with pending_folder(target, key, replace=True) as folder:
+    with pending_folder(target, key, replaces=MANIFEST) as folder:
         progress.start("random weights", n_bytes)
         workers = min(8, cpu_count() or 1)
         write_shards(folder, plan_shards(jobs, "model"), workers=workers, progress=progress)

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -95,7 +95,7 @@ class PendingFolder:
         sync_folder(self.path)
         old = self.target.with_name(f".{self.target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
-        if self.target.exists():
+        if os.path.lexists(self.target):
             self.target.rename(old)
         self.path.rename(self.target)
         sync_folder(self.target.parent)
@@ -145,20 +145,25 @@ def read_journal(path: Path, head: str) -> list[JournalEntry] | None:
 
 
 @contextmanager
-def pending_folder(target: Path, fingerprint: str, *, replace: bool) -> Iterator[PendingFolder]:
+def pending_folder(
+    target: Path, fingerprint: str, *, replaces: str | None, sources: Sequence[Path] = ()
+) -> Iterator[PendingFolder]:
     """Open a folder for writing; `fingerprint` says what work it is, for resuming.
 
-    Raises UsageError if the target exists and `replace` is false, and PorttoolError if another
-    process writes there, the place cannot be written, or the disk fills up.
+    `replaces` names the manifest of a finished folder that may be replaced, None if none may;
+    `sources` are read meanwhile and may not lie there. Raises UsageError if something stands at the
+    target that may not be replaced, and PorttoolError if another process writes there, the place
+    cannot be written, or the disk fills up.
     """
-    require_absent(target, replace=replace)
+    target = target if target.name.strip(".") else target.resolve()
+    require_free(target, replaces, sources)
     path = target.with_name(f".{target.name}.partial")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path, target):
-            if target.exists() and not replace:  # another process has finished it since
+            if occupied(target) and replaces is None:  # another process has finished it since
                 path.rmdir()
-            require_absent(target, replace=replace)
+            require_free(target, replaces, sources)
             folder = PendingFolder(target, path)
             folder.resume(fingerprint)
             yield folder
@@ -166,10 +171,34 @@ def pending_folder(target: Path, fingerprint: str, *, replace: bool) -> Iterator
         raise PorttoolError(explain_os_error(error, target, path)) from error
 
 
-def require_absent(target: Path, *, replace: bool) -> None:
-    """Raise UsageError if there is something at the target that is not to be replaced."""
-    if target.exists() and not replace:
+def occupied(target: Path) -> bool:
+    """Whether something stands at the target; an empty folder is as good as nothing."""
+    if target.is_symlink() or not target.is_dir():
+        return os.path.lexists(target)
+    return any(target.iterdir())
+
+
+def require_free(target: Path, replaces: str | None, sources: Sequence[Path]) -> None:
+    """Raise UsageError if something stands at the target that may not be replaced.
+
+    What may be is a folder that was finished with the manifest `replaces`: never what somebody else
+    put there, and never what is being read.
+    """
+    if not occupied(target):
+        return
+    if replaces is None:
         raise UsageError(f"{target} exists already; choose another --output, or add --force")
+    if target.is_symlink() or not (target / replaces).is_file():
+        raise UsageError(
+            f"{target} has no {replaces}, and --force replaces only what was finished with one; "
+            "choose another --output, or take away yourself what stands there"
+        )
+    for source in sources:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise UsageError(
+                f"{source} is being read and lies in {target}, which --force would replace; choose "
+                "another --output"
+            )
 
 
 def explain_os_error(error: OSError, target: Path, path: Path) -> str:

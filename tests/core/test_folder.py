@@ -11,19 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from porttool import folder as folder_module
 from porttool.errors import CheckpointError, PorttoolError, UsageError
 from porttool.folder import (
     FileRecord,
     fingerprint,
     hash_file,
+    occupied,
     pending_folder,
     require_space,
     verify_files,
 )
 
 
-def fill(target, fingerprint="work", *, replace=False, names=("one", "two")):
-    with pending_folder(target, fingerprint, replace=replace) as folder:
+def fill(target, fingerprint="work", *, replaces=None, names=("one", "two")):
+    with pending_folder(target, fingerprint, replaces=replaces) as folder:
         for name in names:
             if name not in folder.files:
                 folder.add_bytes(name, name.encode())
@@ -31,7 +33,7 @@ def fill(target, fingerprint="work", *, replace=False, names=("one", "two")):
 
 
 def test_it_appears_whole(tmp_path):
-    with pending_folder(tmp_path / "out", "work", replace=False) as folder:
+    with pending_folder(tmp_path / "out", "work", replaces=None) as folder:
         folder.add_bytes("sub/one", b"1")
         assert not (tmp_path / "out").exists()
         folder.finish("manifest.json", "{}")
@@ -41,11 +43,11 @@ def test_it_appears_whole(tmp_path):
 
 
 def test_a_failed_run_leaves_no_target_and_the_next_goes_on(tmp_path):
-    with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replace=False) as folder:
+    with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replaces=None) as folder:
         folder.add_bytes("one", b"1")
         raise RuntimeError
     assert not (tmp_path / "o").exists()
-    with pending_folder(tmp_path / "o", "w", replace=False) as folder:
+    with pending_folder(tmp_path / "o", "w", replaces=None) as folder:
         assert folder.files == {"one": FileRecord(bytes=1, sha256=hashlib.sha256(b"1").hexdigest())}
 
 
@@ -55,7 +57,7 @@ def test_a_failed_run_leaves_no_target_and_the_next_goes_on(tmp_path):
      "journal of nonsense", "flipped journal"],
 )  # fmt: skip
 def test_what_is_not_the_same_work_is_not_taken_over(tmp_path, damage):
-    with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replace=False) as folder:
+    with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replaces=None) as folder:
         folder.add_bytes("one", b"1234")
         raise RuntimeError
     partial = tmp_path / ".o.partial"
@@ -76,7 +78,7 @@ def test_what_is_not_the_same_work_is_not_taken_over(tmp_path, damage):
     if damage == "lost file":
         (partial / "one").unlink()
     work = "x" if damage == "other work" else "w"
-    with pending_folder(tmp_path / "o", work, replace=False) as folder:
+    with pending_folder(tmp_path / "o", work, replaces=None) as folder:
         assert folder.files == {}
 
 
@@ -85,13 +87,13 @@ def test_a_journal_that_was_cut_off_is_mended(tmp_path):
     for name in ("one", "two", "three"):
         with (
             pytest.raises(RuntimeError),
-            pending_folder(tmp_path / "o", "w", replace=False) as folder,
+            pending_folder(tmp_path / "o", "w", replaces=None) as folder,
         ):
             folder.add_bytes(name, b"1234")
             with (tmp_path / ".o.partial" / "journal.jsonl").open("a") as journal:
                 journal.write('{"bytes":4,"sha')
             raise RuntimeError
-    with pending_folder(tmp_path / "o", "w", replace=False) as folder:
+    with pending_folder(tmp_path / "o", "w", replaces=None) as folder:
         assert list(folder.files) == ["one", "two", "three"]
 
 
@@ -99,11 +101,12 @@ def test_who_comes_after_the_finish_replaces_nothing(tmp_path, monkeypatch):
     """The target appears between the question whether it is there and the lock."""
     fill(tmp_path / "o")
     asked = []
-    exists = Path.exists
-    monkeypatch.setattr(
-        Path, "exists", lambda path: exists(path) and (path.name != "o" or asked.append(path) or
-                                                       len(asked) > 1)
-    )  # fmt: skip
+
+    def not_yet(target: Path) -> bool:
+        asked.append(target)
+        return len(asked) > 1 and occupied(target)
+
+    monkeypatch.setattr(folder_module, "occupied", not_yet)
     with pytest.raises(UsageError, match="o exists already"):
         fill(tmp_path / "o", names=("three",))
     assert len(asked) > 1
@@ -133,7 +136,7 @@ def test_an_existing_target_is_not_touched_without_being_told(tmp_path):
     fill(tmp_path / "o")
     with pytest.raises(UsageError, match=r"o exists already; choose another --output, or add --f"):
         fill(tmp_path / "o")
-    fill(tmp_path / "o", names=("three",), replace=True)
+    fill(tmp_path / "o", names=("three",), replaces="manifest.json")
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"three", "manifest.json"}
 
 
@@ -141,7 +144,7 @@ def test_two_writers(tmp_path):
     """Another process holds the folder: this one says so and touches nothing."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom porttool.folder import pending_folder\n"
-        "with pending_folder(Path(sys.argv[1]), 'w', replace=False) as folder:\n"
+        "with pending_folder(Path(sys.argv[1]), 'w', replaces=None) as folder:\n"
         "    folder.add_bytes('one', b'1')\n    print('ready', flush=True)\n    input()\n"
     )
     pipe = subprocess.PIPE
@@ -176,14 +179,14 @@ def test_a_full_disk_and_a_read_only_one(tmp_path):
         pytest.skip("mounting is not allowed here")
     try:
         with pytest.raises(PorttoolError) as caught:  # noqa: SIM117
-            with pending_folder(disk / "o", "w", replace=False) as folder:
+            with pending_folder(disk / "o", "w", replaces=None) as folder:
                 folder.add_bytes("small", b"1")
                 folder.add_bytes("large", b"1" * 100_000)
         assert "the disk is full; the complete files are kept in" in str(caught.value)
         assert "run the same command again" in str(caught.value)
         assert not (disk / "o").exists()
         subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
-        with pending_folder(disk / "o", "w", replace=False) as folder:
+        with pending_folder(disk / "o", "w", replaces=None) as folder:
             assert list(folder.files) == ["small"]
             folder.finish("manifest.json", "{}")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -233,3 +236,45 @@ def test_verifying(tmp_path):
 def test_a_manifest_that_points_outside(tmp_path, name):
     with pytest.raises(CheckpointError, match="the manifest names a file outside"):
         verify_files(tmp_path, {name: FileRecord(bytes=1, sha256="0")})
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path):
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("what", ["somebody's folder", "another kind", "a file", "a link", "dots"])
+def test_force_takes_away_nothing_but_what_was_finished_there(tmp_path, what, monkeypatch):
+    target, kept = tmp_path / "out", tmp_path / "out" / "thesis.txt"
+    if what == "a link":
+        (tmp_path / "real").mkdir()
+        target.symlink_to("real")
+        fill(tmp_path / "real")
+        kept = tmp_path / "real" / "manifest.json"
+    elif what == "a file":
+        kept = target
+    else:
+        target.mkdir()
+    kept.write_text("years of work")
+    if what == "another kind":
+        (target / "other.json").write_text("{}")
+    if what == "dots":
+        monkeypatch.chdir(target)
+        target = Path()
+    with pytest.raises(UsageError, match=r"has no manifest\.json, and --force"):
+        fill(target, replaces="manifest.json")
+    assert kept.read_text() == "years of work"
+
+
+def test_force_takes_away_nothing_that_is_being_read(tmp_path):
+    target = tmp_path / "out"
+    fill(target)
+    source = target / "one"
+    with (
+        pytest.raises(UsageError, match="is being read"),
+        pending_folder(target, "w", replaces="manifest.json", sources=[source]),
+    ):
+        pass
+    assert source.is_file()

@@ -40,7 +40,7 @@ OPTIONS: OptionTable = (
     ("--max-prompt-embedding-table-size", {"type": click.IntRange(min=0), "default": 0,
                                            "show_default": True,
                                            "help": "Room for rows of a prompt table."}),
-    ("--force", {"is_flag": True, "help": "Replace what stands at the output."}),
+    ("--force", {"is_flag": True, "help": "Replace the engine that stands at the output."}),
 )  # fmt: skip
 
 KNOBS: OptionTable = (

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--vocab-size", type=click.IntRange(min=1),
               help="Ids without padding, where the source cannot tell.")  # fmt: skip
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity.")
-@click.option("--force", is_flag=True, help="Replace what stands at the output.")
+@click.option("--force", is_flag=True, help="Replace the checkpoint or table that stands at the output.")
 @set_option
 @json_option
 def command(

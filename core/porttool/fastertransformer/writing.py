@@ -49,7 +49,8 @@ def export(
     total = sum(checkpoint.file_of(name).infos()[name].nbytes for name in names)
     require_space(target, total)
     key = hashlib.sha256(f"{checkpoint.digest}{text}".encode()).hexdigest()
-    with pending_folder(target, key, replace=replace) as folder:
+    replaces = CONFIG if replace else None
+    with pending_folder(target, key, replaces=replaces, sources=[checkpoint.path]) as folder:
         progress.start("export fastertransformer", total)
         for name in names:
             files = bin_files(name, checkpoint.config)
