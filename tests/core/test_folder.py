@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from porttool import folder as folder_module
+from porttool import standing
 from porttool.errors import CheckpointError, PorttoolError, UsageError
 from porttool.folder import (
     FileRecord,
     fingerprint,
     hash_file,
-    occupied,
     pending_folder,
     require_space,
     verify_files,
 )
+from porttool.standing import occupied
 
 
 def fill(target, fingerprint="work", *, replaces=None, names=("one", "two")):
@@ -106,7 +107,8 @@ def test_who_comes_after_the_finish_replaces_nothing(tmp_path, monkeypatch):
         asked.append(target)
         return len(asked) > 1 and occupied(target)
 
-    monkeypatch.setattr(folder_module, "occupied", not_yet)
+    for module in (folder_module, standing):
+        monkeypatch.setattr(module, "occupied", not_yet)
     with pytest.raises(UsageError, match="o exists already"):
         fill(tmp_path / "o", names=("three",))
     assert len(asked) > 1

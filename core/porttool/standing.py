@@ -1,0 +1,39 @@
+"""What already stands where something is to be written, and whether it may be replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from porttool.errors import UsageError
+
+
+def occupied(target: Path) -> bool:
+    """Whether something stands at the target; an empty folder is as good as nothing."""
+    if target.is_symlink() or not target.is_dir():
+        return os.path.lexists(target)
+    return any(target.iterdir())
+
+
+def require_free(target: Path, replaces: str | None, sources: Sequence[Path]) -> None:
+    """Raise UsageError if something stands at the target that may not be replaced.
+
+    What may be is a folder that was finished with the manifest `replaces`: never what somebody else
+    put there, and never what is being read.
+    """
+    if not occupied(target):
+        return
+    if replaces is None:
+        raise UsageError(f"{target} exists already; choose another --output, or add --force")
+    if target.is_symlink() or not (target / replaces).is_file():
+        raise UsageError(
+            f"{target} has no {replaces}, and --force replaces only what was finished with one; "
+            "choose another --output, or take away yourself what stands there"
+        )
+    for source in sources:
+        if source.resolve().is_relative_to(target.resolve()):
+            raise UsageError(
+                f"{source} is being read and lies in {target}, which --force would replace; choose "
+                "another --output"
+            )
