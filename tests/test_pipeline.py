@@ -143,14 +143,14 @@ def test_a_second_conversion_needs_force(at_home, capsys):
     ("arguments", "says"),
     [
         (["run", "--model", "gpt3", "--input-text", "x"], "gpt3"),
-        (["run", "--input-text", "x", "--max-output-len", "5000"], "--max-output-len 5000"),
+        (["run", "--input-text", "x", "--max-output-len", "5000"], "this one has"),
         (["run", "--input-text", ""], "empty"),
         (["run", "--input-text", "x", "--input-tokens", "y.csv"], "give one of"),
         (["run", "--input-text", "x", "--num-beams", "2", "--temperature", "1"], "beam search"),
         (["run", "--instruction", "x"], "no instruction template"),
         (["run", "--input-text", "x", "--set", "devise", "cpu"], "its options are"),
         (["build", "--model", "gpt2", "--engine", "torhc", "--force"], "did you mean 'torch'"),
-        (["convert", "no/such/place"], "no such file"),
+        (["convert", "no/such/place"], "does not exist"),
         (["summarize", "--dataset", "none.jsonl"], "none.jsonl"),
     ],
 )

@@ -46,6 +46,8 @@ def convert(
     family and, if `output` is not given, the place under the work folder.
     """
     registry = registry or load_registry()
+    if not source and not model:
+        raise UsageError("name a SOURCE, or a family with --model, whose published weights are one")
     path = resolve_source(str(source) if source else None, default_hub_id(registry, model))
     with naming(path):
         converter = choose_converter(registry, path, model, options)

@@ -26,12 +26,18 @@ from porttool.config import (
     PromptTemplate,
     SpecialTokens,
 )
-from porttool.errors import CheckpointError, SourceError, intact
+from porttool.errors import CheckpointError, PorttoolError, SourceError, UsageError, intact
 from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
 
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
+KINDS = {
+    MANIFEST: "a checkpoint",
+    "engine.json": "an engine",
+    "prompt_table.json": "a prompt table",
+}
+"""Manifest → what a folder is that has it; the modules of that name write the other two."""
 MAX_MANIFEST = 1 << 26
 SEAL = re.compile(rb'"seal": "[0-9a-f]*"')
 UNSEALED = b'"seal": ""'
@@ -206,9 +212,7 @@ def read_manifest(path: Path, name: str, model: type[M]) -> M:
     """Read and validate a folder's manifest; CheckpointError if it is missing or not ours."""
     file = path / name
     if not file.is_file():
-        partial = path.with_name(f".{path.name}.partial")
-        hint = "; an interrupted run left it half done, run it again" if partial.exists() else ""
-        raise CheckpointError(f"{path}: there is no {name} here{hint}")
+        raise explain_missing(path, name)
     with intact(path):
         if (size := file.stat().st_size) > MAX_MANIFEST:
             raise CheckpointError(f"{file}: {size} bytes is no manifest")
@@ -225,6 +229,30 @@ def read_manifest(path: Path, name: str, model: type[M]) -> M:
             "manifests were sealed, make the folder again"
         )
     return manifest
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return what a folder of ours is, by its manifest's name; None for any other."""
+    return next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)
+
+
+def explain_missing(path: Path, name: str) -> PorttoolError:
+    """Return the error for a folder without a manifest: what it is instead, and what to do."""
+    place = path.absolute()
+    if place.with_name(f".{place.name}.partial").exists():
+        return CheckpointError(
+            f"{path}: there is no {name} here; an interrupted run left it half done, run it again"
+        )
+    if not path.exists():
+        return UsageError(f"{path} does not exist")
+    wanted, found = KINDS[name], kind_of(path)
+    if found is not None:
+        step = ": build it first" if (found, wanted) == ("a checkpoint", "an engine") else ""
+        return UsageError(f"{path}: this is {found} of porttool, not {wanted}{step}")
+    if (path / "config.json").is_file():
+        step = "convert and build it first" if wanted == "an engine" else "convert it first"
+        return UsageError(f"{path}: this is a Hugging Face folder: {step}")
+    return CheckpointError(f"{path}: there is no {name} here")
 
 
 def linked(source: Path, target: Path) -> bool:

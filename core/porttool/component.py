@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from porttool.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 MAX_PROBLEMS = 10
 """Problems of one input that are told; a damaged one may have thousands."""
@@ -52,7 +55,15 @@ class Component(ABC):
 
 def explain(error: ValidationError) -> str:
     """Return a validation error as one line: field, what is wrong with it, what it was."""
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc'])) or 'value':.200}: {e['msg']:.200} (got {e['input']!r:.80})"
-        for e in error.errors()[:MAX_PROBLEMS]
-    )
+    return "; ".join(explain_one(problem) for problem in error.errors()[:MAX_PROBLEMS])
+
+
+def explain_one(problem: ErrorDetails) -> str:
+    """Say one problem in plain words; a whole object, of which a field is wrong, is not shown."""
+    field = f"{'.'.join(map(str, problem['loc'])):.200}"
+    if problem["type"] == "extra_forbidden":
+        return f"{field} is unknown"
+    said = f"{problem['msg'].removeprefix('Value error, '):.200}"
+    given = problem["input"]
+    shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r:.80})"
+    return f"{field}: {said}{shown}" if field else f"{said}{shown}"

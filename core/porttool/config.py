@@ -160,8 +160,11 @@ class Sampling(Closed):
 
     With `temperature` 0 (the default) decoding is greedy. `num_beams` above 1 selects beam
     search, whose score is the sum of log-probabilities divided by length ** `length_penalty`.
-    `stop` are strings, `bad_words` token sequences that must not appear.
+    `stop` are strings, `bad_words` token sequences that must not appear. `seed` is a signed 64-bit
+    number, other numbers are finite.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     max_new_tokens: PositiveInt = 64
     min_new_tokens: int = Field(default=0, ge=0)
@@ -170,7 +173,7 @@ class Sampling(Closed):
     top_k: int = Field(default=0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, le=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     repetition_penalty: PositiveFloat = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -195,6 +198,8 @@ class Sampling(Closed):
             raise ValueError("num_return_sequences needs a temperature: greedy results are equal")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
             raise ValueError("num_return_sequences exceeds num_beams")
+        if self.num_beams > 1 and self.stop:
+            raise ValueError("beam search does not end at stop strings: set num_beams to 1")
         if not all(self.bad_words) or not all(self.stop):
             raise ValueError("an empty bad word or stop string would match everywhere")
         return self

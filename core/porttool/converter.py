@@ -28,7 +28,8 @@ from porttool.errors import SourceError, naming
 from porttool.folder import fingerprint, pending_folder, require_space
 from porttool.progress import SILENT, Progress
 from porttool.shards import MAX_SHARD_BYTES, TensorJob, digest, plan_shards, write_shards
-from porttool.sources.tokenizer_files import check_tokenizer, read_files
+from porttool.sources.places import scratch_folder
+from porttool.sources.tokenizer_files import NO_TOKENIZER, check_tokenizer, is_tokenizer, read_files
 from porttool.weights import (
     Take,
     TensorInfo,
@@ -182,13 +183,11 @@ def convert(
         fingerprint=fingerprint(source_path),
         options=converter.options.model_dump(mode="json", exclude_none=True),
     )
-    scratch = output.absolute().parent
-    scratch.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_folder(source_path, output)
     with naming(source_path), converter.prepare(source_path, scratch, progress) as readable:
         source = converter.open(readable)
         weight_map = source.weight_map or converter.weight_map(source.config)
         jobs = plan_jobs(converter, source, weight_map, dtype, allow_nonfinite)
-        check_duplicates(source.tensors, weight_map.duplicates)
         manifest = CheckpointManifest(
             porttool_version=version("porttool"),
             family=converter.family,
@@ -203,6 +202,8 @@ def convert(
             files={},
         )
         tokenizer = read_tokenizer(source)
+        if not tokenizer:
+            progress.note(NO_TOKENIZER)
         require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
         shards = plan_shards(jobs, "model", max_shard_bytes)
         key = hashlib.sha256(f"{manifest.model_dump_json()}{max_shard_bytes}".encode()).hexdigest()
@@ -234,6 +235,7 @@ def plan_jobs(
     rules = resolve_rules(shapes, weight_map, infos)
     require_floats(infos, {n for rule in rules.values() for n in rule.names})
     check_shapes(shapes, rules, source.tensors, source.config)
+    check_duplicates(source.tensors, weight_map.duplicates)
     return [
         TensorJob(
             name,
@@ -292,7 +294,7 @@ def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> No
 
 
 def read_tokenizer(source: Source) -> dict[str, bytes]:
-    """Return the tokenizer's files by name; one with more ids than the embedding is refused."""
+    """Return the tokenizer's files, if they are one; more ids than the embedding are refused."""
     files = {**read_files(source.tokenizer), **source.tokenizer_data}
     check_tokenizer(files, source.config.vocab_size)
-    return files
+    return files if is_tokenizer(files) else {}

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from pydantic import ValidationError
+
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.checkpoint import (
     TOKENIZER,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from porttool.plugins import Registry
 
 MANIFEST = "engine.json"
+PROMPT_ROWS = "max_prompt_embedding_table_size"
+"""What the command line calls `max_prompt_rows`."""
 DEFAULT_OUTPUT_LEN = 100
 
 
@@ -130,13 +134,20 @@ def choose_limits(
             f"--max-input-len {max_input_len} plus --max-output-len {max_output_len} is more than "
             f"the model's {config.n_positions} positions"
         )
-    return Limits(
-        max_batch_size=max_batch_size,
-        max_input_len=max_input_len,
-        max_output_len=max_output_len,
-        max_beam_width=max_beam_width,
-        max_prompt_rows=max_prompt_rows,
-    )
+    asked = {
+        "max_batch_size": max_batch_size,
+        "max_input_len": max_input_len,
+        "max_output_len": max_output_len,
+        "max_beam_width": max_beam_width,
+        "max_prompt_rows": max_prompt_rows,
+    }
+    try:
+        return Limits(**asked)
+    except ValidationError as error:
+        said = error.errors()[0]
+        name = said["loc"][0] if said["loc"][0] != "max_prompt_rows" else PROMPT_ROWS
+        flag = f"--{str(name).replace('_', '-')}"
+        raise UsageError(f"{flag} {said['input']}: {said['msg']}") from error
 
 
 def build(

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from porttool.config import Limits, Sampling
+from porttool.config import ModelConfig, Sampling
 from porttool.errors import UsageError
 from porttool.nn.decoder import Step
 from porttool.runner import Runner
 from porttool.sampling import Choices, Sampler
-from porttool.text import Tokenizer
+from porttool.text import Tokenizer, find_stop
 
 Finish = Literal["eos", "stop", "length"]
 OnToken = Callable[[int, int], None]
@@ -70,8 +70,8 @@ def generate(
     and next token as it is chosen (with one completion a prompt). Limits are checked before
     anything runs.
     """
-    vocabulary = runner.config.vocab_size + runner.prompt_rows
-    check_prompts(prompts, sampling, runner.engine.manifest.limits, vocabulary)
+    check_prompts(prompts, runner)
+    check_sampling(sampling, runner)
     if sampling.stop and tokenizer is None:
         raise UsageError("stop strings need a tokenizer")
     ends = () if sampling.ignore_eos else eos
@@ -87,27 +87,44 @@ def generate(
     return [done[i : i + n] for i in range(0, len(done), n)]
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], sampling: Sampling, limits: Limits, vocabulary: int
-) -> None:
-    """Refuse what the engine was not built for, with the numbers and the fix."""
+def advise(flag: str, length: int, config: ModelConfig) -> str:
+    """Say how to build for a length, or that the model has no positions for it."""
+    if config.position == "learned" and length >= config.n_positions:
+        return f"take another model: this one has {config.n_positions} positions"
+    return f"build with {flag} {length}"
+
+
+def vocabulary_of(runner: Runner) -> int:
+    """Return how many ids there are, those of virtual tokens included."""
+    return runner.config.vocab_size + runner.prompt_rows
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], runner: Runner) -> None:
+    """Refuse prompts that the engine was not built for, with the numbers and the fix."""
+    most, vocabulary = runner.engine.manifest.limits.max_input_len, vocabulary_of(runner)
     if not prompts:
         raise UsageError("there is no prompt")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise UsageError(f"prompt {i} is empty; give it at least one token")
-        if len(prompt) > limits.max_input_len:
+        if len(prompt) > most:
             raise UsageError(
-                f"prompt {i} has {len(prompt)} tokens, the engine takes {limits.max_input_len}; "
-                f"shorten it, or build with --max-input-len {len(prompt)}"
+                f"prompt {i} has {len(prompt)} tokens, the engine takes {most}; "
+                f"shorten it, or {advise('--max-input-len', len(prompt), runner.config)}"
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(t for t in prompt if not 0 <= t < vocabulary)
             raise UsageError(f"prompt {i} holds the id {wrong}; ids run from 0 to {vocabulary - 1}")
+
+
+def check_sampling(sampling: Sampling, runner: Runner) -> None:
+    """Refuse settings that the engine was not built for, with the numbers and the fix."""
+    limits, vocabulary = runner.engine.manifest.limits, vocabulary_of(runner)
     if sampling.max_new_tokens > limits.max_output_len:
         raise UsageError(
             f"{sampling.max_new_tokens} new tokens asked for, the engine gives at most "
-            f"{limits.max_output_len}; build with --max-output-len {sampling.max_new_tokens}"
+            f"{limits.max_output_len}; "
+            f"{advise('--max-output-len', sampling.max_new_tokens, runner.config)}"
         )
     width = min(limits.max_beam_width, limits.max_batch_size)
     if sampling.num_beams > width:
@@ -233,12 +250,6 @@ class Loop:
 def stop_window(stop: Sequence[str]) -> int:
     """Return how many last tokens can hold a stop string: each is at least one byte of it."""
     return max(len(s.encode()) for s in stop) + 4
-
-
-def find_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Return where the first stop string begins, or None."""
-    found = [i for i in (text.find(s) for s in stop) if i >= 0]
-    return min(found) if found else None
 
 
 def completed(row: Row, sampling: Sampling) -> Completion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from porttool.checkpoint import kind_of
 from porttool.errors import MissingExtra, SourceError, UsageError
 
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.nemo", "*.jinja")
@@ -16,11 +17,13 @@ def resolve_source(source: str | None, hub_id: str | None) -> Path:
     if wanted is None:
         raise UsageError("this family has no source of its own; give the path of one")
     if Path(wanted).exists():
+        if own := kind_of(Path(wanted)):
+            raise UsageError(f"{wanted}: this is already {own} of porttool, not a source")
         return Path(wanted)
     if (index := Path(f"{wanted}.index")).is_file():
         return index  # TensorFlow names a checkpoint by the prefix of its files
     if not is_hub_id(wanted):
-        raise SourceError(f"{wanted}: there is no such file or folder")
+        raise UsageError(f"{wanted} does not exist")
     return fetch(wanted)
 
 

@@ -12,6 +12,7 @@ from porttool.config import InfillTokens, ModelConfig, SpecialTokens
 from porttool.converter import Converter, Source, validated
 from porttool.errors import SourceError
 from porttool.sources.json_file import read_json
+from porttool.sources.places import is_present
 from porttool.sources.ranks import Renamed, ShardedTensors
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.sources.tokenizer_files import added_tokens, known_spelling
@@ -66,6 +67,14 @@ class SourceConfig:
             return defaults[0]
         raise SourceError(f"{self.file}: the key {key!r} is missing")
 
+    def needed(self, key: str, *defaults: Any) -> Any:
+        """Return a key's value; a default is for an absent key, what null would do nobody says."""
+        if key in self.values and self.values[key] is None:
+            raise SourceError(
+                f"{self.file}: {key!r} is null; give it a value, or delete the key for its default"
+            )
+        return self.take(key, *defaults)
+
     def integer(self, key: str, *defaults: int | None) -> int:
         """Return a positive integer."""
         value = self.take(key, *defaults)
@@ -84,21 +93,21 @@ class SourceConfig:
 
     def flag(self, key: str, default: bool) -> bool:
         """Return a boolean."""
-        value = self.take(key, default)
+        value = self.needed(key, default)
         if not isinstance(value, bool):
             raise SourceError(f"{self.file}: {key!r} should be true or false, not {value!r:.80}")
         return value
 
     def number(self, key: str, default: float) -> float:
         """Return a number."""
-        value = self.take(key, default)
+        value = self.needed(key, default)
         if isinstance(value, bool) or not (isinstance(value, int | float) and isfinite(value)):
             raise SourceError(f"{self.file}: {key!r} should be a number, not {value!r:.80}")
         return float(value)
 
     def one_of(self, key: str, choices: Mapping[str, T], *defaults: str) -> T:
         """Return what a name stands for; an unknown name is refused with the known ones."""
-        value = self.take(key, *defaults)
+        value = self.needed(key, *defaults)
         if not isinstance(value, str) or value not in choices:
             known = ", ".join(sorted(choices))
             raise SourceError(f"{self.file}: {key!r} is {value!r:.80}; porttool knows: {known}")
@@ -195,7 +204,7 @@ class HuggingFaceConverter(Converter):
             config=model,
             tokens=self.special_tokens(source, model),
             tensors=unprefixed(open_tensors(source), self.prefix),
-            tokenizer=tuple(source / n for n in TOKENIZER_FILES if (source / n).is_file()),
+            tokenizer=tuple(source / n for n in TOKENIZER_FILES if is_present(source / n)),
             infill=known_spelling(source, self.spellings) if self.spellings else None,
         )
 
@@ -229,9 +238,9 @@ def read_config(source: Path) -> dict[str, Any]:
 def open_tensors(source: Path) -> TensorSource:
     """Open a folder's weights: safetensors before .bin, an index before a single file."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (source / f"{name}.index.json").is_file():
+        if is_present(source / f"{name}.index.json"):
             return open_indexed(source, f"{name}.index.json")
-        if (source / name).is_file():
+        if is_present(source / name):
             return open_weight_file(source / name)
     raise SourceError(f"{source}: no model.safetensors, no pytorch_model.bin and no index of them")
 
@@ -250,7 +259,7 @@ def open_indexed(source: Path, index: str) -> TensorSource:
     for file in files:
         if Path(file).name != file:
             raise SourceError(f"{source / index}: names a file outside the folder: {file!r:.200}")
-        if not (source / file).is_file():
+        if not is_present(source / file):
             raise SourceError(f"{source / file}: the shard is missing; fetch it again")
     tensors = ShardedTensors({file: open_weight_file(source / file) for file in files})
     found = {name: info.file for name, info in tensors.infos().items()}

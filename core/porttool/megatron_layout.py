@@ -40,7 +40,8 @@ def read_megatron_config(
     `n_head` is needed where it has none; `vocab_size` always, for the embedding is padded. Raises
     SourceError where one is missing, or arguments and tensors disagree.
     """
-    args = SourceConfig(found.args or {}, found.file)
+    given = {name: value for name, value in (found.args or {}).items() if value is not None}
+    args = SourceConfig(given, found.file)  # an argument that was not given is None
     if wrong := {k: args.take(k, v) for k, v in ONLY.items() if args.take(k, v) != v}:
         raise SourceError(f"{found.file}: not of GPT-2's shape: it was trained with {wrong}")
     shapes = {name: info.shape for name, info in found.tensors.infos().items()}

@@ -271,8 +271,9 @@ def choose_converter(
 def said_type(source: Path) -> str:
     """Return what a folder's config.json says it is; a SourceError if that cannot be read."""
     from porttool.huggingface import read_config
+    from porttool.sources.places import is_present
 
-    if not (source / "config.json").is_file():
+    if not is_present(source / "config.json"):
         return ""
     return f" (its config.json says model_type {read_config(source).get('model_type')!r})"
 

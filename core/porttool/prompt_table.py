@@ -26,6 +26,7 @@ from porttool.errors import CheckpointError, SourceError, UsageError, naming
 from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
 from porttool.progress import SILENT
 from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.sources.places import require_outside
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.weights import cast
 
@@ -201,6 +202,7 @@ def write_table(
     replace: bool,
 ) -> PromptTable:
     """Read every task's table, check it, and write them all."""
+    require_outside(source, output)
     record = SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source))
     tables = converter.open(source)
     for task, table in tables.items():

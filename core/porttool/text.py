@@ -130,11 +130,21 @@ def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
     return built
 
 
-class TextStream:
-    """Turns a growing list of ids into pieces of text that are safe to show."""
+def find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Return where the first stop string begins, or None."""
+    found = [i for i in (text.find(s) for s in stop) if i >= 0]
+    return min(found) if found else None
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+
+class TextStream:
+    """Turns a growing list of ids into pieces of text that are safe to show.
+
+    Nothing is shown from the first stop string on, nor what may yet become one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
+        self._stop = stop
         self._ids: list[int] = []
         self._shown = ""
 
@@ -142,15 +152,26 @@ class TextStream:
         """Add an id; return the new text, or nothing while a character is incomplete."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
-        if text.endswith(REPLACEMENT) or not text.startswith(self._shown):
+        if text.endswith(REPLACEMENT) or find_stop(text, self._stop) is not None:
+            return ""
+        return self._show(text[: len(text) - self._undecided(text)])
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        return self._show(self._tokenizer.decode(self._ids))
+
+    def _show(self, text: str) -> str:
+        """Return what follows the text shown so far, up to a stop string."""
+        text = text[: find_stop(text, self._stop)]
+        if not text.startswith(self._shown):
             return ""
         piece, self._shown = text[len(self._shown) :], text
         return piece
 
-    def finish(self) -> str:
-        """Return what was held back."""
-        text = self._tokenizer.decode(self._ids)
-        return text[len(self._shown) :] if text.startswith(self._shown) else ""
+    def _undecided(self, text: str) -> int:
+        """Return the length of the longest end of a text that a stop string begins with."""
+        ends = [n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])]
+        return max(ends, default=0)
 
 
 def infill_prompt(tokens: InfillTokens | None, before: str, after: str) -> str:

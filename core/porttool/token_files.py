@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,12 +91,17 @@ def as_record(prompt: Sequence[int], completions: Sequence[Completion]) -> dict[
                 "tokens": list(c.tokens),
                 "finish": c.finish,
                 **({} if c.text is None else {"text": c.text}),
-                **({} if c.logprobs is None else {"logprobs": list(c.logprobs)}),
-                **({} if c.score is None else {"score": c.score}),
+                **({} if c.logprobs is None else {"logprobs": [*map(finite, c.logprobs)]}),
+                **({} if c.score is None else {"score": finite(c.score)}),
             }
             for c in completions
         ],
     }
+
+
+def finite(value: float) -> float | None:
+    """Return a number, or None for one that JSON has no word for."""
+    return value if math.isfinite(value) else None
 
 
 def write_json_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:

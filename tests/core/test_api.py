@@ -71,7 +71,7 @@ def test_a_tokenizer_of_another_model(engine_folder, tokenizer_folder, registry)
 
 @pytest.mark.parametrize("missing", ["./gone", "/gone/away", "gone", "a/b/c", "~/gone"])
 def test_a_source_that_is_not_there(missing):
-    with pytest.raises(SourceError, match="there is no such file or folder"):
+    with pytest.raises(UsageError, match="does not exist"):
         resolve_source(missing, None)
 
 

@@ -266,7 +266,9 @@ def test_json_on_standard_output(folder, capsys):
         (["--output-len", "1"], "--output-len '1': give whole numbers from 2 on"),
         (["--batch-size", "1,x"], "--batch-size '1,x': give whole numbers"),
         (["--picture", "nowhere/out.png"], "there is no folder"),
-        (["--hf-model", "{}"], "transformers cannot read it"),
+        (["--picture", "out.gif"], "--picture out.gif: its name should end in .png, .svg, .pdf"),
+        (["--hf-model", "{}"], "{}: there is no config.json"),
+        (["--hf-model", "{}/nothere"], "{}/nothere: there is no such folder"),
         (["--hf-model", "{}/other"], "is not the engine's model: it has vocab_size 60, not 61"),
     ],
 )  # fmt: skip

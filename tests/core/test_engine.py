@@ -81,7 +81,7 @@ def test_no_engine_there(tmp_path, registry):
 
 
 def test_a_checkpoint_is_no_engine(checkpoint, registry):
-    with pytest.raises(CheckpointError, match=r"there is no engine\.json here"):
+    with pytest.raises(UsageError, match=r"a checkpoint of porttool, not an engine: build it"):
         Engine.open(checkpoint.path, registry)
 
 
@@ -162,6 +162,18 @@ def test_limits_beyond_the_positions(checkpoint):
         choose_limits(checkpoint.config, max_input_len=40, max_output_len=9)
     rotary = checkpoint.config.model_copy(update={"position": "rotary"})
     assert choose_limits(rotary, max_input_len=40, max_output_len=9).max_len == 49
+
+
+@pytest.mark.parametrize(
+    ("asked", "flag"),
+    [
+        ({"max_batch_size": 10**8}, "--max-batch-size 100000000: .* less than or equal to"),
+        ({"max_prompt_rows": 10**12}, "--max-prompt-embedding-table-size 1000000000000: "),
+    ],
+)
+def test_limits_that_no_engine_has(checkpoint, asked, flag):
+    with pytest.raises(UsageError, match=flag):
+        choose_limits(checkpoint.config, **asked)
 
 
 def test_an_output_that_is_there_already(tmp_path, checkpoint):

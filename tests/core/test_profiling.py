@@ -135,7 +135,7 @@ def test_engines_without_a_profiler_of_their_own_have_torch_operations(tmp_path,
     assert found.lines == []
     assert found.kernels and all(calls > 0 for _, calls, _ in found.kernels)
     assert found.phases["prefill"]["flops"] > found.phases["decode"]["flops"]
-    with pytest.raises(UsageError, match="batch 9, prompt 9, 4 new tokens: the engine holds 4"):
+    with pytest.raises(UsageError, match=r"^--batch-size is 9, the engine holds 4: give"):
         profile(open_runner(folder / "torch"), ProfileShape(9, 9, 4), tmp_path)
 
 
@@ -146,6 +146,12 @@ def test_command_writes_everything(tmp_path, folder, capsys):
     names = {f.name for f in (tmp_path / "out").iterdir()}
     assert names == {"trace.json", "layers.csv", "kernels.csv", "profile.json", "modules.png"}
     assert "of the roofline" in capsys.readouterr().out
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, folder, capsys):
+    (tmp_path / "file").touch()
+    assert cli.invoke(["profile", str(folder / "torch"), "-o", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_tools_around_a_run(tmp_path):

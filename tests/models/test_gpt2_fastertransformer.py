@@ -188,11 +188,11 @@ def test_an_edited_export_is_noticed(tmp_path, mha):
 
 
 def test_several_folders_and_none(tmp_path, mha):
-    write_folder(tmp_path / "1-gpu", mha, 1)
-    write_folder(tmp_path / "2-gpu", mha, 2)
-    refused(tmp_path, tmp_path, "1-gpu, 2-gpu; give the path of one")
+    write_folder(tmp_path / "both" / "1-gpu", mha, 1)
+    write_folder(tmp_path / "both" / "2-gpu", mha, 2)
+    refused(tmp_path / "both", tmp_path, "1-gpu, 2-gpu; give the path of one")
     with pytest.raises(PorttoolError, match=r"no config\.ini here.*FasterTransformer 4"):
-        open_folder(tmp_path / "2-gpu" / "x")
+        open_folder(tmp_path / "both" / "2-gpu" / "x")
 
 
 def test_what_the_layout_cannot_express_is_refused(tmp_path, checkpoint):

@@ -209,8 +209,8 @@ def test_a_compressed_archive_is_said_to_cost_a_pass(tmp_path):
         source = nemo.write(tmp_path / f"{form}.nemo", values, tensors, form=form)
         progress = Notes()
         tiny.converted(source, tmp_path / form, progress=progress)
-        assert len(progress.notes) == n_notes
-        assert all("one pass unpacks it to a temporary file" in note for note in progress.notes)
+        said = [n for n in progress.notes if "one pass unpacks it to a temporary file" in n]
+        assert len(said) == n_notes
 
 
 def test_the_disk_is_asked_before_an_archive_is_unpacked(tmp_path, monkeypatch):

@@ -12,16 +12,9 @@ import torch
 from torch import Tensor
 
 from porttool.benchmark.side import Prompts, Side, SideFailed, Timing
-from porttool.config import ModelConfig
-from porttool.errors import MissingExtra, SourceError, UsageError
-from porttool.evaluators.reference import load_model, quiet
+from porttool.evaluators.transformers_folder import load_config, load_model, loading, quiet
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-DIMENSIONS = {
-    "vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-}  # fmt: skip
-"""transformers' names, which every config of its has → ours."""
 
 
 class HuggingFaceModel:
@@ -57,42 +50,13 @@ class HuggingFaceModel:
 
 def from_config(folder: Path, dtype: torch.dtype, device: str) -> Any:
     """Make a model of a config with random weights, on its device."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    except ImportError as error:
-        raise MissingExtra("reference", "transformers") from error
-    try:
-        with quiet(), torch.device(device):
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder}: transformers cannot make it: {error}") from error
+    config = load_config(folder)
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with loading(folder), torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False)
-
-
-def require_same_shape(folder: Path, config: ModelConfig) -> None:
-    """Refuse to measure a model of other dimensions beside an engine."""
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise MissingExtra("reference", "transformers") from error
-    try:
-        with quiet():
-            theirs = AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, local_files_only=True
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{folder}: transformers cannot read it: {error}") from error
-    wrong = [
-        f"{theirs_name} {getattr(theirs, theirs_name, None)}, not {getattr(config, ours)}"
-        for theirs_name, ours in DIMENSIONS.items()
-        if getattr(theirs, theirs_name, None) != getattr(config, ours)
-    ]
-    if wrong:
-        raise UsageError(f"{folder} is not the engine's model: it has {'; '.join(wrong)}")
 
 
 class Clock:

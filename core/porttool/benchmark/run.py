@@ -9,15 +9,11 @@ from typing import Any
 
 from porttool.benchmark.engines import EngineSide
 from porttool.benchmark.measurement import Benchmark
-from porttool.benchmark.peers import (
-    CompiledSide,
-    HuggingFaceModel,
-    TransformersSide,
-    require_same_shape,
-)
+from porttool.benchmark.peers import CompiledSide, HuggingFaceModel, TransformersSide
 from porttool.benchmark.results import BenchmarkResult, Cell, Method, require_fit
 from porttool.engine import Engine
 from porttool.errors import UsageError
+from porttool.evaluators.transformers_folder import require_same_shape
 from porttool.plugins import Registry, load_registry
 from porttool.progress import SILENT, Progress
 from porttool.runner import Runner, load_verified

@@ -47,6 +47,10 @@ OPTIONS: OptionTable = (
 )  # fmt: skip
 
 
+PICTURES = (".png", ".svg", ".pdf")
+"""What a picture's name may end in."""
+
+
 @click.command("bench")
 @click.argument("engines", type=FOLDER, nargs=-1)
 @table_options(GRID, OPTIONS)
@@ -67,6 +71,8 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
     cells = grid(*(read_sizes(flag, asked) for flag, _ in GRID))
     picture, json_file = asked["picture"], asked["output_json"]
     require_writable(picture, json_file)
+    if picture and picture.suffix.lower() not in PICTURES:
+        raise UsageError(f"--picture {picture}: its name should end in {', '.join(PICTURES)}")
     space = Workspace.choose(asked["workdir"])
     found = bench(
         engines or (space.find_engine(None, asked["model"]),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
@@ -23,12 +24,19 @@ PLAIN_INTERVAL = 5.0
 def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+def tolerate_encodings() -> None:
+    """Escape what the encoding of a standard stream cannot say, instead of failing on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(text: str = "") -> None:
-    """Print text as it is."""
-    _console().print(text, markup=False)
+    """Print text as it is, tabs and control characters included."""
+    write(text + "\n")
 
 
 def write(text: str) -> None:
@@ -63,10 +71,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    drawn = Table(title=Text(title, style="bold"), title_justify="left")
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(is_number(row[i]) for row in rows)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        drawn.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     _console().print(drawn)
@@ -154,7 +162,7 @@ def bars(shown_on: Console, *, in_bytes: bool) -> Bars:
         else [progress.MofNCompleteColumn()]
     )
     return progress.Progress(
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         *counted,
         progress.TimeRemainingColumn(),

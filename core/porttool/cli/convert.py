@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from porttool.cli import console
-from porttool.cli.options import DTYPES, FOLDER, as_settings, json_option, model_options, set_option
+from porttool.cli.options import (
+    DTYPES,
+    FOLDER,
+    as_settings,
+    json_option,
+    model_options,
+    set_option,
+    spelling,
+)
 
 if TYPE_CHECKING:
     from porttool.prompt_table import PromptTable
@@ -25,9 +33,11 @@ if TYPE_CHECKING:
 @click.option("--vocab-size", type=click.IntRange(min=1),
               help="Ids without padding, where the source cannot tell.")  # fmt: skip
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity.")
-@click.option("--force", is_flag=True, help="Replace the checkpoint or table that stands at the output.")
+@click.option("--force", is_flag=True,
+              help="Replace the checkpoint or table that stands at the output.")  # fmt: skip
 @set_option
 @json_option
+@spelling({"n_head": "--n-head", "vocab_size": "--vocab-size"})
 def command(
     source: str | None,
     model: str | None,

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from porttool.cli import console
-from porttool.cli.options import FOLDER, OptionTable, as_settings
+from porttool.cli.options import FOLDER, OUTPUT, OptionTable, as_settings
 from porttool.errors import UsageError
 
 SHARED: OptionTable = (
     ("--hf-model", {"help": "Hugging Face folder to compare with [what was converted]."}),
-    ("--output", {"type": FOLDER, "help": "Folder of the report [beside the engine]."}),
+    ("--output", {"type": OUTPUT, "help": "Folder of the report [beside the engine]."}),
     ("--tokenizer", {"type": FOLDER, "help": "Folder of another tokenizer."}),
     ("--runner-set", {"multiple": True, "nargs": 2, "metavar": "NAME VALUE",
                       "help": "Set an option of the engine's runner; repeatable."}),

@@ -18,7 +18,7 @@ from porttool.cli.options import DTYPES, FOLDER, json_option
 @click.option("--tp", type=click.IntRange(1, 1024), default=1, show_default=True,
               help="Tensor-parallel ranks to write files for.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights [the checkpoint's].")
-@click.option("--force", is_flag=True, help="Replace the folder of an export that stands at the output.")
+@click.option("--force", is_flag=True, help="Replace an export that stands at the output.")
 @json_option
 def command(
     checkpoint: Path,

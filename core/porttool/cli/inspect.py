@@ -28,19 +28,18 @@ def command(path: Path, as_json: bool) -> None:
 
 def examine(path: Path) -> dict[str, Any]:
     """Return the facts of a folder, verified where it is ours."""
-    from porttool.checkpoint import MANIFEST, Checkpoint
-    from porttool.engine import MANIFEST as ENGINE_MANIFEST
+    from porttool.checkpoint import Checkpoint, kind_of
     from porttool.engine import Engine
-    from porttool.prompt_table import MANIFEST as TABLE_MANIFEST
     from porttool.prompt_table import PromptTable
 
-    if (path / MANIFEST).is_file():
-        return facts("checkpoint", Checkpoint.open(path).manifest.model_dump(mode="json"))
-    if (path / ENGINE_MANIFEST).is_file():
-        return facts("engine", Engine.open(path).manifest.model_dump(mode="json"))
-    if (path / TABLE_MANIFEST).is_file():
-        return facts("prompt table", PromptTable.open(path).manifest.model_dump(mode="json"))
-    return examine_source(path)
+    kind = kind_of(path)
+    if kind is None:
+        return examine_source(path)
+    openers: dict[str, type[Checkpoint | Engine | PromptTable]] = {
+        "a checkpoint": Checkpoint, "an engine": Engine, "a prompt table": PromptTable,
+    }  # fmt: skip
+    manifest = openers[kind].open(path).manifest.model_dump(mode="json")
+    return facts(kind.split(" ", 1)[1], manifest)
 
 
 def facts(kind: str, manifest: dict[str, Any]) -> dict[str, Any]:

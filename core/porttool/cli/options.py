@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from porttool.errors import UsageError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 FOLDER = click.Path(path_type=Path)
+OUTPUT = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -40,6 +45,18 @@ def table_options(*tables: OptionTable) -> Callable[[F], F]:
         return command
 
     return add
+
+
+@contextmanager
+def spelling(flags: Mapping[str, str]) -> Iterator[None]:
+    """Let a UsageError name options (Python name → flag) as they are on the command line."""
+    try:
+        yield
+    except UsageError as error:
+        text = str(error)
+        for name, flag in flags.items():
+            text = re.sub(rf"(?<![\w-]){name}(?!\w)", flag, text)
+        raise UsageError(text) from error
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from porttool.cli import console
-from porttool.cli.options import FOLDER, as_settings, json_option, model_options, set_option
+from porttool.cli.options import FOLDER, OUTPUT, as_settings, json_option, model_options, set_option
 
 if TYPE_CHECKING:
     from porttool.profiling import Profile
@@ -21,7 +21,7 @@ KERNELS_SHOWN = 15
 @click.command("profile")
 @click.argument("engine", type=FOLDER, required=False)
 @model_options
-@click.option("--output", "-o", type=FOLDER, default=Path("profile"), show_default=True,
+@click.option("--output", "-o", type=OUTPUT, default=Path("profile"), show_default=True,
               help="Folder of the trace, the tables and the picture.")  # fmt: skip
 @click.option("--batch-size", type=POSITIVE, default=1, show_default=True, help="Rows at a time.")
 @click.option("--prompt-len", type=POSITIVE, default=128, show_default=True,

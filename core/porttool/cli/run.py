@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from porttool.cli import console
+from porttool.cli.bench import require_writable
 from porttool.cli.options import (
     FILE,
     FOLDER,
@@ -16,6 +17,7 @@ from porttool.cli.options import (
     as_settings,
     model_options,
     set_option,
+    spelling,
     table_options,
 )
 from porttool.errors import UsageError
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
     from porttool.generate import Completion
 
 SAMPLING: OptionTable = (
-    ("--max-output-len", {"type": int, "default": 64, "show_default": True,
-                          "help": "Most new tokens."}),
+    ("--max-output-len", {"type": int,
+                          "help": "Most new tokens [64, or what the engine holds]."}),
     ("--min-output-len", {"type": int, "default": 0, "help": "Fewest new tokens."}),
     ("--ignore-eos", {"is_flag": True, "help": "Go on after an end token."}),
     ("--temperature", {"type": float, "default": 0.0, "help": "Sample; 0 is greedy."}),
@@ -39,7 +41,7 @@ SAMPLING: OptionTable = (
     ("--presence-penalty", {"type": float, "default": 0.0, "help": "Off a logit seen once."}),
     ("--frequency-penalty", {"type": float, "default": 0.0, "help": "Off for every time seen."}),
     ("--bad-words", {"multiple": True, "help": "Text that must not appear; repeatable."}),
-    ("--stop", {"multiple": True, "help": "Text to stop before; repeatable."}),
+    ("--stop", {"multiple": True, "help": "Text to stop before, repeatable; not with beams."}),
     ("--num-beams", {"type": int, "default": 1, "help": "Beam search with so many beams."}),
     ("--num-return-sequences", {"type": int, "default": 1, "help": "Completions a prompt."}),
     ("--length-penalty", {"type": float, "default": 1.0, "help": "Exponent of a beam's length."}),
@@ -49,7 +51,7 @@ SAMPLING: OptionTable = (
 
 INPUTS: OptionTable = (
     ("--input-text", {"multiple": True, "help": "A prompt; repeatable. `-` reads standard input."}),
-    ("--input-file", {"type": FILE, "help": "Text file, one prompt a line."}),
+    ("--input-file", {"type": FILE, "help": "Text file, one prompt a line, blank ones skipped."}),
     ("--input-tokens", {"type": FILE, "help": "Token ids: .csv, one prompt a row, or .npy."}),
     ("--instruction", {"help": "Ask through the model's instruction template."}),
     ("--prefix", {"help": "Text before a gap that the model is to fill in."}),
@@ -63,7 +65,7 @@ INPUTS: OptionTable = (
 )  # fmt: skip
 
 OUTPUTS: OptionTable = (
-    ("--stream", {"is_flag": True, "help": "Show text as it is made (one prompt)."}),
+    ("--stream", {"is_flag": True, "help": "Show text as it is made: one prompt, no beams."}),
     ("--output-json", {"type": FILE, "help": "JSON lines, one prompt each; `-` prints them."}),
     ("--output-csv", {"type": FILE, "help": "Ids, prompt and completion in a row."}),
     ("--output-npy", {"type": FILE, "help": "The same, padded, with a file of lengths."}),
@@ -91,6 +93,8 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     from porttool.workspace import Workspace
 
     asked = context.params
+    check_texts(asked)
+    check_places(asked)
     loaded = load(
         engine,
         model=asked["model"],
@@ -102,7 +106,7 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
         console.note("the weights of this engine are random (build --dummy): so is what it says")
     prompts = with_virtual_tokens(asked, loaded, read_prompts(asked, loaded))
     sampling = read_sampling(asked, loaded)
-    stream = Stream(loaded, len(prompts)) if asked["stream"] else None
+    stream = Stream(loaded, len(prompts), sampling) if asked["stream"] else None
     results = generate(
         loaded.runner,
         prompts,
@@ -114,6 +118,27 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     if stream:
         stream.finish()
     write_results(asked, loaded, prompts, results, shown=stream is not None)
+
+
+def check_texts(asked: dict[str, Any]) -> None:
+    """Refuse text of the command line that is not UTF-8: it came as surrogates."""
+    for name in ("input_text", "instruction", "prefix", "suffix", "stop", "bad_words"):
+        given = asked[name] or ()
+        for text in (given,) if isinstance(given, str) else given:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} {text!r}: not UTF-8 text") from error
+
+
+def check_places(asked: dict[str, Any]) -> None:
+    """Refuse places that no result can be written to, before anything runs."""
+    names = [flag.removeprefix("--").replace("-", "_") for flag, _ in OUTPUTS[1:]]
+    for name in names[1:]:
+        if str(asked[name]) == "-":
+            raise UsageError("only --output-json writes to standard output: name a file")
+    require_writable(*(asked[name] for name in names))
 
 
 def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]:
@@ -157,8 +182,7 @@ def read_texts(asked: dict[str, Any]) -> list[str]:
     """Return the texts of a file, of standard input, or of the command line."""
     try:
         if asked["input_file"]:
-            lines = Path(asked["input_file"]).read_text(encoding="utf-8").splitlines()
-            return [line for line in lines if line.strip()]
+            return read_lines(Path(asked["input_file"]).read_bytes().decode("utf-8"))
         return [
             sys.stdin.buffer.read().decode("utf-8") if text == "-" else text
             for text in asked["input_text"]
@@ -168,6 +192,20 @@ def read_texts(asked: dict[str, Any]) -> list[str]:
         raise UsageError(f"{name}: not UTF-8 text: {error}") from error
 
 
+def read_lines(text: str) -> list[str]:
+    """Return the lines that are not blank; only a newline ends one. Say how many were blank."""
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    kept = [line for line in lines if line.strip()]
+    if skipped := len(lines) - len(kept):
+        console.note(f"blank lines skipped: {skipped}")
+    return kept
+
+
+FLAGS = {flag.strip("-").replace("-", "_"): flag for flag, _ in SAMPLING if "-" in flag[2:]}
+FLAGS |= {"max_new_tokens": "--max-output-len", "min_new_tokens": "--min-output-len"}
+
+
+@spelling(FLAGS)
 def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
     """Return the sampling that the options ask for."""
     from pydantic import ValidationError
@@ -177,7 +215,9 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
 
     names = {flag.strip("-").replace("-", "_") for flag, _ in SAMPLING}
     values = {k: v for k, v in asked.items() if k in names}
-    values["max_new_tokens"] = values.pop("max_output_len")
+    holds = loaded.engine.manifest.limits.max_output_len
+    most = values.pop("max_output_len")
+    values["max_new_tokens"] = min(64, holds) if most is None else most
     values["min_new_tokens"] = values.pop("min_output_len")
     if asked["bad_words"] and loaded.tokenizer is None:
         raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
@@ -193,12 +233,15 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
 class Stream:
     """Shows one prompt's text while it is made."""
 
-    def __init__(self, loaded: LoadedEngine, n_prompts: int) -> None:
+    def __init__(self, loaded: LoadedEngine, n_prompts: int, sampling: Sampling) -> None:
         from porttool.text import TextStream
 
         if n_prompts != 1 or loaded.tokenizer is None:
             raise UsageError("--stream shows the text of one prompt; give one, and a tokenizer")
-        self._text = TextStream(loaded.tokenizer)
+        if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
+            raise UsageError("--stream shows one completion as it is made: take it away, or "
+                             "--num-beams and --num-return-sequences")  # fmt: skip
+        self._text = TextStream(loaded.tokenizer, sampling.stop)
 
     def push(self, index: int, token: int) -> None:
         """Show what a token adds."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from porttool.component import Options
-from porttool.config import Dtype, PromptTemplate
+from porttool.config import Dtype, Limits, PromptTemplate
 from porttool.errors import UsageError
 from porttool.evaluator import Port
 from porttool.evaluators.results import Decoding, Task
@@ -84,6 +84,7 @@ def assign(options: SummarizeOptions, port: Port) -> Assignment:
     from porttool.evaluators.dataset import load_articles
     from porttool.evaluators.prompts import Recipe, encode_articles
 
+    require_fit(options, port)
     tokenizer = port.tokenizer or (load_tokenizer(port.source) if port.source else None)
     if tokenizer is None:
         raise UsageError("the engine has no tokenizer; name a folder with --tokenizer")
@@ -129,24 +130,68 @@ def template_of(options: SummarizeOptions, port: Port) -> PromptTemplate | None:
     return None if options.prompt == "suffix" else found
 
 
+def require_fit(options: SummarizeOptions, port: Port) -> None:
+    """Refuse what the engine does not hold or the model has no positions for, before any run."""
+    if beyond := list(beyond_limits(options, engine_limits(port))):
+        raise UsageError("; ".join(beyond))
+    wanted = options.max_input_len
+    positions = positions_of(port, firm=wanted is not None)
+    if positions is not None and (wanted or 1) + options.max_new_tokens > positions:
+        asked = f"--max-input-len {wanted} plus " if wanted else ""
+        raise UsageError(
+            f"{asked}--max-new-tokens {options.max_new_tokens} is too much: the model has "
+            f"{positions} positions for a prompt and its new tokens; give less"
+        )
+
+
+def beyond_limits(options: SummarizeOptions, limits: Limits | None) -> Iterator[str]:
+    """Yield what an engine does not hold, and what can be done about it."""
+    if limits is None:
+        return
+    beams = min(limits.max_beam_width, limits.max_batch_size)
+    for flag, wanted, most, cure in (
+        ("--max-input-len", options.max_input_len, limits.max_input_len, "--max-input-len"),
+        ("--max-new-tokens", options.max_new_tokens, limits.max_output_len, "--max-output-len"),
+        ("--num-beams", options.num_beams, beams, "--max-beam-width and --max-batch-size"),
+    ):
+        if wanted is not None and wanted > most:
+            yield (
+                f"{flag} is {wanted}, the engine holds {most}: give {most} or less, or build the "
+                f"engine with {cure} {wanted}"
+            )
+
+
+def engine_limits(port: Port) -> Limits | None:
+    """Return the engine's limits, also where it does not run itself."""
+    return port.runner.engine.manifest.limits if port.runner is not None else port.limits
+
+
+def positions_of(port: Port, *, firm: bool = False) -> int | None:
+    """Return the model's positions, by the engine or else by the source's config.
+
+    `firm` are learned ones alone, beyond which nothing can run; rotary ones go on.
+    """
+    from porttool.huggingface import read_config
+
+    if port.runner is not None:
+        config = port.runner.config
+        return None if firm and config.position != "learned" else config.n_positions
+    if port.source is None:
+        return None
+    values = read_config(port.source)
+    positions = values.get("n_positions", None if firm else values.get("max_position_embeddings"))
+    return positions if isinstance(positions, int) else None
+
+
 def input_len(options: SummarizeOptions, port: Port) -> int:
     """Return how many prompt ids are kept: as asked, or the ancestor's number within limits."""
     if options.max_input_len is not None:
         return options.max_input_len
-    limits = [ANCESTOR_INPUT_LEN]
-    engine = port.runner.engine.manifest.limits if port.runner is not None else port.limits
-    if engine is not None:
-        limits.append(engine.max_input_len)
-    if port.runner is not None:
-        limits.append(port.runner.config.n_positions - options.max_new_tokens)
-    elif port.source is not None:
-        config = json.loads((port.source / "config.json").read_bytes())
-        positions = config.get("n_positions", config.get("max_position_embeddings"))
-        if isinstance(positions, int):
-            limits.append(positions - options.max_new_tokens)
-    if min(limits) < 1:
-        raise UsageError(f"{options.max_new_tokens} new tokens leave no position for a prompt")
-    return min(limits)
+    limits, positions = engine_limits(port), positions_of(port)
+    most = [ANCESTOR_INPUT_LEN]
+    most += [limits.max_input_len] if limits is not None else []
+    most += [positions - options.max_new_tokens] if positions is not None else []
+    return min(most)
 
 
 def end_tokens(port: Port) -> tuple[int, ...]:

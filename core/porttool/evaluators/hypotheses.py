@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from porttool.config import ModelConfig
@@ -193,7 +194,7 @@ def find_mistake(
     error = relative_error(engine, right)
     left = {mistake.text: relative_error(engine, logits(mistake)) for mistake in mistakes(config)}
     best = min(left, key=lambda text: left[text])
-    if left[best] > EXPLAINED * error:
+    if not isfinite(left[best]) or left[best] > EXPLAINED * error:
         return None
     return f"{best} (this leaves {left[best] / error:.1%} of the difference)"
 

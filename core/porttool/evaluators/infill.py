@@ -12,7 +12,13 @@ from porttool.component import Options
 from porttool.config import Dtype, InfillTokens
 from porttool.errors import UsageError
 from porttool.evaluator import Evaluator, Port, Report, Table, Verdict
-from porttool.evaluators.assignment import Assignment, SummarizeOptions, end_tokens, input_len
+from porttool.evaluators.assignment import (
+    Assignment,
+    SummarizeOptions,
+    end_tokens,
+    input_len,
+    require_fit,
+)
 from porttool.evaluators.programs import (
     MEASURES,
     Kind,
@@ -105,6 +111,7 @@ def assign(options: InfillOptions, port: Port, problems: list[Problem]) -> Assig
     tokenizer = port.tokenizer or (load_tokenizer(port.source) if port.source else None)
     if tokenizer is None:
         raise UsageError("the engine has no tokenizer; name a folder with --tokenizer")
+    require_fit(options.as_summaries, port)
     longest = input_len(options.as_summaries.model_copy(update={"max_input_len": None}), port)
     if port.runner is not None:
         longest = port.runner.engine.manifest.limits.max_input_len

@@ -88,13 +88,12 @@ class ParityEvaluator(Evaluator):
         """Climb the ladder; both sides and the source's converter are needed."""
         from porttool.evaluators.accounting import derived
         from porttool.evaluators.probe import Probe
+        from porttool.evaluators.transformers_folder import require_same_shape
 
         options = cast("ParityOptions", self.options)
         if port.runner is None or port.source is None:
-            raise UsageError(
-                "verify needs the engine and the Hugging Face folder that it came from; name "
-                "the folder with --hf-model"
-            )
+            raise UsageError(missing_side(port))
+        require_same_shape(port.source, port.runner.config)
         findings = Findings()
         with derived(port.converter, port.origin or port.source, output, progress) as derivation:
             climb_tokenizer(port, options, findings)
@@ -124,6 +123,18 @@ class ParityEvaluator(Evaluator):
                 notes=tuple(findings.notes),
                 measurements={"options": options.model_dump(mode="json"), **findings.measurements},
             )
+
+
+def missing_side(port: Port) -> str:
+    """Say what verify lacks, and that the recorded source is gone where it is."""
+    said = (
+        "verify needs the engine and the Hugging Face folder that it came from; name the folder "
+        "with --hf-model"
+    )
+    recorded = port.runner.engine.manifest.source.path if port.runner else None
+    if recorded is None or Path(recorded).exists():
+        return said
+    return f"{recorded}, which the engine was converted from, is no longer there: {said}"
 
 
 def judge_config(engine: ModelConfig, source: ModelConfig) -> Verdict:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.config import Dtype
-from porttool.errors import MissingExtra, SourceError
 from porttool.evaluators.results import Candidate, Continuation, Decoding
-from porttool.weights import listing
+from porttool.evaluators.transformers_folder import load_model, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -237,50 +234,6 @@ def generation_config(decoding: Decoding, pad: int) -> Any:
         return_dict_in_generate=True,
         **beams,
     )
-
-
-def load_model(folder: Path, dtype: Any) -> Any:
-    """Load a folder's model in evaluation mode; SourceError unless every weight was found."""
-    try:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-    except ImportError as error:
-        raise MissingExtra("reference", "transformers") from error
-    if not (folder / "config.json").is_file():
-        raise SourceError(
-            f"{folder}: there is no config.json; name a Hugging Face folder with --hf-model"
-        )
-    try:
-        with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=False,
-                local_files_only=True,
-            )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise SourceError(f"{folder}: transformers cannot load it: {error}") from error
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if info.get(problem):
-            names = listing(sorted(map(str, info[problem])))
-            raise SourceError(f"{folder}: transformers reports {problem}: {names}")
-    model.generation_config = GenerationConfig()
-    return model.eval().requires_grad_(False)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars, log and warnings, and put them back afterwards."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def fingerprint_model(folder: Path) -> str:

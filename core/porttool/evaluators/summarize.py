@@ -59,11 +59,14 @@ class SummarizeEvaluator(Evaluator):
         from porttool.evaluators.comparison import compare_sides, judge, measurements_of, tables_of
         from porttool.evaluators.dataset import write_pins
         from porttool.evaluators.page import require_matplotlib, write_page
+        from porttool.evaluators.transformers_folder import require_same_shape
 
         options = cast("SummarizeOptions", self.options)
         require_matplotlib()
         if port.runner is None and port.source is None:
             raise UsageError("neither an engine nor a Hugging Face folder was given")
+        if port.runner is not None and port.source is not None:
+            require_same_shape(port.source, port.runner.config)
         work = assign(options, port)
         notes = [*plan_notes(options, port, work)]
         for note in notes:

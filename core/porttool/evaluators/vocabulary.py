@@ -7,7 +7,7 @@ from pathlib import Path
 
 from porttool.errors import MissingExtra
 from porttool.evaluator import Verdict
-from porttool.evaluators.reference import quiet
+from porttool.evaluators.transformers_folder import quiet
 from porttool.text import Tokenizer
 
 SAMPLES = (

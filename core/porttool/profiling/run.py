@@ -55,13 +55,13 @@ def profile(runner: Runner, shape: ProfileShape, output: Path) -> Profile:
     Raises UsageError for a shape that the engine does not hold.
     """
     require_fit(runner, shape)
+    output.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as recorder:
         nodes = runner.profiled(lambda: run_steps(runner, shape))
     trace = export_trace(recorder)
     found = summarize(runner, shape, trace, nodes)
-    output.mkdir(parents=True, exist_ok=True)
     trace["traceEvents"] += as_events(nodes, step_ranges(trace))
     (output / "trace.json").write_text(json.dumps(trace))
     write_tables(found, output)
@@ -85,12 +85,17 @@ def run_unrecorded(runner: Runner, shape: ProfileShape) -> None:
 def require_fit(runner: Runner, shape: ProfileShape) -> None:
     """Refuse a shape beyond the engine's limits."""
     limits = runner.engine.manifest.limits
-    most = (limits.max_batch_size, limits.max_input_len, limits.max_output_len)
-    if shape.batch > most[0] or shape.prompt > most[1] or shape.new > most[2]:
-        raise UsageError(
-            f"batch {shape.batch}, prompt {shape.prompt}, {shape.new} new tokens: the engine holds "
-            f"{most[0]}, {most[1]}, {most[2]}"
+    beyond = [
+        f"{flag} is {wanted}, the engine holds {most}"
+        for flag, wanted, most in (
+            ("--batch-size", shape.batch, limits.max_batch_size),
+            ("--prompt-len", shape.prompt, limits.max_input_len),
+            ("--new-tokens", shape.new, limits.max_output_len),
         )
+        if wanted > most
+    ]
+    if beyond:
+        raise UsageError(f"{'; '.join(beyond)}: give that or less")
 
 
 def run_steps(runner: Runner, shape: ProfileShape) -> None:

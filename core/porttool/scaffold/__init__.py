@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
@@ -27,7 +28,8 @@ TEMPLATES = {
 def write_plugin(family: str, output: Path) -> Path:
     """Write the package of a new family below `output`; return its folder.
 
-    UsageError for a name that is no lower-case identifier, or a folder that is there already.
+    UsageError for a name that is no lower-case identifier or whose package is installed, and for a
+    folder that is there already.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", family):
         raise UsageError(
@@ -40,6 +42,11 @@ def write_plugin(family: str, output: Path) -> Path:
         "distribution": f"porttool-{family.replace('_', '-')}",
         "title": "".join(part.capitalize() for part in family.split("_")),
     }
+    if find_spec(names["package"]):
+        raise UsageError(
+            f"{family!r} is taken: the package {names['package']} is installed, which the new one "
+            "would hide; choose another name"
+        )
     folder = output / names["distribution"]
     if folder.exists():
         raise UsageError(f"{folder} is there already; name another --output")

@@ -22,6 +22,7 @@ from typing import IO, BinaryIO, cast
 from porttool.errors import SourceError
 from porttool.folder import require_space
 from porttool.progress import Progress
+from porttool.sources.places import refuse_pointer
 from porttool.sources.tar_headers import read_headers
 
 MAX_GROWTH = 200
@@ -175,6 +176,7 @@ def is_gzip(path: Path) -> bool:
     if path.exists() and not path.is_file():
         raise SourceError(f"{path}: is not a file")
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             return file.read(2) == b"\x1f\x8b"
     except OSError as error:

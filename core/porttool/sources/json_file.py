@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from porttool.errors import SourceError
+from porttool.sources.places import is_present, refuse_pointer
 from porttool.sources.safetensors_file import unique_pairs
 
 MAX_JSON = 64_000_000
@@ -16,13 +17,14 @@ MAX_DIGITS = 100
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; SourceError if it is missing, huge or damaged."""
-    if not path.is_file():
+    if not is_present(path):
         raise SourceError(f"{path}: the file is missing")
     if path.stat().st_size > MAX_JSON:
         raise SourceError(f"{path}: {path.stat().st_size} bytes is no config")
     try:
         values = parse_json(path.read_bytes())
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise SourceError(f"{path}: damaged JSON: {error}") from error
     if not isinstance(values, dict):
         raise SourceError(f"{path}: should hold a JSON object")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from porttool.errors import SourceError
 from porttool.folder import Stamp
 from porttool.memory import empty
+from porttool.sources.places import refuse_pointer
 from porttool.weights import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if not 2 <= length <= min(MAX_HEADER, path.stat().st_size - 8):
+                refuse_pointer(path)
                 raise SourceError(f"{path}: not a safetensors file, or its header length lies")
             header = json.loads(file.read(length), object_pairs_hook=unique_pairs)
     except FileNotFoundError as error:

@@ -10,9 +10,16 @@ from typing import Any
 from porttool.config import InfillTokens, SpecialTokens
 from porttool.errors import MissingExtra, SourceError
 from porttool.sources.json_file import read_json
+from porttool.sources.places import refuse_pointer
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE = 1 << 28
+TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"})
+"""Files that are a tokenizer together; any others only say something of one."""
+NO_TOKENIZER = (
+    "the source has no tokenizer (tokenizer.json, vocab.json with merges.txt, or tokenizer.model): "
+    "only token ids can be fed"
+)
 
 
 def check_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> None:
@@ -45,10 +52,16 @@ def ids_of(name: str, data: bytes) -> Iterable[int]:
         raise SourceError(f"{name}: the tokenizer's file is damaged: {error}") from error
 
 
+def is_tokenizer(names: Iterable[str]) -> bool:
+    """Return true if files of these names hold a tokenizer, not only its settings."""
+    return any(needed <= set(names) for needed in TOKENIZERS)
+
+
 def read_files(paths: Iterable[Path]) -> dict[str, bytes]:
     """Read files by their names; one far too large for a tokenizer is a SourceError."""
     found = {}
     for path in paths:
+        refuse_pointer(path)
         if (size := path.stat().st_size) > MAX_FILE:
             raise SourceError(f"{path}: {size} bytes is no tokenizer's file")
         found[path.name] = path.read_bytes()

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
 from porttool.memory import empty
+from porttool.sources.places import refuse_pointer
 from porttool.sources.torch_legacy import (
     Stored,
     is_legacy,
@@ -132,6 +133,7 @@ def load_tree(path: Path, safe: Sequence[Any] = ()) -> Any:
     require_safe_torch(torch.__version__)
     if not path.is_file():
         raise SourceError(f"{path}: the file is missing")
+    refuse_pointer(path)
     zipped = is_zip(path, str(path))
     entries = check_zip(path) if zipped else []
     with unpickling(str(path)), torch.serialization.safe_globals(list(safe)):

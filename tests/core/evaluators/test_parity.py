@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import tiny
+from porttool.cli import invoke
 from porttool.engine import Engine
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
 from porttool.evaluators.accounting import Derivation, check_weights
 from porttool.evaluators.damage import Damage
+from porttool.evaluators.hypotheses import find_mistake
 from porttool.evaluators.parity import verify
 from porttool.nn import Step
 from porttool.plugins import choose_converter, load_registry
@@ -266,6 +269,34 @@ def test_nan_never_passes(engine, verified):
     report = verified(Broken(engine, CPU), diagnose=False)
     assert outcome(report)["prefill"] is False
     assert outcome(report)["decode"] is False
+
+
+def test_what_is_no_number_has_no_cause_among_the_mistakes(source):
+    converter = choose_converter(load_registry(), source)
+    derivation = Derivation(converter, source)
+    weights = {name: derivation.tensor(name) for name in derivation.shapes}
+    logits = torch.full((4, derivation.config.vocab_size), float("nan"))
+    assert find_mistake(derivation.config, weights, [1, 2, 3, 4], logits) is None
+
+
+def test_a_source_of_other_sizes_is_refused(engine, tmp_path):
+    other = tiny.write_source(tmp_path / "other", tiny.gpt2(vocab_size=500))
+    with pytest.raises(UsageError, match="is not the engine's model: it has vocab_size 500, not"):
+        verify(runner=TorchRunner(engine, CPU), source=other, output=tmp_path / "out")
+
+
+def test_a_source_that_is_gone_is_named(source, tmp_path):
+    moved = shutil.copytree(source, tmp_path / "moved")
+    built = tiny.built(tiny.converted(moved, tmp_path / "checkpoint"), tmp_path / "engine")
+    shutil.rmtree(moved)
+    with pytest.raises(UsageError, match=r"moved, which the engine was converted from, is no lon"):
+        verify(runner=TorchRunner(built, CPU), source=None, output=tmp_path / "out")
+
+
+def test_a_report_in_the_place_of_a_file_is_refused(engine, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert invoke(["verify", str(engine.path), "--output", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 def test_verify_needs_the_source(engine, tmp_path):

@@ -103,8 +103,16 @@ def test_fingerprint_covers_config_and_weights(writer, tmp_path):
     assert fingerprint_model(copy) != fingerprint_model(writer)
 
 
-@pytest.mark.parametrize("config", ["{", '{"model_type": "no_such_model"}'])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "{",
+        '{"model_type": "no_such_model"}',
+        '{"model_type": "gpt2", "activation_function": null}',
+        '{"model_type": "gpt2", "n_embd": "wide"}',
+    ],
+)
 def test_a_config_that_transformers_does_not_know(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(SourceError, match="transformers cannot load it"):
+    with pytest.raises(SourceError, match=r"config\.json: transformers cannot load it"):
         ReferenceModel(tmp_path)

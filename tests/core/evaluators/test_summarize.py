@@ -209,9 +209,34 @@ def test_no_side_at_all(run):
         run(engine=False, reference=False)
 
 
-def test_a_prompt_longer_than_the_engine_takes(run):
-    with pytest.raises(UsageError, match="the engine takes 60"):
-        run(max_input_len=70, reference=False)
+class Idle(Progress):
+    """Nothing may run."""
+
+    def start(self, label, total, *, unit="B"):
+        pytest.fail(f"{label} ran")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"max_input_len": 70}, "--max-input-len is 70, the engine holds 60: give 60 or less, or "),
+        ({"max_new_tokens": 40}, "--max-new-tokens is 40, the engine holds 24.*-output-len 40"),
+        ({"num_beams": 9}, "--num-beams is 9, the engine holds 5"),
+        ({"engine": False, "max_input_len": 90},
+         "--max-input-len 90 plus --max-new-tokens 12 is too much: the model has 96 positions"),
+        ({"engine": False, "max_input_len": None, "max_new_tokens": 100},
+         "^--max-new-tokens 100 is too much: the model has 96 positions"),
+    ],
+)  # fmt: skip
+def test_what_neither_side_holds_is_refused_before_one_runs(run, asked, message):
+    with pytest.raises(UsageError, match=message):
+        run(progress=Idle(), **asked)
+
+
+def test_a_reference_of_another_shape_is_refused_before_it_runs(run, tmp_path):
+    other = tiny.write_source(tmp_path / "other", tiny.gpt2(vocab_size=321))
+    with pytest.raises(UsageError, match="is not the engine's model: it has vocab_size 321, not"):
+        run(source=other, progress=Idle())
 
 
 def test_options_are_closed():

@@ -1,0 +1,45 @@
+"""What stands at a path, told before it is read: files that are not what their names promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from porttool.errors import SourceError, UsageError
+
+POINTER = b"version https://git-lfs"
+"""How a pointer file of Git LFS begins (its specification, version 1)."""
+
+
+def is_present(path: Path) -> bool:
+    """Return true for a file that is there; a link whose file is gone is a SourceError."""
+    if path.is_symlink() and not path.exists():
+        raise SourceError(
+            f"{path}: is a link to a file that is gone ({path.readlink()!s:.300}); fetch the model "
+            "again"
+        )
+    return path.is_file()
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise SourceError for what Git leaves in the place of a large file that was not fetched."""
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise SourceError(
+                f"{path}: is a Git LFS pointer, not the file; run `git lfs pull` in its repository"
+            )
+
+
+def require_outside(source: Path, output: Path) -> None:
+    """Raise UsageError for an output inside its source, which writing it would change."""
+    if source.resolve() in output.resolve().parents:
+        raise UsageError(
+            f"{output}: the output must not lie in the source {source}; choose another --output"
+        )
+
+
+def scratch_folder(source: Path, output: Path) -> Path:
+    """Make and return the folder that an output goes into, unless it lies in its source."""
+    require_outside(source, output)
+    folder = output.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,198 @@
+"""What a newcomer does wrong is told in plain words, by the commands, with the right status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+from porttool.cli import invoke
+from porttool.component import explain
+from porttool.config import Sampling
+from porttool.errors import SourceError, UsageError
+from porttool.huggingface import SourceConfig
+from porttool.prompt_table import PromptTable
+from porttool.sources.archive import Archive
+from porttool.sources.json_file import read_json
+from porttool.sources.tokenizer_files import read_files
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n"
+
+
+@pytest.fixture
+def copy(tmp_path, source):
+    return shutil.copytree(source, tmp_path / "source")
+
+
+@pytest.fixture
+def said(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder; return its status and its message on one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PORTTOOL_HOME", raising=False)
+
+    def run(*arguments: object) -> tuple[int, str]:
+        status = invoke([str(argument) for argument in arguments])
+        return status, " ".join(capsys.readouterr().err.split())
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json"])
+def test_a_pointer_of_git_lfs(copy, said, name):
+    if name == "pytorch_model.bin":
+        (copy / "model.safetensors").unlink()
+    (copy / name).write_bytes(POINTER)
+    status, message = said("convert", copy, "-o", "out")
+    assert status == 1
+    assert f"{copy / name}: is a Git LFS pointer, not the file; run `git lfs pull`" in message
+
+
+@pytest.mark.parametrize("read", [read_json, Archive, lambda path: read_files([path])])
+def test_a_pointer_in_other_places(tmp_path, read):
+    (tmp_path / "file").write_bytes(POINTER)
+    with pytest.raises(SourceError, match=r"file: is a Git LFS pointer"):
+        read(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_to_a_file_that_is_gone(copy, said, name):
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to("../blobs/0123")
+    status, message = said("convert", copy, "-o", "out")
+    assert status == 1
+    assert f"{name}: is a link to a file that is gone (../blobs/0123); fetch the model" in message
+
+
+def test_a_shard_whose_link_is_gone(tmp_path, reference, said):
+    folder = tiny.write_source(tmp_path / "source", reference, tiny.Form(shards=2))
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.unlink()
+    shard.symlink_to("gone")
+    assert f"{shard}: is a link to a file that is gone" in said("convert", folder, "-o", "out")[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "message"),
+    [
+        ("build {} -o out", "source", "this is a Hugging Face folder: convert it first"),
+        ("run {} --input-text x", "source", "is a Hugging Face folder: convert and build it first"),
+        ("verify {}", "source", "this is a Hugging Face folder: convert and build it first"),
+        ("run {} --input-text x", "checkpoint",
+         "this is a checkpoint of porttool, not an engine: build it first"),
+        ("verify {}", "checkpoint", "a checkpoint of porttool, not an engine: build it first"),
+        ("build {} -o out", "engine", "this is an engine of porttool, not a checkpoint"),
+        ("convert {} -o out", "checkpoint", "this is already a checkpoint of porttool"),
+        ("convert {} -o out", "engine", "this is already an engine of porttool, not a source"),
+        ("build {} -o out", "nowhere", "nowhere does not exist"),
+        ("run {} --input-text x", "nowhere", "nowhere does not exist"),
+        ("verify {}", "nowhere", "nowhere does not exist"),
+        ("convert {} -o out", "nowhere", "nowhere does not exist"),
+    ],
+)  # fmt: skip
+def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command, kind, message):
+    places = {"source": source, "checkpoint": checkpoint.path, "engine": engine_folder}
+    place = places.get(kind, Path("nowhere"))
+    status, told = said(*(word.format(place) for word in command.split()))
+    assert status == 2
+    assert str(place) in told
+    assert message in told
+
+
+def test_a_folder_is_named_by_a_dot(said):
+    assert said("run", ".", "--input-text", "x") == (1, "error: .: there is no engine.json here")
+
+
+def test_a_prompt_table_is_known_as_one(tmp_path, said):
+    np.save(tmp_path / "rows.npy", np.ones((2, 24), np.float32))
+    assert said("convert", "rows.npy", "-o", "table")[0] == 0
+    assert "this is a prompt table of porttool, not an engine" in said("verify", "table")[1]
+    with pytest.raises(UsageError, match="gone does not exist"):
+        PromptTable.open(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("names", [(), ("tokenizer_config.json",), ("vocab.json",)])
+def test_a_source_without_a_tokenizer(copy, said, names):
+    for name in names:
+        (copy / name).write_text("{}")
+    status, message = said("convert", copy, "-o", "out")
+    assert status == 0
+    assert "the source has no tokenizer" in message
+    assert "only token ids can be fed" in message
+    assert not Path("out/tokenizer").exists()
+
+
+def test_nothing_is_said_where_there_is_a_tokenizer(tmp_path, tokenizer_folder, said):
+    folder = tiny.write_source(tmp_path / "wide", tiny.gpt2(vocab_size=320))
+    shutil.copy(tokenizer_folder / "tokenizer.json", folder)
+    status, message = said("convert", folder, "-o", "out")
+    assert (status, "no tokenizer" in message) == (0, False)
+    assert Path("out/tokenizer/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("output", ["{}/out", "{}/deep/er/out", "{}/../source/out"])
+def test_an_output_in_the_source(copy, said, output):
+    before = sorted(copy.rglob("*"))
+    status, message = said("convert", copy, "-o", output.format(copy))
+    assert status == 2
+    assert f"the output must not lie in the source {copy}" in message
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_null_is_no_default_where_a_value_is_needed(copy, said):
+    file = copy / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "activation_function": None}))
+    status, message = said("convert", copy, "-o", "out")
+    assert status == 1
+    assert f"{file}: 'activation_function' is null; give it a value, or delete the key" in message
+    config = SourceConfig({"flag": None, "number": None}, file)
+    for read in (lambda: config.flag("flag", True), lambda: config.number("number", 1.0)):
+        with pytest.raises(SourceError, match="is null"):
+            read()
+
+
+def test_an_option_that_the_family_does_not_have(copy, said):
+    status, message = said("convert", copy, "-o", "out", "--n-head", "4")
+    assert status == 2
+    assert message == "error: bad option for 'gpt2': --n-head is unknown; its options are: none"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-output-len", "0"], "--max-output-len: Input should be greater than 0 (got 0)"),
+        (["--num-beams", "2", "--num-return-sequences", "3"],
+         "--num-return-sequences exceeds --num-beams"),
+    ],
+)  # fmt: skip
+def test_sampling_that_cannot_be(tmp_path, said, engine_folder, arguments, message):
+    (tmp_path / "ids.csv").write_text("1,2\n")
+    status, told = said("run", engine_folder, "--input-tokens", "ids.csv", *arguments)
+    assert (status, told) == (2, f"error: {message}")
+
+
+def test_a_validation_error_in_plain_words():
+    with pytest.raises(ValueError, match="validation error") as caught:
+        Sampling.model_validate({"temprature": 1, "top_k": "many"})
+    assert explain(caught.value) == (  # type: ignore[arg-type]
+        "top_k: Input should be a valid integer, unable to parse string as an integer "
+        "(got 'many'); temprature is unknown"
+    )
+
+
+def test_converting_nothing(said):
+    status, message = said("convert")
+    assert status == 2
+    assert "name a SOURCE, or a family with --model" in message
+
+
+@pytest.mark.parametrize("name", ["gpt2", "santacoder", "echo"])
+def test_a_new_plugin_named_as_an_installed_one(said, name):
+    pytest.importorskip(f"porttool_{name}")
+    status, message = said("plugins", "new", name)
+    assert status == 2
+    assert f"the package porttool_{name} is installed" in message
+    assert not list(Path().iterdir())

@@ -1,0 +1,158 @@
+"""What `run` prints, refuses and reads, on a tiny engine of 64 positions with a tokenizer."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import pytest
+
+import tiny
+from porttool.cli import console, invoke, main
+from porttool.config import Limits
+from porttool.generate import Completion
+from porttool.token_files import as_record
+
+PROMPT = ["--input-text", "The mayor"]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, tokenizer_folder):
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny.gpt2(seed=1, vocab_size=320, n_positions=64, bos_token_id=0, eos_token_id=0,
+                      pad_token_id=0, tie_word_embeddings=False)  # fmt: skip
+    model.transformer.wte.weight.mul_(4)
+    source = tiny.write_source(folder / "source", model)
+    shutil.copy(tokenizer_folder / "tokenizer.json", source)
+    checkpoint = tiny.converted(source, folder / "checkpoint")
+    limits = Limits(max_batch_size=8, max_input_len=32, max_output_len=32)
+    return tiny.built(checkpoint, folder / "engine", dtype="float64", limits=limits).path
+
+
+@pytest.fixture
+def run(engine, capsys):
+    """Runs the command; returns its status and what it wrote to both streams."""
+
+    def call(*arguments):
+        given = [str(argument) for argument in arguments]
+        status = invoke(["run", str(engine), "--set", "canonical", "true", *given])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_what_a_model_says_is_printed_as_it_is(run, monkeypatch):
+    said = "a[:heart:] [bold]b[/red]\tc\x07\r\x1b[1md  "
+    monkeypatch.setattr("porttool.text.BPETokenizer.decode", lambda *_: said)
+    assert run(*PROMPT, "--max-output-len", "2") == (0, said + "\n", "")
+
+
+def test_paths_and_titles_are_no_markup(tmp_path, capsys, source, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = shutil.copytree(source, tmp_path / "w[" / "red]:heart:" / "ck [bold]")
+    assert invoke(["inspect", str(folder)]) == 0
+    assert "red]:heart:/ck [bold]" in capsys.readouterr().out
+    console.table("[/red]", ["[/red]"], [["[/red]"]])
+    console.note("[/red] :heart:")
+    shown = capsys.readouterr()
+    assert shown.out.count("[/red]") == 3
+    assert shown.err == "[/red] :heart:\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--stream", "--num-beams", "2"], "--stream shows one completion"),
+        (["--stream", "--num-return-sequences", "2", "--temperature", "1"], "one completion"),
+        (["--num-beams", "2", "--stop", "a"], "beam search does not end at stop strings"),
+        (["--seed", str(10**23)], "seed"),
+        (["--seed", str(-(2**63) - 1)], "seed"),
+        (["--temperature", "nan"], "finite number (got nan)"),
+        (["--temperature", "inf"], "finite number (got inf)"),
+        (["--repetition-penalty", "inf"], "finite number"),
+        (["--presence-penalty", "nan"], "finite number"),
+        (["--length-penalty", "-inf"], "finite number"),
+        (["--stop", "a\udcff"], "--stop 'a\\udcff': not UTF-8 text"),
+        (["--bad-words", "a\udcff"], "--bad-words 'a\\udcff': not UTF-8 text"),
+        (["--instruction", "\udcff"], "--instruction '\\udcff': not UTF-8 text"),
+        (["--output-csv", "-"], "only --output-json writes to standard output"),
+        (["--max-output-len", "40"], "build with --max-output-len 40"),
+        (["--max-output-len", "64"], "take another model: this one has 64 positions"),
+        (["--input-text", "x" * 40, "--input-text", "y"], "build with --max-input-len 40"),
+        (["--input-text", "x" * 64], "shorten it, or take another model"),
+    ],
+)
+def test_what_cannot_be_is_refused(run, arguments, says):
+    status, out, err = run(*PROMPT, *arguments)
+    assert (status, out) == (2, "")
+    assert says in err
+
+
+@pytest.mark.parametrize("flag", ["json", "csv", "npy", "logits-npy"])
+def test_a_place_that_is_not_there_is_refused_before_anything_runs(run, monkeypatch, flag):
+    monkeypatch.setattr("porttool.api.load", None)
+    status, _, err = run(*PROMPT, f"--output-{flag}", "nodir/a")
+    assert status == 2
+    assert "nodir/a: there is no folder" in err
+
+
+def test_a_seed_may_be_any_signed_64_bit_number(run):
+    for seed in (-(2**63), 2**63 - 1):
+        sampled = ["--temperature", "1", "--num-return-sequences", "2", "--seed", str(seed)]
+        assert run(*PROMPT, *sampled, "--max-output-len", "2")[0] == 0
+
+
+def test_a_stream_stops_where_the_text_does(run):
+    length = ["--max-output-len", "24"]
+    whole = run(*PROMPT, *length)[1]
+    stops = {whole[i : i + n] for i in range(2, len(whole) - 6, 3) for n in (1, 2, 5)}
+    stops = [s for s in sorted(stops) if "\N{REPLACEMENT CHARACTER}" not in s][:12]
+    assert len(stops) > 5
+    for stop in stops:
+        asked = [*PROMPT, *length, f"--stop={stop}", "--stop=not there"]
+        assert run(*asked, "--stream") == run(*asked)
+
+
+def test_the_default_length_is_what_the_engine_holds(run):
+    status, out, _ = run(*PROMPT, "--ignore-eos", "--output-json", "-")
+    assert status == 0
+    assert len(json.loads(out)["completions"][0]["tokens"]) == 32
+
+
+def test_only_a_newline_ends_a_prompt(run, tmp_path, monkeypatch):
+    file, read = tmp_path / "prompts.txt", []
+    monkeypatch.setattr(
+        "porttool.text.BPETokenizer.encode", lambda _, text: read.append(text) or [1]
+    )
+    file.write_bytes("a\u2028b\x0b\x0cc\r\n\n  \nd\x85\re\n".encode())
+    status, _, err = run("--input-file", file, "--max-output-len", "1")
+    assert (status, read) == (0, ["a\u2028b\x0b\x0cc", "d\x85\re"])
+    assert err == "blank lines skipped: 2\n"
+
+
+def test_what_is_no_number_is_null_in_json():
+    completion = Completion((1, 2), "length", logprobs=(float("nan"), -0.5), score=-float("inf"))
+    [found] = as_record([3], [completion])["completions"]
+    assert (found["logprobs"], found["score"]) == ([None, -0.5], None)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_an_encoding_cannot_say_is_escaped(monkeypatch, encoding):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr("sys.stdout", streams[0])
+    monkeypatch.setattr("sys.stderr", streams[1])
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--model", "≤", "--input-text", "x"])
+    console.say("≤")
+    console.table("≤", ["≤"], [["≤"]])
+    assert ended.value.code in (1, 2)
+    for stream in streams:
+        stream.flush()
+        assert rb"\u2264" in stream.buffer.getvalue()
+
+
+def test_a_stream_that_cannot_be_reconfigured_is_left(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setattr("sys.stderr", None)
+    console.tolerate_encodings()
