@@ -243,9 +243,11 @@ def explain_missing(path: Path, name: str) -> PorttoolError:
         return CheckpointError(
             f"{path}: there is no {name} here; an interrupted run left it half done, run it again"
         )
+    wanted, found = KINDS.get(name), kind_of(path)
+    if wanted is None:
+        return CheckpointError(f"{path}: there is no {name} here")
     if not path.exists():
         return UsageError(f"{path} does not exist")
-    wanted, found = KINDS[name], kind_of(path)
     if found is not None:
         step = ": build it first" if (found, wanted) == ("a checkpoint", "an engine") else ""
         return UsageError(f"{path}: this is {found} of porttool, not {wanted}{step}")
