@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,10 +154,14 @@ def test_a_row_alone_goes_to_the_kernel_in_one_launch(monkeypatch) -> None:
     assert made._alone is None  # plain launches are the chain's
     made.graphed = True
     made.use(chosen)
+    monkeypatch.setattr(made, "_capture", lambda work, count: SimpleNamespace(replay=work))
     begin = cases.one_token([1], torch.tensor([7]), [3])
     made.step(begin)
     made.decode(begin, 300)
     assert runs == [(1, True), (256, False), (44, False)]
+    assert list(made._graphs) == [("embed", 1, 1)]
+    made.load_prompt_table(torch.ones(2, 48))
+    assert not made._graphs  # a graph knows the table by its address
 
 
 class Decoder(cases.TunedDecoder):

@@ -137,7 +137,6 @@ class CudaDecoder(DeviceDecoder):
     def decode(self, step: Step, n_tokens: int) -> Tensor:
         """Feed one token a row, then greedy successors: int64 [n, n_tokens] on the device."""
         n_rows, n = self._begin(step, n_tokens)
-        embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
         pieces = []
         while n_tokens > 0:
             count = min(n_tokens, HISTORY)
@@ -157,7 +156,7 @@ class CudaDecoder(DeviceDecoder):
             if tokens:
                 self.rows.tokens[:n_rows] = tokens[-1]
                 self.rows.positions[:n_rows] += 1
-            embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
+                self._replay("embed", n, 1)
             self._replay("logits", n, 1)
             tokens.append(choose(self._logits_of(n)[:n_rows], i))
         return torch.stack(tokens, dim=1)
@@ -171,13 +170,13 @@ class CudaDecoder(DeviceDecoder):
     def load_prompt_table(self, table: Tensor | None) -> None:
         """Use rows of [n_rows, d_model] for ids from vocab_size on; None takes it away."""
         self._table = None if table is None else table.to(self.device, self.dtype).contiguous()
+        self._graphs = {key: made for key, made in self._graphs.items() if key[0] != "embed"}
 
     # ---- steps --------------------------------------------------------------------------------
 
     def _small_step(self, packed: Packed) -> Tensor:
         n = self._bucket(packed.n_tokens)
         self._put(packed, n)
-        embed(self.model, self.rows, self._scratch_of(n).x, n, self._table)
         self._replay("logits" if packed.width == 1 else "several", n, 1)
         return self._logits_of(n)[: packed.n_tokens].clone()
 
@@ -205,7 +204,7 @@ class CudaDecoder(DeviceDecoder):
     # ---- rows and graphs ----------------------------------------------------------------------
 
     def _begin(self, step: Step, n_tokens: int) -> tuple[int, int]:
-        """Put rows of one token each in place; return how many, and of how many the graph is."""
+        """Put rows of one token each in place; return how many, and the graph's."""
         packed = Packed(step)
         if packed.width != 1:
             raise UsageError("decoding on the device starts from one token a row")
@@ -223,9 +222,9 @@ class CudaDecoder(DeviceDecoder):
         return min(-(-n // step) * step, max(self.n_slots, n))
 
     def _put(self, packed: Packed, n: int) -> None:
-        """Write tokens, positions and slots of the rows, padding up to n."""
-        block = packed.block(n).to(self.device)
-        self.rows.tokens[:n], self.rows.positions[:n], self.rows.slots[:n] = block
+        """Write tokens, positions and slots of the rows, padding up to n, and their embeddings."""
+        self.rows.fed[:, :n] = packed.block(n)
+        self._replay("embed", n, 1)
 
     def _scratch_of(self, n: int) -> Scratch:
         """Return the buffers of steps of n rows; all steps of up to SMALL_ROWS share theirs."""
@@ -250,24 +249,23 @@ class CudaDecoder(DeviceDecoder):
 
     def _replay(self, kind: str, n: int, count: int) -> None:
         """Run a captured step, capturing it first if this is its first time."""
-        if self._alone is not None and n == 1:
+        if self._alone is not None and n == 1 and kind != "embed":
             self._alone.run(count, None if kind == "greedy" else self._logits_of(1))
             return
-        work = self._works.setdefault((kind, n), self._work(kind, n))
+        if (kind, n) not in self._works:
+            self._works[kind, n] = self._work(kind, n)
         if not self.graphed:
             for _ in range(count):
-                work()
+                self._works[kind, n]()
             return
-        key = (kind, n, count)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(work, count)
-        self._graphs[key].replay()
+        if (kind, n, count) not in self._graphs:
+            self._graphs[kind, n, count] = self._capture(self._works[kind, n], count)
+        self._graphs[kind, n, count].replay()
 
     def _capture(self, work: Callable[[], None], count: int) -> torch.cuda.CUDAGraph:
         """Compile and warm up with every row as padding, then record."""
         r = self.rows
-        state = [r.tokens, r.positions, r.slots, r.cursor, r.history]
-        state += [scratch.x for scratch in self._scratch.values()]
+        state = [r.fed, r.cursor, r.history, *(s.x for s in self._scratch.values())]
         kept = [tensor.clone() for tensor in state]
         r.slots.fill_(-1)
         r.positions.zero_()
@@ -282,8 +280,10 @@ class CudaDecoder(DeviceDecoder):
         return graph
 
     def _work(self, kind: str, n: int) -> Callable[[], None]:
-        """Return what enqueues one step of n rows: logits, several (of a slot) or greedy."""
+        """Return what enqueues a step of n rows: logits, several (of a slot), greedy; or embed."""
         scratch = self._scratch_of(n)
+        if kind == "embed":
+            return lambda: embed(self.model, self.rows, scratch.x, n, self._table)
         wide = ClusterChain if str(tile_rows(n)) in self.tuning.cluster else WideChain
         chain: StreamChain | WideChain = (
             StreamChain(self.model, self.rows, scratch) if n == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from porttool.engines.torch.cuda_state import Rows
+from porttool.engines.torch.cuda_state import Rows, rows_of
 from porttool.nn import Step
 
 
@@ -14,13 +14,15 @@ class Packed:
 
     def __init__(self, step: Step, first_row: int = 0) -> None:
         self.step, self.first_row = step, first_row
-        self.lengths = [int(v) for v in step.lengths]
+        self.lengths: list[int] = step.lengths.tolist()
         self.n_rows, self.n_tokens = len(self.lengths), sum(self.lengths)
         self.width = max(self.lengths)
 
     def flat(self) -> Tensor:
         """Tokens, positions and slots of the real tokens: int32 [3, n_tokens]."""
         s = self.step
+        if s.tokens.shape[1] == 1 == min(self.lengths):  # a step that is decoded waits for this
+            return torch.stack((s.tokens[:, 0], s.starts, s.slots)).int()
         column = torch.arange(s.tokens.shape[1])
         real = column < s.lengths[:, None]
         slots = s.slots[:, None].expand_as(s.tokens)
@@ -29,15 +31,17 @@ class Packed:
 
     def block(self, n: int) -> Tensor:
         """As `flat`, filled up to n columns with padding."""
+        flat = self.flat()
+        if n == self.n_tokens:
+            return flat
         out = torch.zeros(3, n, dtype=torch.int32)
         out[2] = -1
-        out[:, : self.n_tokens] = self.flat()
+        out[:, : self.n_tokens] = flat
         return out
 
     def rows(self, device: str) -> Rows:
         """The packed tokens as rows on the device."""
-        tokens, positions, slots = self.flat().to(device)
-        return Rows(tokens, positions, slots, tokens, tokens)
+        return rows_of(self.flat().to(device))
 
     def spans(self) -> list[tuple[int, int]]:
         """First and past-last packed token of each row."""

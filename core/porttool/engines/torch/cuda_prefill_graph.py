@@ -22,7 +22,7 @@ from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_packed import Packed
 from porttool.engines.torch.cuda_prefill import Prompt, make_buffers, prefill_layers
-from porttool.engines.torch.cuda_state import Rows
+from porttool.engines.torch.cuda_state import rows_of
 from porttool.engines.torch.cuda_tuning import power_of_two
 
 GRAPH_TOKENS = 1024
@@ -96,9 +96,8 @@ class PrefillGraphs:
     def _prompt(self, n: int, n_rows: int) -> Prompt:
         """View the inputs as a prompt of n tokens; any of its rows may be as long as all."""
         columns = _columns(n_rows)
-        tokens, positions, slots = self._inputs[: 3 * n].view(3, n)
         row_slots, starts, first = self._inputs[3 * n : 3 * (n + columns)].view(3, columns)
-        rows = Rows(tokens, positions, slots, tokens, tokens)
+        rows = rows_of(self._inputs[: 3 * n].view(3, n))
         return Prompt(rows, row_slots[:n_rows], starts, first, n)
 
     def _recall(self, size: tuple[int, int], work: Callable[[], None]) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Rows:
     slots: Tensor
     cursor: Tensor
     history: Tensor  # [rows, HISTORY]
+    fed: Tensor  # [3, rows]: tokens, positions and slots lie in it
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,21 @@ class Between:
 def make_rows(n: int, device: str) -> Rows:
     """Allocate the state of n rows, all of them padding."""
 
-    def ints(fill: int = 0) -> Tensor:
-        return torch.full((n,), fill, dtype=torch.int32, device=device)
+    n = -(-n // 4) * 4  # in whole 16 bytes: kernels compile for addresses
+    fed, cursor, history = (
+        torch.zeros(shape, dtype=torch.int32, device=device)
+        for shape in ((3, n), (n,), (n, HISTORY))
+    )
+    fed[2] = -1
+    return replace(rows_of(fed), cursor=cursor, history=history)
 
-    history = torch.zeros(n, HISTORY, dtype=torch.int32, device=device)
-    return Rows(ints(), ints(), ints(-1), ints(), history)
+
+def rows_of(fed: Tensor) -> Rows:
+    """Return a prompt's tokens as rows: [3, tokens] of tokens, positions and slots.
+
+    They leave no history.
+    """
+    return Rows(fed[0], fed[1], fed[2], cursor=fed[0], history=fed[0], fed=fed)
 
 
 def make_scratch(
