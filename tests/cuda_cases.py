@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -114,6 +115,12 @@ def reference(decoder: Decoder, cache: KVCache, step: Step) -> Tensor:
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     """Return the norm of the difference over the norm of what is right."""
     return float((found.double().cpu() - wanted).norm() / wanted.norm())
+
+
+def graphed_without_gpu(made: Any) -> None:
+    """Let a decoder on a CPU run as if its graphs were replayed, one step each."""
+    made.graphed = True
+    made._capture = lambda work, count: SimpleNamespace(replay=work)
 
 
 def assert_same_bits_in_any_batch(made: Any) -> None:

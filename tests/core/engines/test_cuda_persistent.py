@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,9 +151,8 @@ def test_a_row_alone_goes_to_the_kernel_in_one_launch(monkeypatch) -> None:
     chosen = replace(made.tuning, persistent=TILES[0])
     made.use(chosen)
     assert made._alone is None  # plain launches are the chain's
-    made.graphed = True
+    cases.graphed_without_gpu(made)
     made.use(chosen)
-    monkeypatch.setattr(made, "_capture", lambda work, count: SimpleNamespace(replay=work))
     begin = cases.one_token([1], torch.tensor([7]), [3])
     made.step(begin)
     made.decode(begin, 300)

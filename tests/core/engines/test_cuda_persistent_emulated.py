@@ -71,7 +71,7 @@ def made_with(case: str, dtype: torch.dtype, tile: PersistentTile, **changes: An
     plain = cases.drawn(shape, dtype)
     made = CudaDecoder(shape, plain.state_dict(), dtype=dtype, limits=cases.limits(2, 40),
                        device="cpu")  # fmt: skip
-    made.graphed = True
+    cases.graphed_without_gpu(made)
     made.use(replace(default_tuning(shape, "cpu"), persistent=tile))
     for cached in (made.model.cache.keys, made.model.cache.values):
         cached.fill_(float("nan"))

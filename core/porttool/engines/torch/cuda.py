@@ -145,7 +145,7 @@ class CudaDecoder(DeviceDecoder):
                 self._replay("greedy", n, size)
             pieces.append(self.rows.history[:n_rows, :count].long())
             n_tokens -= count
-        return torch.cat(pieces, dim=1)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     @torch.inference_mode()
     def sample(self, step: Step, n_tokens: int, choose: Choose) -> Tensor:
