@@ -204,7 +204,7 @@ class CudaDecoder(DeviceDecoder):
     # ---- rows and graphs ----------------------------------------------------------------------
 
     def _begin(self, step: Step, n_tokens: int) -> tuple[int, int]:
-        """Put rows of one token each in place; return how many, and the graph's."""
+        """Put rows of one token each in place; return how many, and how many the graph has."""
         packed = Packed(step)
         if packed.width != 1:
             raise UsageError("decoding on the device starts from one token a row")
