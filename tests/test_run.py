@@ -114,6 +114,14 @@ def test_a_stream_stops_where_the_text_does(run):
         assert run(*asked, "--stream") == run(*asked)
 
 
+def test_a_stream_beside_printed_json_goes_to_standard_error(run):
+    asked = [*PROMPT, "--max-output-len", "8", "--output-json", "-"]
+    status, plain, nothing = run(*asked)
+    assert (status, nothing) == (0, "")
+    text = json.loads(plain)["completions"][0]["text"]
+    assert run(*asked, "--stream") == (0, plain, text + "\n")
+
+
 def test_the_default_length_is_what_the_engine_holds(run):
     status, out, _ = run(*PROMPT, "--ignore-eos", "--output-json", "-")
     assert status == 0

@@ -266,6 +266,7 @@ def test_json_on_standard_output(folder, capsys):
         (["--output-len", "1"], "--output-len '1': give whole numbers from 2 on"),
         (["--batch-size", "1,x"], "--batch-size '1,x': give whole numbers"),
         (["--picture", "nowhere/out.png"], "there is no folder"),
+        (["--output-json", "-"], "--output-json writes a file, name one; --json prints"),
         (["--picture", "out.gif"], "--picture out.gif: its name should end in .png, .svg, .pdf"),
         (["--hf-model", "{}"], "{}: there is no config.json"),
         (["--hf-model", "{}/nothere"], "{}/nothere: there is no such folder"),

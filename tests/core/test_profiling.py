@@ -154,7 +154,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, folder, capsys):
     assert "is a file" in capsys.readouterr().err
 
 
-def test_tools_around_a_run(tmp_path):
+def test_tools_around_a_run(tmp_path, capfd):
     run = ["porttool", "profile", "ENGINE"]
     nsys = tool_command("nsys", run, tmp_path)
     assert nsys[-3:] == run
@@ -164,7 +164,8 @@ def test_tools_around_a_run(tmp_path):
     assert "--clock-control none" in ncu and "--nvtx-include porttool.decode/" in ncu
     with pytest.raises(UsageError, match=r"nowhere-to-be-found is not installed .* --flag"):
         run_tool(["nowhere-to-be-found", "--flag"])
-    run_tool([sys.executable, "-c", ""])
+    run_tool([sys.executable, "-c", "print('said')"])
+    assert capfd.readouterr() == ("", "said\n")
     with pytest.raises(EngineError, match="status 3"):
         run_tool([sys.executable, "-c", "raise SystemExit(3)"])
 
@@ -238,3 +239,15 @@ def test_command_under_a_tool(tmp_path, folder, capsys, monkeypatch):
     assert cli.invoke(line) == 0
     assert {f.name for f in out.iterdir()} == {"ncu.csv", "counters.csv"}
     assert "SM Busy" in capsys.readouterr().out
+
+
+def test_what_a_tool_prints_is_not_among_the_json(tmp_path, capfd, monkeypatch):
+    (tmp_path / "nsys").write_text("#!/bin/sh\necho Generating\n")
+    (tmp_path / "nsys").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = ["profile", "engine", "--under", "nsys", "--json", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["porttool", *line])
+    assert cli.invoke(line) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["trace"] == str(tmp_path / "out" / "nsys.nsys-rep")
+    assert err == "Generating\n"

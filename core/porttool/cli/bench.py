@@ -70,6 +70,8 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
     asked = context.params
     cells = grid(*(read_sizes(flag, asked) for flag, _ in GRID))
     picture, json_file = asked["picture"], asked["output_json"]
+    if str(json_file) == "-":
+        raise UsageError("--output-json writes a file, name one; --json prints what was measured")
     require_writable(picture, json_file)
     if picture and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"--picture {picture}: its name should end in {', '.join(PICTURES)}")

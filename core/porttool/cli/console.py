@@ -39,10 +39,11 @@ def say(text: str = "") -> None:
     write(text + "\n")
 
 
-def write(text: str) -> None:
-    """Print a piece of a stream at once, without a line's end."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def write(text: str, *, beside: bool = False) -> None:
+    """Print a piece of a stream at once, without a line's end; on standard error if `beside`."""
+    stream = sys.stderr if beside else sys.stdout
+    stream.write(text)
+    stream.flush()
 
 
 def say_json(value: Any, *, indent: int | None = 1) -> None:

@@ -82,6 +82,8 @@ def run_under(tool: str, output: Path, *, as_json: bool) -> None:
     run_tool(tool_command(tool, run, output))  # type: ignore[arg-type]
     if tool == "ncu":
         tell_counters(output, as_json=as_json)
+    elif as_json:
+        console.say_json({"trace": str(output / "nsys.nsys-rep"), "output": str(output)})
     else:
         console.say(f"{output / 'nsys.nsys-rep'}: open it in nsys-ui, or `nsys stats` it")
 

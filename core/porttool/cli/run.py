@@ -65,7 +65,9 @@ INPUTS: OptionTable = (
 )  # fmt: skip
 
 OUTPUTS: OptionTable = (
-    ("--stream", {"is_flag": True, "help": "Show text as it is made: one prompt, no beams."}),
+    ("--stream", {"is_flag": True,
+                  "help": "Show text as it is made: one prompt, no beams. With `--output-json -` "
+                          "on standard error."}),
     ("--output-json", {"type": FILE, "help": "JSON lines, one prompt each; `-` prints them."}),
     ("--output-csv", {"type": FILE, "help": "Ids, prompt and completion in a row."}),
     ("--output-npy", {"type": FILE, "help": "The same, padded, with a file of lengths."}),
@@ -106,7 +108,8 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
         console.note("the weights of this engine are random (build --dummy): so is what it says")
     prompts = with_virtual_tokens(asked, loaded, read_prompts(asked, loaded))
     sampling = read_sampling(asked, loaded)
-    stream = Stream(loaded, len(prompts), sampling) if asked["stream"] else None
+    beside = str(asked["output_json"]) == "-"
+    stream = Stream(loaded, len(prompts), sampling, beside=beside) if asked["stream"] else None
     results = generate(
         loaded.runner,
         prompts,
@@ -231,9 +234,11 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
 
 
 class Stream:
-    """Shows one prompt's text while it is made."""
+    """Shows one prompt's text while it is made, `beside` the results if those are printed."""
 
-    def __init__(self, loaded: LoadedEngine, n_prompts: int, sampling: Sampling) -> None:
+    def __init__(
+        self, loaded: LoadedEngine, n_prompts: int, sampling: Sampling, *, beside: bool
+    ) -> None:
         from porttool.text import TextStream
 
         if n_prompts != 1 or loaded.tokenizer is None:
@@ -242,14 +247,15 @@ class Stream:
             raise UsageError("--stream shows one completion as it is made: take it away, or "
                              "--num-beams and --num-return-sequences")  # fmt: skip
         self._text = TextStream(loaded.tokenizer, sampling.stop)
+        self._beside = beside
 
     def push(self, index: int, token: int) -> None:
         """Show what a token adds."""
-        console.write(self._text.push(token))
+        console.write(self._text.push(token), beside=self._beside)
 
     def finish(self) -> None:
         """Show what was held back, and end the line."""
-        console.write(self._text.finish() + "\n")
+        console.write(self._text.finish() + "\n", beside=self._beside)
 
 
 def write_results(

@@ -17,6 +17,7 @@ from porttool.errors import EngineError, UsageError
 Tool = Literal["nsys", "ncu"]
 COUNTERS = "ncu.csv"
 """What ncu writes into the output folder."""
+STDERR = 2
 
 
 def tool_command(tool: Tool, run: Sequence[str], output: Path) -> list[str]:
@@ -39,13 +40,16 @@ def tool_command(tool: Tool, run: Sequence[str], output: Path) -> list[str]:
 
 
 def run_tool(command: Sequence[str]) -> None:
-    """Run a tool's command; UsageError if it is not installed, EngineError if it fails."""
+    """Run a tool's command; UsageError if it is not installed, EngineError if it fails.
+
+    What it prints goes to standard error: standard output is for what was found.
+    """
     if shutil.which(command[0]) is None:
         raise UsageError(
             f"{command[0]} is not installed here, or not on the PATH; it comes with NVIDIA's "
             f"developer tools. The command would be: {shlex.join(command)}"
         )
-    done = subprocess.run(command, check=False)
+    done = subprocess.run(command, check=False, stdout=STDERR)
     if done.returncode:
         raise EngineError(
             f"{command[0]} ended with status {done.returncode}; see what it printed, and "
