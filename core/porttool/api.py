@@ -20,7 +20,7 @@ from porttool.progress import SILENT, Progress
 from porttool.prompt_table import PromptTable, choose_table_converter, convert_table
 from porttool.runner import Runner, load_verified
 from porttool.text import Tokenizer, load_tokenizer
-from porttool.workspace import Workspace
+from porttool.workspace import Workspace, require_family
 
 if TYPE_CHECKING:
     from porttool.evaluator import Report
@@ -127,6 +127,8 @@ def build(
         opened = checkpoint
     else:
         opened = open_checkpoint(checkpoint or space.checkpoint(str(model)), registry)
+    if checkpoint is not None and model is not None:
+        require_family(opened.path, opened.manifest.family, model)
     limits = choose_limits(
         opened.config,
         max_batch_size=max_batch_size,

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from porttool.engine import Engine
 from porttool.errors import UsageError
 
 VARIABLE = "PORTTOOL_HOME"
@@ -48,5 +49,21 @@ class Workspace:
         )
 
     def find_engine(self, engine: Path | None, model: str | None) -> Path:
-        """Return the engine of a path, else of a model."""
-        return engine or self.engine(self.find_model(model))
+        """Return the engine of a path, held to the model if one is named, else of a model."""
+        if engine is None:
+            return self.engine(self.find_model(model))
+        if model is not None:
+            require_family(engine, Engine.open(engine, verify=False).manifest.family, model)
+        return engine
+
+
+def require_family(path: Path, family: str, model: str) -> None:
+    """Raise UsageError where `model`, a family or a converter of one, is not of a folder's family.
+
+    A folder's family may be written as a converter of it too: random weights are of what was named.
+    """
+    if family.partition("/")[0] != model.partition("/")[0]:
+        raise UsageError(
+            f"{path} is of the family {family}, not {model}: take --model away, or give one "
+            f"of {model}"
+        )

@@ -13,6 +13,7 @@ import pytest
 
 import tiny
 from porttool import api
+from porttool.cli import invoke
 from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
 from porttool.hub import resolve_source
 from porttool.text import SentencePieceTokenizer
@@ -44,6 +45,28 @@ def test_which_engine_is_meant(tmp_path):
         (tmp_path / model / "engine" / "engine.json").write_text("{}")
     with pytest.raises(UsageError, match=r": one, two$"):
         Workspace(tmp_path).find_model(None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run {engine} --input-text x", "verify {engine}", "summarize {engine}", "bench {engine}",
+     "infill {engine} --dataset x", "profile {engine}", "build {checkpoint} -o out"],
+)  # fmt: skip
+def test_a_path_and_another_family(
+    tmp_path, checkpoint, engine_folder, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    path = checkpoint.path if "checkpoint" in command else engine_folder
+    words = command.format(engine=path, checkpoint=path).split()
+    assert invoke([*words, "--model", "santacoder"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{path} is of the family gpt2, not santacoder: take --model away" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", [None, "gpt2", "gpt2/megatron"])
+def test_a_path_and_its_own_family(tmp_path, engine_folder, model):
+    assert Workspace(tmp_path).find_engine(engine_folder, model) == engine_folder
 
 
 def test_a_checkpoint_of_another_plugin_version(tmp_path, checkpoint, registry):

@@ -77,7 +77,7 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
         raise UsageError(f"--picture {picture}: its name should end in {', '.join(PICTURES)}")
     space = Workspace.choose(asked["workdir"])
     found = bench(
-        engines or (space.find_engine(None, asked["model"]),),
+        tuple(space.find_engine(engine, asked["model"]) for engine in engines or (None,)),
         cells,
         hf_model=asked["hf_model"],
         compiled=not asked["no_compile"],

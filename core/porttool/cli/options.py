@@ -26,7 +26,10 @@ def model_options(command: F) -> F:
         click.option(
             "--workdir", type=FOLDER, help="Work folder [$PORTTOOL_HOME, ./porttool-out]."
         ),
-        click.option("--model", help="Model family; also names the paths under the work folder."),
+        click.option(
+            "--model",
+            help="Model family: names the paths under the work folder; a path given must be of it.",
+        ),
     ):
         command = option(command)
     return command
