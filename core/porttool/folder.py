@@ -154,7 +154,7 @@ def pending_folder(
     `replaces` names the manifest of a finished folder that may be replaced, None if none may;
     `sources` are read meanwhile and may not lie there. Raises UsageError if something stands at the
     target that may not be replaced, and PorttoolError if another process writes there, the place
-    cannot be written, or the disk fills up.
+    cannot be written, or the disk fills up. A KeyboardInterrupt gets a note of what is left.
     """
     target = target if target.name.strip(".") else target.resolve()
     require_free(target, replaces, sources)
@@ -170,6 +170,13 @@ def pending_folder(
             yield folder
     except OSError as error:
         raise PorttoolError(explain_os_error(error, target, path)) from error
+    except KeyboardInterrupt as error:
+        if path.exists():
+            error.add_note(
+                f"{path} keeps what was written: run the same command again to finish, or remove "
+                "that folder to be rid of it"
+            )
+        raise
 
 
 def explain_os_error(error: OSError, target: Path, path: Path) -> str:

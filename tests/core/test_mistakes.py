@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 import tiny
 from porttool.cli import invoke
+from porttool.cli.console import ConsoleProgress
 from porttool.component import explain
 from porttool.config import Sampling
 from porttool.errors import SourceError, UsageError
@@ -195,4 +197,31 @@ def test_a_new_plugin_named_as_an_installed_one(said, name):
     status, message = said("plugins", "new", name)
     assert status == 2
     assert f"the package porttool_{name} is installed" in message
+    assert not list(Path().iterdir())
+
+
+def test_ctrl_c_says_what_is_left(source, said, monkeypatch):
+    """Interrupted while weights are written; the same command finishes the work."""
+    convert = ("convert", source, "-o", "made")
+    build = ("build", "made", "-o", "engine", "--dtype", "float64")
+    for command in (convert, build):
+        with monkeypatch.context() as patch:
+            patch.setattr(ConsoleProgress, "advance", Mock(side_effect=KeyboardInterrupt))
+            status, message = said(*command)
+        output = command[3]
+        left = Path(f".{output}.partial")
+        assert status == 130
+        assert message.endswith(
+            f"error: interrupted; {left} keeps what was written: run the same command again to "
+            "finish, or remove that folder to be rid of it"
+        )
+        assert left.is_dir()
+        assert said(*command)[0] == 0
+        assert Path(output).is_dir()
+        assert not left.exists()
+
+
+def test_ctrl_c_where_nothing_is_left(source, said, monkeypatch):
+    monkeypatch.setattr("porttool.api.convert_source", Mock(side_effect=KeyboardInterrupt))
+    assert said("convert", source, "-o", "made") == (130, "error: interrupted")
     assert not list(Path().iterdir())

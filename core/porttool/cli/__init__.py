@@ -64,8 +64,8 @@ def invoke(arguments: list[str] | None = None) -> int:
     except PorttoolError as error:
         console.error(str(error))
         return error.exit_status
-    except click.exceptions.Abort:
-        console.error("interrupted; nothing half-written is left in place")
+    except click.exceptions.Abort as error:
+        console.error("; ".join(["interrupted", *getattr(error.__cause__, "__notes__", ())]))
         return 130
     except click.ClickException as error:
         error.show()
