@@ -252,7 +252,8 @@ def choose_converter(
     names = named_converters(registry, model) if model else list(registry.converters.classes)
     left = registry.recognisers(source, names)
     if len(left) == 1:
-        require_own_source(registry, source, left[0])
+        if model:  # else every family was asked already
+            require_own_source(registry, source, left[0])
         return registry.converter(left[0].name, options)
     if left:
         listed = ", ".join(sorted(c.name for c in left))

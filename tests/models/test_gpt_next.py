@@ -20,6 +20,7 @@ import tiny
 from nemo_writer import GPT_2B, PLAIN, VOCAB
 from porttool.cli import invoke as porttool
 from porttool.errors import PorttoolError
+from porttool.plugins import choose_converter
 from porttool.progress import Progress
 from porttool.sources.nemo import read_nemo_config
 from tiny import full_logits, reference_logits
@@ -211,6 +212,40 @@ def test_a_compressed_archive_is_said_to_cost_a_pass(tmp_path):
         tiny.converted(source, tmp_path / form, progress=progress)
         said = [n for n in progress.notes if "one pass unpacks it to a temporary file" in n]
         assert len(said) == n_notes
+
+
+def test_a_compressed_archive_is_inspected_as_a_plain_one(tmp_path, monkeypatch, capsys):
+    values = made()
+    tensors = nemo.draw(values)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    shown = []
+    for form in ("tar", "gz"):
+        source = nemo.write(tmp_path / f"{form}.nemo", values, tensors, form=form)
+        assert porttool(["inspect", str(source), "--json"]) == 0
+        shown.append(capsys.readouterr())
+    assert shown[0].out == shown[1].out and json.loads(shown[1].out)["tensors"] == len(tensors)
+    assert shown[0].err == ""
+    assert (
+        f"gz.nemo is compressed: one pass unpacks it to a temporary file in {scratch}"
+        in " ".join(shown[1].err.split())
+    )
+    source.write_bytes(source.read_bytes()[:-9])
+    assert porttool(["inspect", str(source)]) == 1
+    assert f"error: {source}: truncated or damaged" in " ".join(capsys.readouterr().err.split())
+    assert not list(scratch.iterdir())
+
+
+def test_recognising_an_archive_asks_each_family_once(tmp_path, registry, monkeypatch):
+    """A compressed archive whose YAML is its last file is unpacked by every look into it."""
+    values = made()
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values), form="gz")
+    asked = []
+    monkeypatch.setattr("porttool_gpt_next.converter.read_nemo_config",
+                        lambda path: asked.append(path) or values)  # fmt: skip
+    assert choose_converter(registry, source).name == "gpt_next"
+    assert asked == [source]
 
 
 def test_the_disk_is_asked_before_an_archive_is_unpacked(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import click
@@ -16,7 +17,10 @@ from porttool.cli.options import json_option
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 @json_option
 def command(path: Path, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint, an engine, or a source and who can read it."""
+    """Say what PATH is: a checkpoint, an engine, or a source and who can read it.
+
+    A gzipped archive of a model is unpacked for it, into the system's temporary folder ($TMPDIR).
+    """
     found = examine(path)
     if as_json:
         console.say_json(found)
@@ -52,7 +56,11 @@ def facts(kind: str, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def examine_source(path: Path) -> dict[str, Any]:
-    """Say which family reads a source, and its config and tensors."""
+    """Say which family reads a source, and its config and tensors.
+
+    What has to be unpacked for that is unpacked into the system's temporary folder.
+    """
+    from porttool.errors import naming
     from porttool.plugins import choose_converter, load_registry
     from porttool.prompt_table import choose_table_converter
 
@@ -61,14 +69,16 @@ def examine_source(path: Path) -> dict[str, Any]:
         tasks = {task: list(rows.shape) for task, rows in table.open(path).items()}
         return {"is": f"source of {table.name}: {table.source_format}", "tasks": tasks}
     converter = choose_converter(registry, path)
-    source = converter.open(path)
-    infos = source.tensors.infos()
-    return {
-        "is": f"source of {converter.name}: {converter.source_format}",
-        "tensors": len(infos),
-        "bytes": sum(i.nbytes for i in infos.values()),
-        "types": sorted({i.dtype for i in infos.values()}),
-        "config": source.config.model_dump(mode="json"),
-        "tokens": source.tokens.model_dump(mode="json"),
-        "tokenizer": [*(f.name for f in source.tokenizer), *source.tokenizer_data],
-    }
+    progress = console.ConsoleProgress()
+    with naming(path), converter.prepare(path, Path(gettempdir()), progress) as readable:
+        source = converter.open(readable)
+        infos = source.tensors.infos()
+        return {
+            "is": f"source of {converter.name}: {converter.source_format}",
+            "tensors": len(infos),
+            "bytes": sum(i.nbytes for i in infos.values()),
+            "types": sorted({i.dtype for i in infos.values()}),
+            "config": source.config.model_dump(mode="json"),
+            "tokens": source.tokens.model_dump(mode="json"),
+            "tokenizer": [*(f.name for f in source.tokenizer), *source.tokenizer_data],
+        }

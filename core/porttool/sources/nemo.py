@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from porttool.errors import MissingExtra, SourceError
-from porttool.sources.archive import Archive, Member, peek
+from porttool.sources.archive import Archive, Member, is_gzip, peek
 from porttool.sources.json_file import MAX_DIGITS
 from porttool.sources.ranks import STACKED, find_ranks, require_ranks
 from porttool.sources.torch_zip import TorchZip
@@ -34,9 +34,9 @@ class NemoFiles:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._archive = None if path.is_dir() else Archive(path)
-        if self._archive is not None and self._archive.compressed:
+        if not path.is_dir() and is_gzip(path):
             raise SourceError(f"{path}: is compressed; `porttool convert` unpacks it first")
+        self._archive = None if path.is_dir() else Archive(path)
         if self._archive is not None:
             self.names = self._archive.names()
         else:
