@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from porttool.config import Closed
 from porttool.errors import CheckpointError, PorttoolError, intact
+from porttool.progress import format_bytes
 from porttool.standing import occupied, require_free
 
 JOURNAL = "journal.jsonl"
@@ -225,7 +226,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porttool"
 
 
-def require_space(target: Path, n_bytes: int) -> None:
+def require_space(
+    target: Path, n_bytes: int, *, advice: str = "choose another --output or a smaller --dtype"
+) -> None:
     """Raise before the work begins if the disk has no room for so many bytes."""
     parent = target.absolute().parent
     while not parent.exists():
@@ -233,8 +236,8 @@ def require_space(target: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < n_bytes:
         raise PorttoolError(
-            f"{target}: {n_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free; "
-            "free some space, or choose another --output or a smaller --dtype"
+            f"{target}: {format_bytes(n_bytes)} are needed, {format_bytes(free)} are free; "
+            f"free some space, or {advice}"
         )
 
 

@@ -31,6 +31,8 @@ SMALL = 1 << 30
 """Up to so many bytes unpacked nothing is a trap."""
 ABANDONED = 60
 """Seconds after which a file that nobody has locked is no longer anybody's."""
+ELSEWHERE = "choose another --output, or TMPDIR for `porttool inspect`"
+"""What to do where a compressed archive has no room to be unpacked."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def unpacked(path: Path, scratch: Path, progress: Progress) -> Iterator[Path]:
         f"{path.name} is compressed: one pass unpacks it to a temporary file in {scratch}"
     )
     packed_size = path.stat().st_size
-    require_space(scratch / path.name, packed_size)
+    require_space(scratch / path.name, packed_size, advice=ELSEWHERE)
     limit = max_bytes(path, compressed=True)
     progress.start(f"unpack {path.name}", packed_size)
     prefix = f".{path.name}."
