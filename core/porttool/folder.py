@@ -226,9 +226,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porttool"
 
 
-def require_space(
-    target: Path, n_bytes: int, *, advice: str = "choose another --output or a smaller --dtype"
-) -> None:
+def require_space(target: Path, n_bytes: int, *, advice: str = "") -> None:
     """Raise before the work begins if the disk has no room for so many bytes."""
     parent = target.absolute().parent
     while not parent.exists():
@@ -237,7 +235,7 @@ def require_space(
     if free < n_bytes:
         raise PorttoolError(
             f"{target}: {format_bytes(n_bytes)} are needed, {format_bytes(free)} are free; "
-            f"free some space, or {advice}"
+            f"free some space, or {advice or 'choose another --output or a smaller --dtype'}"
         )
 
 
