@@ -19,6 +19,7 @@ from porttool.plugins import Registry, choose_converter, load_registry, named_co
 from porttool.progress import SILENT, Progress
 from porttool.prompt_table import PromptTable, choose_table_converter, convert_table
 from porttool.runner import Runner, load_verified
+from porttool.standing import require_place
 from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace, require_family
 
@@ -214,12 +215,15 @@ def evaluate(
     `test_engine` or `test_hf` false that side is not loaded, and must have been saved before.
     The virtual tokens of a `prompt_table` precede every prompt, on both sides.
     """
+    from porttool.evaluator import REPORT
     from porttool.evaluator import evaluate as run_evaluator
 
     registry = registry or load_registry()
     space = workspace or Workspace.choose(None)
     evaluator = registry.evaluators.get(name)(options)
     label = engine.name if engine and not model else space.find_model(model)
+    where = output or (engine.parent / name if engine and not model else space.report(label, name))
+    require_place(where / REPORT)
     source = resolve_source(str(hf_model), None) if hf_model else None
     if engine is not None or model is not None or test_engine:
         refuse_dummy(space.find_engine(engine, model), name)
@@ -234,7 +238,6 @@ def evaluate(
         port = Port(tokenizer=source_tokenizer(tokenizer or source), source=source,
                     converter=choose_converter(registry, source),
                     limits=limits_of(engine or space.engine(label)))  # fmt: skip
-    where = output or (engine.parent / name if engine and not model else space.report(label, name))
     return run_evaluator(evaluator, port, where, progress=progress)
 
 

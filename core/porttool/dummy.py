@@ -36,6 +36,7 @@ from porttool.plugins import Registry, choose_converter, load_registry, named_co
 from porttool.progress import SILENT, Progress
 from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.sources.json_file import read_json
+from porttool.standing import require_place
 from porttool.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def dummy_checkpoint(
     if output is None and model is None:
         raise UsageError("name the engine's folder with --output, or a model with --model")
     target = output or (workspace or Workspace.choose(None)).engine(str(model))
+    require_place(target)
     if target.exists() and not force:
         raise UsageError(f"{target} exists already; choose another --output, or add --force")
     base = find_shape(registry or load_registry(), model, config)

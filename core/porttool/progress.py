@@ -1,4 +1,4 @@
-"""How long work tells of itself, without knowing who listens."""
+"""How long work tells of itself, without knowing who listens; sizes as people read them."""
 
 from __future__ import annotations
 
@@ -20,3 +20,11 @@ class Progress:
 
 
 SILENT = Progress()
+
+
+def format_bytes(n: float) -> str:
+    """Write a number of bytes in the decimal unit that fits, as in "64 bytes" or "3.25 GB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n:.0f} bytes"

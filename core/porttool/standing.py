@@ -16,12 +16,20 @@ def occupied(target: Path) -> bool:
     return any(target.iterdir())
 
 
+def require_place(target: Path) -> None:
+    """Raise UsageError if nothing can be made at the target, for a file stands above it."""
+    above = next(p for p in target.absolute().parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise UsageError(f"{target}: {above} is not a folder; choose another --output")
+
+
 def require_free(target: Path, replaces: str | None, sources: Sequence[Path]) -> None:
-    """Raise UsageError if something stands at the target that may not be replaced.
+    """Raise UsageError if something stands at the target, or above it, that may not be replaced.
 
     What may be is a folder that was finished with the manifest `replaces`: never what somebody else
     put there, and never what is being read.
     """
+    require_place(target)
     if not occupied(target):
         return
     if replaces is None:

@@ -275,6 +275,6 @@ def test_an_output_that_is_there_already(tmp_path, copy, checkpoint):
 def test_no_room_is_told_before_anything_is_written(tmp_path, copy, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 1000))
-    with pytest.raises(PorttoolError, match=r"0\.00 GB are free; free some space, or choose ano"):
+    with pytest.raises(PorttoolError, match=r"1\.00 kB are free; free some space, or choose ano"):
         tiny.converted(copy, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["source"]

@@ -17,9 +17,11 @@ from porttool.component import explain
 from porttool.config import Sampling
 from porttool.errors import SourceError, UsageError
 from porttool.huggingface import SourceConfig
+from porttool.progress import format_bytes
 from porttool.prompt_table import PromptTable
 from porttool.sources.archive import Archive
 from porttool.sources.json_file import read_json
+from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.sources.tokenizer_files import read_files
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 548105171\n"
@@ -225,3 +227,64 @@ def test_ctrl_c_where_nothing_is_left(source, said, monkeypatch):
     monkeypatch.setattr("porttool.api.convert_source", Mock(side_effect=KeyboardInterrupt))
     assert said("convert", source, "-o", "made") == (130, "error: interrupted")
     assert not list(Path().iterdir())
+
+
+def test_sizes_in_a_unit_that_fits(source, said):
+    """A tiny model's progress is no "0.000 of 0.000 GB"."""
+    sizes = {
+        0: "0 bytes",
+        999: "999 bytes",
+        1000: "1.00 kB",
+        2.5e6: "2.50 MB",
+        3.1e12: "3100.00 GB",
+    }
+    assert {n: format_bytes(n) for n in sizes} == sizes
+    n_bytes = sum(t.nbytes for t in SafetensorsFile(source / "model.safetensors").infos().values())
+    status, message = said("convert", source, "-o", "made")
+    assert status == 0
+    size = f"{n_bytes / 1e3:.2f} kB"
+    assert f"convert gpt2: {size} of {size}, " in message
+
+
+KNOBS = "--n-layer 1 --n-embd 16 --n-head 2 --vocab-size 64 --n-positions 32"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert {source} -o {place}",
+        "convert {source} -o {place} --force",
+        "convert {source} --workdir {place}",
+        "convert rows.npy -o {place}",
+        "build {checkpoint} -o {place}",
+        f"build --dummy {KNOBS} -o {{place}}",
+        "export {checkpoint} --format fastertransformer -o {place}",
+        "plugins new my_family -o {place}",
+        "profile {engine} -o {place}",
+        "verify {engine} --output {place}",
+        "summarize {engine} --output {place}",
+    ],
+)
+@pytest.mark.parametrize("place", ["file/sub", "file/a/b", "link/sub"])
+def test_an_output_below_a_file(said, source, checkpoint, engine_folder, command, place):
+    Path("file").write_text("mine")
+    Path("link").symlink_to("gone")
+    np.save("rows.npy", np.ones((2, 24), np.float32))
+    before = sorted(Path().rglob("*"))
+    places = {"source": source, "checkpoint": checkpoint.path, "engine": engine_folder}
+    status, message = said(*command.format(place=place, **places).split())
+    assert status == 2
+    above = Path(place).parts[0]
+    assert message.startswith(f"error: {place}")
+    assert message.endswith(f"{Path(above).absolute()} is not a folder; choose another --output")
+    assert Path("file").read_text() == "mine"
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--output-json", "--picture"])
+def test_a_result_below_a_file(said, engine_folder, flag):
+    Path("file").write_text("mine")
+    status, message = said("bench", engine_folder, flag, "file/x.png")
+    assert (status, message) == (
+        2, f"error: file/x.png: there is no folder {Path('file').absolute()}"
+    )  # fmt: skip

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from porttool.progress import Progress
+from porttool.progress import Progress, format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,8 +148,8 @@ class ConsoleProgress(Progress):
     def _line(self) -> str:
         rate = self._done / max(time.monotonic() - self._began, 1e-9)
         if self._unit == "B":
-            done, total = self._done / 1e9, self._total / 1e9
-            return f"{self._label}: {done:.3f} of {total:.3f} GB, {rate / 1e9:.2f} GB/s"
+            done, total = format_bytes(self._done), format_bytes(self._total)
+            return f"{self._label}: {done} of {total}, {format_bytes(rate)}/s"
         return f"{self._label}: {self._done} of {self._total} {self._unit}, {rate:.1f}/s"
 
 

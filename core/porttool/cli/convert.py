@@ -17,6 +17,7 @@ from porttool.cli.options import (
     set_option,
     spelling,
 )
+from porttool.progress import format_bytes
 
 if TYPE_CHECKING:
     from porttool.prompt_table import PromptTable
@@ -91,7 +92,7 @@ def command(
         return
     console.say(
         f"{checkpoint.path}: {made.family}, {len(checkpoint.names())} tensors, {made.dtype}, "
-        f"{sum(f.bytes for f in made.files.values()) / 1e6:.1f} MB"
+        f"{format_bytes(sum(f.bytes for f in made.files.values()))}"
     )
 
 

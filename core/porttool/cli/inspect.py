@@ -11,6 +11,7 @@ import click
 
 from porttool.cli import console
 from porttool.cli.options import json_option
+from porttool.progress import format_bytes
 
 
 @click.command("inspect")
@@ -51,7 +52,7 @@ def facts(kind: str, manifest: dict[str, Any]) -> dict[str, Any]:
     files = manifest.pop("files")
     manifest.pop("tensors", None)
     size = sum(record["bytes"] for record in files.values())
-    verified = f"{len(files)} files, {size / 1e6:.1f} MB, every SHA-256 as recorded"
+    verified = f"{len(files)} files, {format_bytes(size)}, every SHA-256 as recorded"
     return {"is": f"porttool {kind}", "verified": verified, **manifest}
 
 

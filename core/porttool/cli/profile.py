@@ -10,6 +10,7 @@ import click
 
 from porttool.cli import console
 from porttool.cli.options import FOLDER, OUTPUT, as_settings, json_option, model_options, set_option
+from porttool.standing import require_place
 
 if TYPE_CHECKING:
     from porttool.profiling import Profile
@@ -52,6 +53,7 @@ def command(
     from porttool.profiling import ProfileShape, profile, run_unrecorded
     from porttool.workspace import Workspace
 
+    require_place(output / "trace.json")
     if under is not None:
         run_under(under, output, as_json=as_json)
         return

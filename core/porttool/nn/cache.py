@@ -10,6 +10,7 @@ from torch import Tensor
 from porttool.config import ModelConfig
 from porttool.errors import EngineError
 from porttool.memory import zeros
+from porttool.progress import format_bytes
 
 
 class KVCache:
@@ -39,7 +40,7 @@ class KVCache:
             size = 2 * math.prod(shape) * dtype.itemsize
             raise EngineError(
                 f"there is no memory for the caches of {n_slots} rows of {capacity} tokens, "
-                f"{size / 1e9:.1f} GB; build the engine for fewer or shorter ones"
+                f"{format_bytes(size)}; build the engine for fewer or shorter ones"
             ) from error
 
     def update(

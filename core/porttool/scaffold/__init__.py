@@ -13,6 +13,7 @@ from pathlib import Path
 from string import Template
 
 from porttool.errors import UsageError
+from porttool.standing import require_place
 
 TEMPLATES = {
     "pyproject.toml": "pyproject.toml",
@@ -48,6 +49,7 @@ def write_plugin(family: str, output: Path) -> Path:
             "would hide; choose another name"
         )
     folder = output / names["distribution"]
+    require_place(folder)
     if folder.exists():
         raise UsageError(f"{folder} is there already; name another --output")
     for template, target in TEMPLATES.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from porttool.errors import SourceError, UsageError
+from porttool.standing import require_place
 
 POINTER = b"version https://git-lfs"
 """How a pointer file of Git LFS begins (its specification, version 1)."""
@@ -40,6 +41,7 @@ def require_outside(source: Path, output: Path) -> None:
 def scratch_folder(source: Path, output: Path) -> Path:
     """Make and return the folder that an output goes into, unless it lies in its source."""
     require_outside(source, output)
+    require_place(output)
     folder = output.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     return folder

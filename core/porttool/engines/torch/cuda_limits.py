@@ -11,6 +11,7 @@ from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_tuning import SHARED_BYTES
 from porttool.errors import EngineError
 from porttool.nn import meta_decoder
+from porttool.progress import format_bytes
 
 
 def unsupported(config: ModelConfig, dtype: torch.dtype) -> str | None:
@@ -71,7 +72,7 @@ def require_memory(
     if weights + slot * limits.max_batch_size > free:
         fits = max(int((free * 0.94 - weights) // slot), 0)
         raise EngineError(
-            f"the GPU has {free / 1e9:.1f} GB for it; the weights need {weights / 1e9:.1f} GB and "
-            f"each row of {limits.max_len} tokens {slot / 1e9:.2f} GB: "
+            f"the GPU has {format_bytes(free)} for it; the weights need {format_bytes(weights)} "
+            f"and each row of {limits.max_len} tokens {format_bytes(slot)}: "
             + (f"build with --max-batch-size {fits}" if fits else "use a larger GPU or --tp")
         )
