@@ -147,8 +147,19 @@ def compare_tensor(
         if found.equal(wanted.to(dtype).to(found.dtype)):
             return "", short(dtype)
     if not closely:
-        return f"off by {relative_difference(found, wanted):.2%} of its norm", ""
+        return rough_difference(found, wanted), ""
     return describe_difference(name, found, wanted, derivation), ""
+
+
+def rough_difference(found: Tensor, wanted: Tensor) -> str:
+    """Say how far off a tensor is; how many of its values are no numbers, where there are such."""
+    wild = [int((~t.isfinite()).sum()) for t in (found, wanted)]
+    if any(wild):
+        return (
+            f"{wild[0]} of {found.numel()} values NaN or infinite in the engine, {wild[1]} in the "
+            "source"
+        )
+    return f"off by {relative_difference(found, wanted):.2%} of its norm"
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
@@ -171,7 +182,7 @@ def describe_difference(name: str, found: Tensor, wanted: Tensor, derivation: De
         return "is transposed"
     if found.shape[0] > 1 and (found[1:].equal(target[:-1]) or found[:-1].equal(target[1:])):
         return "its rows are shifted by one"
-    rough = f"off by {relative_difference(found, wanted):.2%} of its norm"
+    rough = rough_difference(found, wanted)
     if found.flatten().sort().values.equal(target.flatten().sort().values):
         return f"the same values in another order, {rough}"
     rows = (found != target).reshape(len(found), -1).any(1).nonzero().flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -42,13 +43,14 @@ BOUNDS: dict[Dtype, LogitBound] = {
 
 @dataclass(frozen=True)
 class LogitError:
-    """How far logits lie from the reference's.
+    """How far logits lie from the reference's; infinitely where one is NaN or infinite.
 
     scale     standard deviation of the reference's logits over the vocabulary, mean of positions
-    max_abs   largest |difference|, found at `row` and `position`
+    max_abs   largest |difference|, found first at `row` and `position`
     nmse      mean squared difference over scale squared
     cosine    lowest cosine of any position's logits, centred
     top1      share of positions with the same most likely token
+    ours_nonfinite, theirs_nonfinite   positions with a logit that is NaN or infinite, on each side
     """
 
     n_positions: int
@@ -59,11 +61,28 @@ class LogitError:
     top1: float
     row: int
     position: int
+    ours_nonfinite: int = 0
+    theirs_nonfinite: int = 0
 
     @property
     def worst(self) -> float:
         """The largest difference over the scale."""
-        return self.max_abs / self.scale
+        return self.max_abs / self.scale if self.finite else math.inf
+
+    @property
+    def finite(self) -> bool:
+        """True where every logit of both sides is a number."""
+        return not (self.ours_nonfinite or self.theirs_nonfinite)
+
+    @property
+    def nonfinite(self) -> str:
+        """Say on which side logits are NaN or infinite, at how many positions, where first."""
+        sides = {"the engine's": self.ours_nonfinite, "Hugging Face's": self.theirs_nonfinite}
+        counts = (f"{whose} at {n or 'none'} of {self.n_positions}" for whose, n in sides.items())
+        return (
+            f"logits that are NaN or infinite: {', '.join(counts)} positions; first in prompt "
+            f"{self.row} at position {self.position}"
+        )
 
 
 def measure(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitError:
@@ -72,7 +91,7 @@ def measure(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitError:
 
     worst, row, position = -1.0, 0, 0
     squares = scales = same = 0.0
-    cosine, n = 1.0, 0
+    cosine, n, wild_a, wild_b = 1.0, 0, 0, 0
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         wide_a, wide_b = a.double(), b.double()
         difference = (wide_a - wide_b).abs().nan_to_num(nan=float("inf"))
@@ -80,24 +99,44 @@ def measure(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitError:
         if float(per_position.max()) > worst:
             worst, row = float(per_position.max()), index
             position = int(per_position.argmax())
+        wild_a += count_nonfinite(a)
+        wild_b += count_nonfinite(b)
         squares += float(difference.square().mean(-1).sum())
         scales += float(wide_b.std(-1).sum())
         same += float((a.argmax(-1) == b.argmax(-1)).sum())
         n += len(b)
         flat_a, flat_b = (t - t.mean(-1, keepdim=True) for t in (wide_a, wide_b))
-        cosine = min(cosine, float(torch.cosine_similarity(flat_a, flat_b, dim=-1).min()))
+        cosines = torch.cosine_similarity(flat_a, flat_b, dim=-1).nan_to_num(nan=-1.0)
+        cosine = min(cosine, float(cosines.min()))
     scale = max(scales / n, 1e-30)
-    return LogitError(n, scale, worst, squares / n / scale**2, cosine, same / n, row, position)
+    nmse = math.inf if wild_a or wild_b else squares / n / scale**2
+    return LogitError(n, scale, worst, nmse, cosine, same / n, row, position, wild_a, wild_b)
+
+
+def count_nonfinite(logits: Tensor) -> int:
+    """Count the positions of [positions, vocab_size] with a logit that is NaN or infinite."""
+    return int((~logits.isfinite()).any(-1).sum())
 
 
 def judge_logits(
     name: str, found: LogitError, dtype: Dtype, yardstick: LogitError | None = None
 ) -> Verdict:
-    """Hold an error to the bounds of a type, or to a yardstick: the reference's own error in it."""
+    """Hold an error to the bounds of a type, or to a yardstick: the reference's own error in it.
+
+    Logits that are NaN or infinite fail; a yardstick that has such is none, and said to be.
+    """
     bound = BOUNDS[dtype]
-    if yardstick is not None:
+    own = ""
+    if yardstick is not None and yardstick.finite:
         bound = LogitBound(YARDSTICK_FACTOR * yardstick.nmse, WORST_FACTOR * yardstick.worst)
-    own = f", Hugging Face in {dtype} {yardstick.nmse:.1e}" if yardstick else ""
+        own = f", Hugging Face in {dtype} {yardstick.nmse:.1e}"
+    elif yardstick is not None:
+        own = f", no yardstick: Hugging Face in {dtype} has logits that are NaN or infinite"
+    if not found.finite:
+        return Verdict(
+            name=name, passed=False, found="NaN or infinity",
+            bound=f"≤ {bound.nmse:.1e}, {bound.worst:.1e}", detail=found.nonfinite + own,
+        )  # fmt: skip
     return Verdict(
         name=name,
         passed=found.nmse <= bound.nmse and found.worst <= bound.worst,

@@ -129,16 +129,25 @@ def output_order(module: str, names: tuple[str, ...], rules: Mapping[str, Take])
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage and how far the engine is from the reference there."""
+    """A stage and how far the engine is from the reference there.
+
+    `nonfinite` says on which side something is NaN or infinite there, if it is.
+    """
 
     name: str
     error: float
     bound: float
+    nonfinite: str = ""
 
     @property
     def agrees(self) -> bool:
         """True if the error is no more than rounding."""
-        return self.error <= self.bound
+        return self.error <= self.bound and not self.nonfinite
+
+    @property
+    def text(self) -> str:
+        """How far off it is, in words."""
+        return f"NaN or infinity {self.nonfinite}" if self.nonfinite else f"off by {self.error:.1e}"
 
 
 def compare_stages(
@@ -161,8 +170,19 @@ def compare_stages(
         bound = BASE[dtype]
         if own and name in own:
             bound = max(FLOOR, FACTOR * relative_error(own[name], theirs_at))
-        stages.append(Stage(name, relative_error(ours_at, theirs_at), bound))
+        nonfinite = nonfinite_side(ours_at, theirs_at)
+        stages.append(Stage(name, relative_error(ours_at, theirs_at), bound, nonfinite))
     return stages
+
+
+def nonfinite_side(ours: Tensor, theirs: Tensor) -> str:
+    """Say on which side something is NaN or infinite; nothing where nothing is."""
+    wild = (not ours.isfinite().all(), not theirs.isfinite().all())
+    return {
+        (True, True): "on both sides",
+        (True, False): "on the engine's side alone",
+        (False, True): "on Hugging Face's side alone",
+    }.get(wild, "")
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -185,10 +205,7 @@ class Parting:
     def text(self) -> str:
         """One sentence for the report."""
         after = f", {self.after} still agrees" if self.after else ""
-        return (
-            f"first differs at {self.stage.name} (off by {self.stage.error:.1e}{after}); "
-            f"likely {self.cause}"
-        )
+        return f"first differs at {self.stage.name} ({self.stage.text}{after}); likely {self.cause}"
 
 
 def find_parting(stages: list[Stage]) -> Parting | None:

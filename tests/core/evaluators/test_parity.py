@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -15,7 +16,9 @@ from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
 from porttool.evaluators.accounting import Derivation, check_weights
 from porttool.evaluators.damage import Damage
+from porttool.evaluators.diagnosis import first_wrong
 from porttool.evaluators.hypotheses import find_mistake
+from porttool.evaluators.logits import judge_logits, measure
 from porttool.evaluators.parity import verify
 from porttool.nn import Step
 from porttool.plugins import choose_converter, load_registry
@@ -269,6 +272,56 @@ def test_nan_never_passes(engine, verified):
     report = verified(Broken(engine, CPU), diagnose=False)
     assert outcome(report)["prefill"] is False
     assert outcome(report)["decode"] is False
+    [prefill] = [v for v in report.verdicts if v.name == "prefill"]
+    n = report.measurements["prefill"]["n_positions"]
+    assert (prefill.found, prefill.detail) == ("NaN or infinity", (
+        f"logits that are NaN or infinite: the engine's at {n} of {n}, Hugging Face's at none of "
+        f"{n} positions; first in prompt 0 at position 0"
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["ours", "theirs", "both"])
+def test_what_is_no_number_is_counted_and_placed(side):
+    ours = [torch.randn(4, 9), torch.randn(5, 9)]
+    theirs = [row.clone() for row in ours]
+    for rows in {"ours": [ours], "theirs": [theirs], "both": [ours, theirs]}[side]:
+        rows[1][2:, 3] = float("nan")
+        rows[1][4, 3] = float("inf")
+    found = measure(ours, theirs)
+    counts = (0 if side == "theirs" else 3, 0 if side == "ours" else 3)
+    assert (found.ours_nonfinite, found.theirs_nonfinite) == counts
+    assert (found.row, found.position, found.worst, found.nmse) == (1, 2, math.inf, math.inf)
+    assert found.cosine == -1
+    assert judge_logits("prefill", found, "bfloat16", found).passed is False
+    assert first_wrong(ours[1], theirs[1], 1.0) == 2
+
+
+def test_a_yardstick_that_is_no_number_is_none():
+    theirs = [torch.randn(4, 9, dtype=torch.float64)]
+    own = measure([theirs[0] * float("nan")], theirs)
+    for ours, passed in ((theirs[0] + 1e-9, True), (theirs[0] + 9, False)):
+        verdict = judge_logits("prefill", measure([ours], theirs), "float16", own)
+        assert verdict.passed is passed
+        assert verdict.detail.endswith(
+            "no yardstick: Hugging Face in float16 has logits that are NaN or infinite"
+        )
+        assert "nan" not in verdict.bound
+
+
+def test_weights_that_are_no_numbers_are_said_to_be(tmp_path, capsys):
+    """Converted as they are, they fail in plain words; the place is found, on both sides."""
+    model = tiny.gpt2()
+    model.transformer.ln_f.weight[3] = float("nan")
+    source = tiny.write_source(tmp_path / "source", model)
+    checkpoint, engine = str(tmp_path / "checkpoint"), str(tmp_path / "engine")
+    assert invoke(["convert", str(source), "-o", checkpoint, "--allow-nonfinite"]) == 0
+    assert invoke(["build", checkpoint, "-o", engine]) == 0
+    capsys.readouterr()
+    assert invoke(["verify", engine, "--runner-set", "device", "cpu"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "norm.weight: 1 of 24 values NaN or infinite in the engine, 1 in the source" in said
+    assert "first differs at norm.out (NaN or infinity on both sides, norm.in still" in said
+    assert "nan" not in said
 
 
 def test_what_is_no_number_has_no_cause_among_the_mistakes(source):

@@ -98,8 +98,13 @@ def test_a_stage_is_held_to_the_references_own_rounding():
 def test_not_a_number_is_a_difference():
     truth = {"logits": torch.ones(1, 1, 8)}
     ours = {"logits": torch.full((1, 1, 8), float("nan"))}
-    [stage] = compare_stages(ours, truth, "float32")
+    for own in (None, ours):
+        [stage] = compare_stages(ours, truth, "bfloat16", own)
+        assert not stage.agrees
+        assert stage.text == "NaN or infinity on the engine's side alone"
+    [stage] = compare_stages(truth, ours, "float32")
     assert not stage.agrees
+    assert stage.text == "NaN or infinity on Hugging Face's side alone"
 
 
 def test_every_stage_has_a_cause(writer_engine):
