@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from porttool.errors import PluginError, UsageError
@@ -28,6 +28,19 @@ class Plugin:
     error: str | None = None
     """Why it could not be used; None for a healthy plugin."""
 
+    def __str__(self) -> str:
+        """Name it with its origin."""
+        return f"{self.name} of {self.distribution} {self.version}"
+
+    def broken(self, error: Exception) -> Plugin:
+        """Return it with the first reason why it is not used."""
+        return replace(self, error=self.error or explained(error))
+
+
+def explained(error: Exception) -> str:
+    """Return an error's kind and what it says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
 
 @dataclass
 class Catalog(Generic[T]):
@@ -36,6 +49,8 @@ class Catalog(Generic[T]):
     kind: str
     classes: dict[str, type[T]] = field(default_factory=dict)
     origin: dict[str, Plugin] = field(default_factory=dict)
+    hint: Callable[[], str] = str
+    """What an unknown name may be owed to, as text: the plugins that were set aside."""
 
     def get(self, name: str) -> type[T]:
         """Return a component; an unknown name is a UsageError with a suggestion."""
@@ -44,16 +59,16 @@ class Catalog(Generic[T]):
         close = difflib.get_close_matches(name, self.classes, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(sorted(self.classes)) or "none"
-        raise UsageError(f"there is no {self.kind} named {name!r}{hint} (installed: {known})")
+        raise UsageError(
+            f"there is no {self.kind} named {name!r}{hint} (installed: {known}){self.hint()}"
+        )
 
     def add(self, component: type[T], plugin: Plugin) -> None:
         """Add a component; a name that is taken is a PluginError naming both distributions."""
         if component.name in self.classes:
-            other = self.origin[component.name]
             raise PluginError(
-                f"the {self.kind} {component.name!r} comes from two plugins: {other.name} of "
-                f"{other.distribution} {other.version}, and {plugin.name} of "
-                f"{plugin.distribution} {plugin.version}; uninstall one, or name it in {DENY}"
+                f"the {self.kind} {component.name!r} comes from two plugins: "
+                f"{self.origin[component.name]}, and {plugin}; uninstall one, or name it in {DENY}"
             )
         self.classes[component.name] = component
         self.origin[component.name] = plugin

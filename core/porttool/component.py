@@ -21,7 +21,7 @@ MAX_PROBLEMS = 10
 class Options(BaseModel):
     """Options of a component: closed, frozen, settable as `--set NAME VALUE`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 PathOption = Annotated[Path, AfterValidator(Path.absolute)]

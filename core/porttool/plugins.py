@@ -7,27 +7,25 @@ Everything goes through the entry-point group `porttool`, core's own engines and
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 from porttool import hookspecs
-from porttool.catalog import DENY, Catalog, Plugin
-from porttool.errors import PluginError, SourceError, UsageError
+from porttool.catalog import DENY, Catalog, Plugin, explained
+from porttool.errors import PluginError, PorttoolError, SourceError, UsageError
+from porttool.vetting import blamed, checked, require_api, require_known_hooks
 
 if TYPE_CHECKING:
     import click
 
     from porttool.builder import Builder
     from porttool.checkpoint import PluginRecord
-    from porttool.component import Component
     from porttool.converter import Converter
     from porttool.evaluator import Evaluator
     from porttool.prompt_table import TableConverter
@@ -97,10 +95,45 @@ class Registry:
 
     def recognisers(self, source: Path, names: Iterable[str] | None = None) -> list[Converter]:
         """Return the converters (of those named) that match a source and that none refines."""
-        found = [self.converter(name) for name in names or self.converters.classes]
-        matching = [converter for converter in found if converter.matches(source)]
+        failed: dict[str, Exception] = {}
+        tried = list(names or self.converters.classes)
+        matching = [c for name in tried if (c := self._matching(name, source, failed))]
+        self._account_for(failed, {converter.name for converter in matching})
         refined = {converter.refines for converter in matching}
         return [converter for converter in matching if converter.name not in refined]
+
+    def _matching(self, name: str, source: Path, failed: dict[str, Exception]) -> Converter | None:
+        """Return a converter if it matches; keep what went wrong with it otherwise."""
+        try:
+            converter = self.converter(name)
+        except PorttoolError as error:  # it refines what is not installed
+            failed[name] = error
+            return None
+        try:
+            return converter if converter.matches(source) else None
+        except PorttoolError:
+            raise  # what is wrong with the source
+        except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+            failed[name] = error
+            return None
+
+    def _account_for(self, failed: Mapping[str, Exception], matching: set[str]) -> None:
+        """Set aside the plugins of converters that failed, unless the choice depends on one."""
+        for name, error in failed.items():
+            plugin = self.converters.origin[name]
+            if self.converters.classes[name].refines in matching:
+                raise PluginError(
+                    f"the converter {name!r} of {plugin} cannot say whether this is its own: "
+                    f"{explained(error)}; mend it, or name {plugin.name} in {DENY}"
+                ) from error
+            if isinstance(error, OSError) and not matching:
+                raise error  # nobody could read it: that is the source's fault
+            self._set_aside(plugin.name, error)
+
+    def set_aside(self) -> str:
+        """Return a hint at the plugins that are not used, and why; empty if there is none."""
+        said = "; ".join(f"{p} ({p.error})" for p in self.plugins if p.error)
+        return f"; plugins set aside: {said}" if said else ""
 
     def record(self, catalog: Catalog[Any], name: str) -> PluginRecord:
         """Return what a manifest keeps of the plugin that a component came from."""
@@ -138,7 +171,7 @@ class Registry:
 
     def _collect(self, kind: str, base: Any, *others: Any) -> Catalog[Any]:
         """Collect the classes of `base` from a hook that may yield the others too."""
-        catalog: Catalog[Any] = Catalog(kind)
+        catalog: Catalog[Any] = Catalog(kind, hint=self.set_aside)
         by_name = {plugin.name: plugin for plugin in self.plugins}
         hook = getattr(self._manager.hook, f"porttool_{kind}s")
         for impl in sorted(hook.get_hookimpls(), key=lambda i: str(i.plugin_name)):
@@ -152,24 +185,7 @@ class Registry:
         return catalog
 
     def _set_aside(self, name: str, error: Exception) -> None:
-        self.plugins = [
-            broken(p, error) if p.name == name and p.error is None else p for p in self.plugins
-        ]
-
-
-def checked(components: Iterable[Any], kind: str, bases: tuple[type[Component], ...]) -> list[Any]:
-    """Return a hook's classes if they are complete components of the kind; else PluginError."""
-    result = []
-    for component in components:
-        if not (inspect.isclass(component) and issubclass(component, bases)):
-            wanted = bases[0].__name__
-            raise PluginError(f"porttool_{kind}s returned {component!r}, not a {wanted}")
-        if not isinstance(getattr(component, "name", None), str):
-            raise PluginError(f"{component.__qualname__} has no name")
-        if missing := sorted(getattr(component, "__abstractmethods__", ())):
-            raise PluginError(f"{component.__qualname__} lacks {', '.join(missing)}")
-        result.append(component)
-    return result
+        self.plugins = [p.broken(error) if p.name == name else p for p in self.plugins]
 
 
 def load_registry() -> Registry:
@@ -178,6 +194,11 @@ def load_registry() -> Registry:
     manager.add_hookspecs(hookspecs)
     plugins = [load_plugin(manager, entry) for entry in allowed(entry_points(group=GROUP))]
     return Registry(manager, plugins)
+
+
+def blame(error: BaseException) -> str | None:
+    """Say which plugin of another distribution an error passed through, and where; else None."""
+    return blamed(error, allowed(entry_points(group=GROUP)))
 
 
 def allowed(entries: Iterable[EntryPoint]) -> list[EntryPoint]:
@@ -212,30 +233,8 @@ def load_plugin(manager: pluggy.PluginManager, entry: EntryPoint) -> Plugin:
     except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
         if manager.has_plugin(entry.name):
             manager.unregister(name=entry.name)
-        return broken(plugin, error)
+        return plugin.broken(error)
     return plugin
-
-
-def require_api(module: ModuleType) -> None:
-    """Refuse a plugin that was written for another version of the hooks."""
-    found = getattr(module, "api_version", None)
-    if found != hookspecs.API_VERSION:
-        raise PluginError(
-            f"it says api_version = {found!r}, this porttool needs {hookspecs.API_VERSION}"
-        )
-
-
-def require_known_hooks(manager: pluggy.PluginManager, module: ModuleType) -> None:
-    """Refuse a hook implementation whose name no hook has: a misspelling would never be called."""
-    for caller in manager.get_hookcallers(module) or ():
-        if caller.spec is None:
-            raise PluginError(f"there is no hook named {caller.name!r}")
-
-
-def broken(plugin: Plugin, error: Exception) -> Plugin:
-    """Return the plugin with the reason why it is not used."""
-    reason = f"{type(error).__name__}: {error}"
-    return Plugin(plugin.name, plugin.distribution, plugin.version, reason)
 
 
 def choose_converter(
@@ -261,7 +260,7 @@ def choose_converter(
     if not model:
         raise UsageError(
             f"{source}: no installed family recognises this{said_type(source)}; "
-            "`porttool plugins list` shows what each reads"
+            f"`porttool plugins list` shows what each reads{registry.set_aside()}"
         )
     others = {c.family for c in registry.recognisers(source)}
     others |= {c.family for c in registry.tables if c().matches(source)}

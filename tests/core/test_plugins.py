@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from porttool import plugins
+from porttool import cli, plugins
 from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
 from porttool.plugins import load_registry
 
@@ -23,6 +23,15 @@ def porttool_converters():
         {body}
     return [Other]
 """
+CLASS = "api_version = 1\nclass C(Converter):\n    name = family = 'c'\n"
+READS = """
+    def matches(self, source): return False
+    def open(self, source): pass
+    def read_config(self, config): pass
+    def weight_map(self, config): pass
+@hookimpl
+def porttool_converters(): return [C]
+"""
 BROKEN = {
     "import": ("import there_is_no_such_module", "ModuleNotFoundError: No module named"),
     "syntax": ("def", "SyntaxError"),
@@ -36,16 +45,36 @@ BROKEN = {
     "raises": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_converters(): 1 / 0",
                "ZeroDivisionError"),
     "none": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_converters(): return None",
-             "TypeError"),
+             "porttool_converters returned None, not a list of Converter classes"),
+    "no list": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_converters(): return Converter",
+                "not a list of Converter classes"),
+    "no hook": (HEAD + "api_version = 1\ndef porttool_converters(): return []",
+                "it implements no hook; porttool_converters lacks @hookimpl"),
+    "no family": (HEAD + "api_version = 1\nclass C(Converter):\n    name = 'c'\n" + READS,
+                  "C has no family"),
+    "no model types": (HEAD + "api_version = 1\nfrom porttool import HuggingFaceConverter\n"
+                       "class C(HuggingFaceConverter):\n    name = family = 'c'\n" + READS,
+                       "C has no model_types"),
+    "other arguments": (HEAD + CLASS + READS.replace("map(self, config)", "map(self)"),
+                        "C.weight_map has to take (self, config): too many positional"),
+    "required option": (HEAD + CLASS + "    class Options(Converter.Options):\n        n: int\n"
+                        + READS, "bad option for 'c': n: Field required"),
+    "bad default": (HEAD + CLASS + "    class Options(Converter.Options):\n"
+                    "        n: int = 'many'\n" + READS, "n: Input should be a valid integer"),
+    "options no model": (HEAD + CLASS + "    class Options:\n        n = 1\n" + READS,
+                         "C.Options is no pydantic model"),
+    "open options": (HEAD + "from pydantic import BaseModel\n" + CLASS
+                     + "    class Options(BaseModel):\n        n: int = 1\n" + READS,
+                     "C.Options takes unknown names silently"),
     "not a class": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_converters(): return [3]",
-                    "porttool_converters returned 3, not a Converter"),
+                    "porttool_converters returned 3, not a Converter class"),
     "wrong kind": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_runners(): return [Converter]",
-                   "not a Runner"),
+                   "not a Runner class"),
     "abstract": (HEAD + "api_version = 1\nclass C(Converter):\n    name = 'c'\n    family = 'c'\n"
                  "@hookimpl\ndef porttool_converters(): return [C]",
                  "C lacks matches, open"),
     "no name": (HEAD + "api_version = 1\nclass C(Converter):\n    pass\n"
-                "@hookimpl\ndef porttool_converters(): return [C]", "C has no name"),
+                "@hookimpl\ndef porttool_converters(): return [C]", "C has no family, name"),
 }  # fmt: skip
 
 
@@ -135,6 +164,65 @@ def test_two_that_match_without_a_tie_break(install, source):
 def test_the_one_that_refines_goes_first(install, source):
     text = HEAD + "api_version = 1\n" + ONE.format(name="other", body="refines = 'gpt2'")
     assert plugins.choose_converter(install(stranger=text), source).name == "other"
+
+
+def matching(raised, head=CLASS):
+    """A plugin whose converter raises this when it is shown a source."""
+    return HEAD + head + READS.replace("return False", f"raise {raised}")
+
+
+@pytest.mark.parametrize("raised", ["KeyError('model_type')", "IsADirectoryError('x')"])
+def test_a_converter_that_fails_on_a_source_leaves_it_to_the_others(install, source, raised):
+    registry = install(stranger=matching(raised))
+    assert plugins.choose_converter(registry, source).name == "gpt2"
+    assert raised.partition("(")[0] in status(registry, "stranger")
+
+
+def test_where_nobody_else_knows_a_source_what_failed_is_named(install, tmp_path):
+    registry = install(stranger=matching("KeyError('model_type')"), other="import nothing_here")
+    with pytest.raises(UsageError) as caught:
+        plugins.choose_converter(registry, tmp_path)
+    said = str(caught.value)
+    assert "plugins set aside: " in said
+    assert "stranger of unknown unknown (KeyError: 'model_type')" in said
+    assert "other of unknown unknown (ModuleNotFoundError: No module named" in said
+    with pytest.raises(UsageError, match=r"no converter named 'other' .*; plugins set aside: "):
+        registry.converters.get("other")
+
+
+def test_a_refinement_that_fails_is_not_passed_over(install, source):
+    refining = CLASS + "    refines = 'gpt2'\n"
+    registry = install(stranger=matching("KeyError('model_type')", refining))
+    with pytest.raises(PluginError, match=r"'c' of stranger of .* KeyError: 'model_type'; mend it"):
+        plugins.choose_converter(registry, source)
+
+
+def test_a_refinement_of_what_is_not_installed_stops_nobody(monkeypatch, source):
+    monkeypatch.setenv("PORTTOOL_DISABLE_PLUGINS", "gpt2")
+    with pytest.raises(UsageError, match=r"camel5b .*there is no converter named 'gpt2'"):
+        plugins.choose_converter(load_registry(), source)
+
+
+def test_an_error_from_within_a_plugin_names_it(install, tmp_path, source, capsys):
+    body = "def read_config(self, config): return {}['n_layer']"
+    text = HEAD + "api_version = 1\n" + ONE.format(name="other", body=body)
+    install(stranger=text)
+    assert cli.invoke(["convert", str(source), "--model", "other", "-o", str(tmp_path / "o")]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" in said
+    assert "error: the plugin 'stranger' of unknown unknown failed in read_config, " in said
+    assert "stranger.py:10: KeyError: 'n_layer'" in said
+
+
+def test_an_error_of_porttools_own_is_not_blamed_on_a_plugin(install, monkeypatch):
+    install(stranger=HEAD + CLASS + READS)
+
+    def broken(*arguments, **options):
+        raise KeyError("ours")
+
+    monkeypatch.setattr(cli.cli, "main", broken)
+    with pytest.raises(KeyError, match="ours"):
+        cli.invoke(["plugins"])
 
 
 @pytest.mark.parametrize(

@@ -75,3 +75,10 @@ def invoke(arguments: list[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         console.error(f"{type(error).__name__}: {error}")
         return 1
+    except Exception as error:
+        from porttool.plugins import blame
+
+        if (culprit := blame(error)) is None:
+            raise
+        console.failure(error, culprit)
+        return 1

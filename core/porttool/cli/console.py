@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,12 @@ def error(text: str) -> None:
     from rich.text import Text
 
     _console(stderr=True).print(Text.assemble(("error: ", "bold red"), text))
+
+
+def failure(raised: Exception, culprit: str) -> None:
+    """Print where an error came from that is nobody's mistake but a plugin's, and whose."""
+    traceback.print_exception(raised)
+    error(f"{culprit}: {type(raised).__name__}: {raised}")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
