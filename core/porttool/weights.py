@@ -8,11 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from porttool.config import ModelConfig
-from porttool.errors import SourceError
+from porttool.errors import PluginError, SourceError
 from porttool.memory import packed
 
 if TYPE_CHECKING:
@@ -121,12 +122,15 @@ def resolve_rules(
 
     Raises SourceError naming missing source tensors and those that no rule knows.
     """
+    templates = {name: _LAYER.sub("layers.{i}.", name) for name in wanted}
+    if unruled := sorted(set(templates.values()) - weight_map.rules.keys()):
+        idle = sorted(weight_map.rules.keys() - set(templates.values()))
+        close = get_close_matches(unruled[0], idle, n=1)
+        hint = f"; there is one for {close[0]!r}, which no tensor has" if close else ""
+        raise SourceError(f"the family has no weight rule for {quoted(unruled)}{hint}")
     resolved: dict[str, Take] = {}
-    for name in wanted:
+    for name, template in templates.items():
         layer = _LAYER.match(name)
-        template = _LAYER.sub("layers.{i}.", name)
-        if template not in weight_map.rules:
-            raise SourceError(f"the family has no weight rule for {template!r}")
         resolved[name] = weight_map.rules[template].at(layer[1] if layer else "")
     used = {n for rule in resolved.values() for n in rule.names}
     missing = sorted(used - present.keys())
@@ -136,7 +140,10 @@ def resolve_rules(
     )  # fmt: skip
     if missing:
         files = listing(sorted({info.file for info in present.values()}))
-        raise SourceError(f"tensors missing from the source: {listing(missing)} (read: {files})")
+        over = f"; what nothing accounts for: {listing(extra)}" if extra else ""
+        raise SourceError(
+            f"tensors missing from the source: {listing(missing)} (read: {files}){over}"
+        )
     if extra:
         where = {present[n].file for n in extra}
         raise SourceError(
@@ -152,17 +159,40 @@ def listing(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(f"{name:.200}" for name in names[:most]) + rest
 
 
+def quoted(names: Sequence[str]) -> str:
+    """Return names as `listing` does, each in quotes."""
+    return listing([repr(name) for name in names])
+
+
 def map_tensor(
     name: str, shape: tuple[int, ...], rule: Take, source: TensorSource, config: ModelConfig
 ) -> Tensor:
-    """Read a rule's sources and make the canonical tensor; a wrong shape is a SourceError."""
+    """Read a rule's sources and make the canonical tensor; a wrong shape is a SourceError.
+
+    A rule that fails in another way, or gives no tensor, is a PluginError.
+    """
+    import torch
+
     tensors = [source.load(n) for n in rule.names]
+    made_of = describe(rule, source)
     try:
         result = rule.via(config, tensors)
     except (RuntimeError, ValueError, IndexError) as error:
-        raise SourceError(f"{name} cannot be made of {describe(rule, source)}: {error}") from error
-    require_shape(name, shape, result, describe(rule, source))
+        raise SourceError(f"{name} cannot be made of {made_of}: {error}") from error
+    except Exception as error:
+        raise PluginError(
+            f"{name} cannot be made of {made_of}: {named(rule)}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(result, torch.Tensor):
+        raise PluginError(f"{name}: {named(rule)} gives a {type(result).__name__}, not a tensor")
+    require_shape(name, shape, result, made_of)
     return result
+
+
+def named(rule: Take) -> str:
+    """Return what a rule's `via` is called and where it is, for messages."""
+    via = rule.via
+    return f"{getattr(via, '__module__', '')}.{getattr(via, '__qualname__', type(via).__name__)}"
 
 
 def require_shape(name: str, shape: tuple[int, ...], result: Tensor, made_of: str) -> None:
@@ -182,7 +212,7 @@ def check_shapes(
 ) -> None:
     """Work every rule out on tensors without memory: a wrong shape is told before any is read.
 
-    A rule that needs values to say its shape is left for when it has them.
+    A rule that needs values to say its shape, or fails, is left for when it has them.
     """
     import torch
 
@@ -190,8 +220,11 @@ def check_shapes(
     for name, rule in rules.items():
         found = [infos[n] for n in rule.names]
         metas = [torch.empty(i.shape, dtype=getattr(torch, i.dtype), device="meta") for i in found]
-        with suppress(RuntimeError, ValueError, IndexError, TypeError), joining_shapes():
-            require_shape(name, shapes[name], rule.via(config, metas), describe(rule, source))
+        made = None
+        with suppress(Exception), joining_shapes():
+            made = rule.via(config, metas)
+        if isinstance(made, torch.Tensor):
+            require_shape(name, shapes[name], made, describe(rule, source))
 
 
 def joining_shapes() -> AbstractContextManager[Any]:

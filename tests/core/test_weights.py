@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from porttool.config import ModelConfig
-from porttool.errors import SourceError
+from porttool.errors import PluginError, SourceError
 from porttool.sources.torch_file import TensorTree
 from porttool.weights import (
     Take,
     WeightMap,
     cast,
+    check_shapes,
     concat,
     interleaved_qkv,
     map_tensor,
@@ -42,6 +43,12 @@ def test_missing_tensors_are_counted_and_named():
         resolve_rules([f"w{i}" for i in range(9)], table, {})
 
 
+def test_what_is_missing_is_told_beside_what_is_left_over():
+    source = tree(**{"model.wte": torch.ones(1)})
+    with pytest.raises(SourceError, match=r"source: wte \(read: .*\); what .* for: model\.wte$"):
+        resolve_rules(["w"], WeightMap({"w": take("wte")}), source.infos())
+
+
 def test_extra_tensors_are_named_with_their_file():
     source = tree(wte=torch.ones(1), stranger=torch.ones(1))
     with pytest.raises(SourceError, match=r"nothing accounts for in weights\.bin: stranger; the"):
@@ -52,6 +59,32 @@ def test_unused_and_duplicates_are_accounted_for():
     source = tree(wte=torch.ones(1), copy=torch.ones(1), **{"h.7.mask": torch.ones(1)})
     table = WeightMap({"w": take("wte")}, unused=("h.*.mask",), duplicates={"copy": "wte"})
     assert resolve_rules(["w"], table, source.infos()) == {"w": Take(("wte",))}
+
+
+def test_a_misspelt_rule_is_named_beside_the_tensor_that_lacks_one():
+    table = WeightMap({"layers.{i}.mlp.dwon.weight": take("x"), "norm.weight": take("y")})
+    said = r"rule for 'layers\.\{i\}\.mlp\.down\.weight'; there is one for 'layers\..*dwon\.weight'"
+    with pytest.raises(SourceError, match=said):
+        resolve_rules(["layers.0.mlp.down.weight", "norm.weight"], table, {})
+
+
+def via_of_one_argument(tensors):
+    return tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("via", "said"),
+    [
+        (via_of_one_argument, r"via_of_one_argument: TypeError: .* 1 positional argument but 2"),
+        (lambda config, tensors: tensors[0].nothing, r"<lambda>: AttributeError: 'Tensor'"),
+        (lambda config, tensors: tensors[0].tolist(), "<lambda> gives a list, not a tensor"),
+    ],
+)
+def test_a_rule_that_fails_is_a_plugins_mistake(via, said):
+    source, shapes, rules = tree(w=torch.ones(2)), {"norm": (2,)}, {"norm": take("w", via=via)}
+    check_shapes(shapes, rules, source, CONFIG)  # on tensors without memory it is not judged
+    with pytest.raises(PluginError, match=rf"^norm.*test_weights\..*{said}"):
+        map_tensor("norm", (2,), rules["norm"], source, CONFIG)
 
 
 def test_a_tensor_without_a_rule():
