@@ -42,6 +42,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.gpu = HERE
+        self.multiprocessors = 132
         self.calls: list[dict] = []
         self.said: list[str] = []
         self.failure: BaseException | None = None
@@ -52,7 +53,8 @@ class Machine:
             raise self.failure
         settings["report"]("1 rows: measured by the double")
         tuning = default_tuning(config, "cpu")
-        return replace(tuning, gpu=self.gpu, attention=MEASURED).as_dict()
+        return replace(tuning, gpu=self.gpu, multiprocessors=self.multiprocessors,
+                       attention=MEASURED).as_dict()  # fmt: skip
 
     @property
     def told(self) -> str:
@@ -66,6 +68,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tiles, "gpu_name", lambda device: made.gpu)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda device: made.multiprocessors)
     monkeypatch.setattr(tiles, "release", lambda device: None)
     monkeypatch.setattr(tiles, "WORTH_BYTES", 0)
     monkeypatch.setattr("porttool.engines.torch.cuda_tune.tune", made.tune)
@@ -245,6 +248,27 @@ def test_another_gpu_measures_once(machine, engine, tmp_path):
     assert len(machine.calls) == 2
 
 
+def test_a_gpu_of_one_name_with_fewer_multiprocessors(machine, checkpoint, tmp_path):
+    """A slice of a card, say. Engines from before the count was recorded go by the name."""
+    whole = tuned_engine(checkpoint, tmp_path / "whole", HERE, multiprocessors=132)
+    for n_calls, count in ((0, 132), (1, 66), (1, 66), (1, 132), (2, 33)):
+        machine.said.clear()
+        machine.multiprocessors = count
+        found = tiles_at_load(whole, "cuda", "auto", machine.said.append)
+        assert found.tuning.multiprocessors == count
+        assert len(machine.calls) == n_calls
+        reason = f"it was tuned on {HERE} with 132 multiprocessors, and this one has {count}"
+        assert (reason in machine.told) == (count != 132)
+    old = with_record(whole, {"tuning": tuning_without_count(whole)})
+    assert tiles_at_load(old, "cuda", "auto", print).tuning
+    assert len(machine.calls) == 2
+
+
+def tuning_without_count(engine):
+    tuning = engine.manifest.built[0]["tuning"]
+    return {name: tuning[name] for name in tuning if name != "multiprocessors"}
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:200])
 
@@ -388,15 +412,15 @@ def test_weights_that_are_on_the_gpu_do_not_need_room_again(request_, monkeypatc
 
 
 def test_what_a_key_tells_apart(request_):
-    def key(gpu=HERE, sizes=(1, 16), triton="3", **changes):
+    def key(gpu=HERE, count=132, sizes=(1, 16), triton="3", **changes):
         config = request_.config.model_copy(update=changes)
-        return TileKey.of(replace(request_, config=config), gpu=gpu, batch_sizes=sizes,
-                          triton=triton).file_name  # fmt: skip
+        return TileKey.of(replace(request_, config=config), gpu=gpu, multiprocessors=count,
+                          batch_sizes=sizes, triton=triton).file_name  # fmt: skip
 
     assert key() == key(n_positions=99, norm_eps=1e-6, attention_scale=0.3)
     others = {key(), key(gpu=ELSEWHERE), key(sizes=(1,)), key(triton="4"), key(d_ff=7),
-              key(activation="relu"), key(n_layer=9)}  # fmt: skip
-    assert len(others) == 7
+              key(activation="relu"), key(n_layer=9), key(count=66)}  # fmt: skip
+    assert len(others) == 8
 
 
 # ---- through the runner ---------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from porttool.config import ModelConfig
+from porttool.engines.torch.cuda_hopper import programs_of
 
 SMALL_ROWS = 16
 """2 to this many rows run in the same tiles, so that a row's result does not depend on them."""
@@ -148,6 +149,7 @@ class Tuning:
     joins the parts of split attention, else a kernel of its own does; with `persistent` one kernel
     decodes a single row in place of the chain; `cluster`, by rows and linear, has products of
     several rows that run in clusters in place of `wide`'s; `notes` say what was measured with it.
+    `multiprocessors` are those of the GPU, 0 where they were not recorded.
     """
 
     gpu: str
@@ -158,6 +160,7 @@ class Tuning:
     join_in_out: bool = False
     persistent: PersistentTile | None = None
     cluster: Mapping[str, Mapping[str, ClusterTile]] = field(default_factory=dict)
+    multiprocessors: int = 0
     notes: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -203,6 +206,11 @@ class Tuning:
 def gpu_name(device: str) -> str:
     """Name the GPU (or "interpreter" on a CPU) that a tuning belongs to."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "interpreter"
+
+
+def multiprocessors(device: str) -> int:
+    """Count a GPU's multiprocessors; cards of one name, or slices of a card, differ in them."""
+    return programs_of(device) if device.startswith("cuda") else 0
 
 
 def power_of_two(n: int) -> int:
@@ -282,4 +290,5 @@ def default_tuning(config: ModelConfig, device: str) -> Tuning:
         rows: AttentionTile(min(power_of_two(-(-256 // (int(rows) * c.n_kv_head))), 16), 16, 2)
         for rows in wide
     }
-    return Tuning(gpu_name(device), stream, wide, AttentionTile(splits, block_t, 8), several)
+    return Tuning(gpu_name(device), stream, wide, AttentionTile(splits, block_t, 8), several,
+                  multiprocessors=multiprocessors(device))  # fmt: skip

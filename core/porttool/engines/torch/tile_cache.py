@@ -28,9 +28,13 @@ Say = Callable[[str], None]
 
 
 class TileKey(Closed):
-    """What measured tiles hold for. Two models of one shape share them."""
+    """What measured tiles hold for. Two models of one shape share them.
+
+    Programs that wait for each other are as many as the GPU has multiprocessors.
+    """
 
     gpu: str
+    multiprocessors: int
     dtype: Dtype
     config: ModelConfig
     batch_sizes: tuple[int, ...]
@@ -40,12 +44,19 @@ class TileKey(Closed):
 
     @classmethod
     def of(
-        cls, request: BuildRequest, *, gpu: str, batch_sizes: tuple[int, ...], triton: str
+        cls,
+        request: BuildRequest,
+        *,
+        gpu: str,
+        multiprocessors: int,
+        batch_sizes: tuple[int, ...],
+        triton: str,
     ) -> TileKey:
         """Return the key of a model's steps; what is only a number to the kernels is left out."""
         numbers = {"n_positions": 1, "norm_eps": 1.0, "rotary_base": 1.0, "attention_scale": 1.0}
         return cls(
             gpu=gpu,
+            multiprocessors=multiprocessors,
             dtype=request.dtype,
             config=request.config.model_copy(update=numbers),
             batch_sizes=batch_sizes,

@@ -13,7 +13,7 @@ from porttool.builder import BuildRequest
 from porttool.config import ModelConfig
 from porttool.engine import Engine
 from porttool.engines.torch.cuda_limits import unsupported
-from porttool.engines.torch.cuda_tuning import Tuning, gpu_name
+from porttool.engines.torch.cuda_tuning import Tuning, gpu_name, multiprocessors
 from porttool.engines.torch.tile_cache import Say, TileKey, keep_tiles, read_tiles, read_tuning
 from porttool.errors import EngineError, UsageError
 from porttool.nn import meta_decoder
@@ -60,7 +60,7 @@ def tiles_at_build(request: BuildRequest, tune: Wish, say: Say) -> Tiles:
         say(f"the kernels' tiles are not measured, for {reason}: {LATER}")
     if tune == "auto" and (reason or small(request)):
         return Tiles(None, reason or "so small a model gains nothing")
-    key = key_of(request, gpu_name("cuda"))
+    key = key_of(request, "cuda")
     known = read_tiles(key, say) if tune == "auto" else None
     if known is None:
         tiles = measure(request, key, "cuda", say)
@@ -83,8 +83,8 @@ def tiles_at_load(engine: Engine, device: str, retune: Wish, say: Say) -> Tiles:
     """
     made = engine.manifest
     request = BuildRequest(made.dtype, made.limits, made.config)
-    key = key_of(request, gpu_name(device))
-    own = own_tiles(made.built[0], request, key.gpu)
+    key = key_of(request, device)
+    own = own_tiles(made.built[0], key)
     if own.tuning:
         return own
     if retune is not False and (known := read_tiles(key, say)):
@@ -102,15 +102,18 @@ def tiles_at_load(engine: Engine, device: str, retune: Wish, say: Say) -> Tiles:
     return tiles
 
 
-def own_tiles(record: dict[str, Any], request: BuildRequest, gpu: str) -> Tiles:
+def own_tiles(record: dict[str, Any], key: TileKey) -> Tiles:
     """Return an engine's tiles if they were measured on this kind of GPU, else why they are not."""
     found = record.get("tuning")
     if found is None:
         why = record.get("not_tuned", "it was not asked for")
         return Tiles(None, f"its tiles were not measured at build ({why})")
-    if found.get("gpu") != gpu:
-        return Tiles(None, f"it was tuned on {found.get('gpu')}, and this is {gpu}")
-    tuning = read_tuning(found, request.config)
+    if found.get("gpu") != key.gpu:
+        return Tiles(None, f"it was tuned on {found.get('gpu')}, and this is {key.gpu}")
+    tuning = read_tuning(found, key.config)
+    if tuning and tuning.multiprocessors not in (0, key.multiprocessors):
+        why = f"with {tuning.multiprocessors} multiprocessors, and this one has"
+        return Tiles(None, f"it was tuned on {key.gpu} {why} {key.multiprocessors}")
     return Tiles(tuning, "" if tuning else "its tiles are of another version of the kernels")
 
 
@@ -167,14 +170,20 @@ def small(request: BuildRequest) -> bool:
     return bool(n_weights * itemsize < WORTH_BYTES)
 
 
-def key_of(request: BuildRequest, gpu: str) -> TileKey:
+def key_of(request: BuildRequest, device: str) -> TileKey:
     """Return what measured tiles would hold for."""
     import triton
 
     from porttool.engines.torch.cuda_tune import tuned_rows
 
     sizes = tuned_rows(request.limits.max_batch_size)
-    return TileKey.of(request, gpu=gpu, batch_sizes=sizes, triton=triton.__version__)
+    return TileKey.of(
+        request,
+        gpu=gpu_name(device),
+        multiprocessors=multiprocessors(device),
+        batch_sizes=sizes,
+        triton=triton.__version__,
+    )
 
 
 def roomy(request: BuildRequest) -> ModelConfig:
