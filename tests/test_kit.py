@@ -158,10 +158,29 @@ def test_a_case_that_could_prove_nothing_is_refused(case, check, why):
     assert why in str(failure_of(case, check))
 
 
+def test_a_cause_of_many_failures_is_told_once(monkeypatch, capsys):
+    monkeypatch.setattr(GPT2Converter, "weight_map", lambda self, config: WeightMap({}))
+    assert cli.invoke(["plugins", "check", "gpt2"]) == 1
+    shown = "".join(capsys.readouterr().out.split())
+    assert shown.count("GPT2Conformance│logits│") == 1
+    assert shown.count("noweight") == 1
+    assert re.search(r"FAIL│GPT2Conformance│tensorparallel│[0-9.]+│thesameas", shown)
+
+
+def test_a_failure_of_a_familys_own_code_names_the_place():
+    class Case(GPT2Conformance):
+        def write_source(self, path, seed):
+            super().write_source(path / "nowhere", {}["seed"])
+
+    said = failure_of(Case, "logits")
+    assert re.fullmatch(r"KeyError: 'seed' \(write_source, test_kit\.py:\d+\)", said)
+
+
 def test_a_case_that_cannot_be_written_fails_every_check():
     results = list(run_checks(NoSource))
     assert len(results) == 14
-    assert {(r.passed, r.detail) for r in results} == {(False, "OSError: nowhere to write")}
+    assert not any(r.passed for r in results)
+    assert all(r.detail.startswith("OSError: nowhere to write (write_source, ") for r in results)
 
 
 def test_pickles_and_archives_are_seen(tmp_path):

@@ -15,6 +15,7 @@ from porttool.errors import CheckFailed
 if TYPE_CHECKING:
     from porttool.catalog import Catalog, Plugin
     from porttool.plugins import Registry
+    from porttool.testing import CheckResult
 
 
 @click.group("plugins", invoke_without_command=True)
@@ -117,14 +118,20 @@ def check(name: str, as_json: bool) -> None:
     if as_json:
         console.say_json({"name": name, "checks": [vars(r) for r in results]})
     else:
-        rows = [
-            ("pass" if r.passed else "FAIL", r.case, r.check, f"{r.seconds:.2f}", r.detail)
-            for r in results
-        ]
-        console.table(f"conformance of {name}", ("", "case", "check", "s", "why"), rows)
+        columns = ("", "case", "check", "s", "why")
+        console.table(f"conformance of {name}", columns, list(check_rows(results)))
         console.say(f"{len(results)} checks, {len(failed)} failed")
     if failed or not results:
         raise CheckFailed(f"{name} does not conform: {len(failed)} of {len(results)} checks failed")
+
+
+def check_rows(results: Iterable[CheckResult]) -> Iterable[tuple[str, ...]]:
+    """Yield a row for every check; one cause of many failures of a case is told once."""
+    first: dict[tuple[str, str], str] = {}
+    for r in results:
+        told = first.setdefault((r.case, r.detail), r.check)
+        why = r.detail if r.passed or told == r.check else f"the same as {told}"
+        yield "pass" if r.passed else "FAIL", r.case, r.check, f"{r.seconds:.2f}", why
 
 
 @command.command("new")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
+from traceback import extract_tb, walk_tb
 
 from porttool.errors import PluginError, PorttoolError, UsageError
 from porttool.plugins import GROUP, Registry, allowed
@@ -117,5 +119,15 @@ def failure(case: type[FamilyConformance], check: str) -> str | None:
     except PorttoolError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - a stranger's case must not end the others
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error} ({place_of(error, case)})"
     return None
+
+
+def place_of(error: Exception, case: type[FamilyConformance]) -> str:
+    """Return the innermost function and line of the case's package that an error passed through."""
+    package = case.__module__.partition(".")[0]
+    tops = [str(f.f_globals.get("__name__")) for f, _ in walk_tb(error.__traceback__)]
+    places = list(zip(tops, extract_tb(error.__traceback__), strict=True))
+    own = [place for top, place in places if top.partition(".")[0] == package]
+    place = own[-1] if own else places[-1][1]
+    return f"{place.name}, {Path(place.filename).name}:{place.lineno}"
