@@ -20,7 +20,7 @@ def require_place(target: Path) -> None:
     """Raise UsageError if nothing can be made at the target, for a file stands above it."""
     above = next(p for p in target.absolute().parents if os.path.lexists(p))
     if not above.is_dir():
-        raise UsageError(f"{target}: {above} is not a folder; choose another --output")
+        raise UsageError(f"{target}: {above} is not a folder; choose another place")
 
 
 def require_free(target: Path, replaces: str | None, sources: Sequence[Path]) -> None:

@@ -167,7 +167,7 @@ def test_two_writers(tmp_path):
 
 def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file is not a folder; choose another --output"):
+    with pytest.raises(UsageError, match="file is not a folder; choose another place"):
         fill(tmp_path / "file" / "o")
 
 

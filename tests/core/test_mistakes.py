@@ -276,7 +276,7 @@ def test_an_output_below_a_file(said, source, checkpoint, engine_folder, command
     assert status == 2
     above = Path(place).parts[0]
     assert message.startswith(f"error: {place}")
-    assert message.endswith(f"{Path(above).absolute()} is not a folder; choose another --output")
+    assert message.endswith(f"{Path(above).absolute()} is not a folder; choose another place")
     assert Path("file").read_text() == "mine"
     assert sorted(Path().rglob("*")) == before
 
