@@ -26,20 +26,27 @@ FACTOR = 3.0
 FLOOR = 1e-5
 """A relative error that is never held against a stage in half precision."""
 
+RULE = "or a weight rule that names another module than this"
+"""The reference's stages are found by the family's rules: a wrong one shows as a wrong input."""
+
 CAUSES = (
     ("embedding.out", "the token embedding's weights, or a prompt table's rows"),
     ("position.out", "positions: an offset, or the position table"),
     ("norm1.out", "the norm before attention: its weight, bias, epsilon or kind"),
     ("norm2.out", "the norm before the MLP: its weight, bias, epsilon or kind"),
-    ("norm1.in", "what goes into the layer: embeddings, positions or a residual sum"),
-    ("norm2.in", "the residual sum after attention"),
+    ("norm1.in", f"what goes into the layer: embeddings, positions or a residual sum, {RULE}"),
+    ("norm2.in", f"the residual sum after attention, {RULE}"),
     ("attention.qkv.out", "the query, key and value projection: weights, bias or order of rows"),
-    ("attention.out.in", "inside attention: scale, mask, positions or grouping of heads"),
+    (
+        "attention.out.in",
+        "inside attention: scale, mask, positions, grouping of heads, or query, "
+        "key and value taken for one another by a weight rule",
+    ),
     ("attention.out.out", "attention's output projection: weights or bias"),
     ("mlp.up.out", "the MLP's first projection: weights or bias"),
     ("mlp.down.in", "the activation, or a gated MLP's halves"),
     ("mlp.down.out", "the MLP's second projection: weights or bias"),
-    ("norm.in", "the residual sum after the last layer"),
+    ("norm.in", f"the residual sum after the last layer, {RULE}"),
     ("norm.out", "the final norm: its weight, bias, epsilon or kind"),
     ("logits", "the head's weights"),
 )

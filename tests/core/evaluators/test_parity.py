@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from porttool.evaluators.parity import verify
 from porttool.nn import Step
 from porttool.plugins import choose_converter, load_registry
 from porttool.progress import SILENT
+from porttool.weights import take
+from porttool_gpt2.converter import GPT2Converter
 
 CPU = {"device": "cpu"}
 LADDER = ["config", "weights", "prefill", "decode", "decode, several tokens a step",
@@ -124,6 +127,34 @@ def test_weights_say_how_they_differ(engine, source, tmp_path, damage, how):
 
 def derivation_of(source):
     return Derivation(choose_converter(load_registry(), source), source)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "place", "cause"),
+    [
+        (("norm1", "norm2"), ("ln_2", "ln_1"), "layers.0.norm1.in", "or a weight rule that names"),
+        (("norm2",), ("ln_1",), "layers.0.norm2.in", "or a weight rule that names another module"),
+    ],
+)
+def test_a_wrong_weight_rule_is_among_the_causes(
+    source, verified, tmp_path, monkeypatch, ours, theirs, place, cause
+):
+    right = GPT2Converter.weight_map
+
+    def wrong(self, config):
+        swapped = {
+            f"layers.{{i}}.{a}.{part}": take(f"h.{{i}}.{b}.{part}")
+            for a, b in zip(ours, theirs, strict=True)
+            for part in ("weight", "bias")
+        }
+        table = right(self, config)
+        return replace(table, rules={**table.rules, **swapped}, unused=(*table.unused, "*.ln_*"))
+
+    monkeypatch.setattr(GPT2Converter, "weight_map", wrong)
+    engine = tiny.built(tiny.converted(source, tmp_path / "checkpoint"), tmp_path / "engine")
+    report = verified(engine)
+    assert report.measurements["first_difference"] == place
+    assert any(f"first differs at {place}" in n and cause in n for n in report.notes)
 
 
 def test_half_precision_hides_no_noise(checkpoint, verified, tmp_path):
