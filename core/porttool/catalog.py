@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Generic, TypeVar
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from porttool.errors import PluginError, UsageError
 
@@ -28,9 +29,22 @@ class Plugin:
     error: str | None = None
     """Why it could not be used; None for a healthy plugin."""
 
+    @classmethod
+    def of(cls, entry: EntryPoint) -> Self:
+        """Describe an entry point that is not loaded."""
+        found = entry.dist
+        return cls(
+            entry.name, found.name if found else "unknown", found.version if found else "unknown"
+        )
+
+    @property
+    def source(self) -> str:
+        """The distribution that it came in, and its version."""
+        return f"{self.distribution} {self.version}"
+
     def __str__(self) -> str:
         """Name it with its origin."""
-        return f"{self.name} of {self.distribution} {self.version}"
+        return f"{self.name} of {self.source}"
 
     def broken(self, error: Exception) -> Plugin:
         """Return it with the first reason why it is not used."""
@@ -40,6 +54,12 @@ class Plugin:
 def explained(error: Exception) -> str:
     """Return an error's kind and what it says, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def clash(plugin: Plugin, doubles: Iterable[Plugin]) -> PluginError:
+    """Say which plugins have one name: to choose among them would be a guess."""
+    both = " and ".join(p.source for p in doubles if p.name == plugin.name)
+    return PluginError(f"{both} bring a plugin of this name; uninstall one")
 
 
 @dataclass

@@ -8,6 +8,7 @@ Everything goes through the entry-point group `porttool`, core's own engines and
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from porttool import hookspecs
-from porttool.catalog import DENY, Catalog, Plugin, explained
+from porttool.catalog import DENY, Catalog, Plugin, clash, explained
 from porttool.errors import PluginError, PorttoolError, SourceError, UsageError
 from porttool.vetting import blamed, checked, require_api, require_known_hooks
 
@@ -192,8 +193,11 @@ def load_registry() -> Registry:
     """Load every allowed plugin of the entry-point group."""
     manager = pluggy.PluginManager("porttool")
     manager.add_hookspecs(hookspecs)
-    plugins = [load_plugin(manager, entry) for entry in allowed(entry_points(group=GROUP))]
-    return Registry(manager, plugins)
+    entries = allowed(entry_points(group=GROUP))
+    named = Counter(entry.name for entry in entries)
+    plugins = [load_plugin(manager, e) for e in entries if named[e.name] == 1]
+    doubles = [Plugin.of(entry) for entry in entries if named[entry.name] > 1]
+    return Registry(manager, plugins + [p.broken(clash(p, doubles)) for p in doubles])
 
 
 def blame(error: BaseException) -> str | None:
@@ -219,12 +223,7 @@ def names_in(variable: str) -> set[str]:
 
 def load_plugin(manager: pluggy.PluginManager, entry: EntryPoint) -> Plugin:
     """Import and register one plugin; whatever goes wrong is kept with it."""
-    distribution = entry.dist
-    plugin = Plugin(
-        entry.name,
-        distribution.name if distribution else "unknown",
-        distribution.version if distribution else "unknown",
-    )
+    plugin = Plugin.of(entry)
     try:
         module = entry.load()
         require_api(module)

@@ -128,6 +128,18 @@ def test_a_name_that_is_taken_names_both(install):
     assert "PORTTOOL_DISABLE_PLUGINS" in said
 
 
+def test_two_entry_points_of_one_name_are_both_set_aside(install, tmp_path, monkeypatch):
+    install(one=HEAD + CLASS + READS, two=HEAD + CLASS + READS)
+    found = [EntryPoint("gpt2", module, plugins.GROUP) for module in ("one", "two")]
+    santacoder = EntryPoint("santacoder", "porttool_santacoder", plugins.GROUP)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [*found, santacoder])
+    registry = load_registry()
+    assert [p.name for p in registry.plugins if not p.error] == ["santacoder"]
+    said = "unknown unknown and unknown unknown bring a plugin of this name; uninstall one"
+    assert [p.error for p in registry.plugins if p.error] == [f"PluginError: {said}"] * 2
+    assert "c" not in registry.converters.classes
+
+
 def test_a_clash_goes_away_when_one_is_denied(install, monkeypatch):
     monkeypatch.setenv("PORTTOOL_DISABLE_PLUGINS", " stranger , other")
     text = HEAD + "api_version = 1\n" + ONE.format(name="gpt2", body="pass")

@@ -13,7 +13,7 @@ from porttool.cli.options import FOLDER, json_option
 from porttool.errors import CheckFailed
 
 if TYPE_CHECKING:
-    from porttool.catalog import Catalog, Plugin
+    from porttool.catalog import Catalog
     from porttool.plugins import Registry
     from porttool.testing import CheckResult
 
@@ -48,7 +48,7 @@ def show(as_json: bool = False) -> None:
     for lone in lone_engines(registry):
         console.say(lone)
     if broken:
-        rows = [(p.name, origin(p), str(p.error)) for p in broken]
+        rows = [(p.name, p.source, str(p.error)) for p in broken]
         console.table("broken plugins", ("plugin", "from", "why"), rows)
 
 
@@ -59,15 +59,10 @@ def rows_of(catalog: Catalog[Any]) -> list[dict[str, str]]:
             "kind": catalog.kind,
             "name": component.name,
             "what": describe(component),
-            "plugin": origin(catalog.origin[component.name]),
+            "plugin": catalog.origin[component.name].source,
         }
         for component in catalog
     ]
-
-
-def origin(plugin: Plugin) -> str:
-    """Return where a plugin comes from."""
-    return f"{plugin.distribution} {plugin.version}"
 
 
 def show_families(registry: Registry) -> None:
@@ -80,7 +75,7 @@ def show_families(registry: Registry) -> None:
         name = "" if found.family == last else found.family
         last = found.family
         hub = (found.hub_id or "") + (f" (before {found.refines})" if found.refines else "")
-        made = origin(origins[found.name])
+        made = origins[found.name].source
         rows.append((name, found.source_format, found.name, hub.strip(), made))
     console.table("families", ("family", "reads", "converter", "published as", "from"), rows)
 
