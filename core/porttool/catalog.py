@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.metadata import EntryPoint
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from porttool.component import Component
 
 T = TypeVar("T", bound="Component")
+
+ALLOW = "PORTTOOL_PLUGINS"
+"""The environment variable that names the only plugins there are."""
 
 DENY = "PORTTOOL_DISABLE_PLUGINS"
 """The environment variable that leaves plugins out."""
@@ -49,6 +53,18 @@ class Plugin:
     def broken(self, error: Exception) -> Plugin:
         """Return it with the first reason why it is not used."""
         return replace(self, error=self.error or explained(error))
+
+
+def names_in(variable: str) -> set[str]:
+    """Return the comma-separated names in an environment variable."""
+    return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
+
+
+def left_out() -> str:
+    """Return a hint at the environment's own choice of plugins; empty if it makes none."""
+    said = ((ALLOW, "allows only"), (DENY, "leaves out"))
+    found = ((v, what, ", ".join(sorted(names_in(v)))) for v, what in said)
+    return "".join(f"; {v} {what}: {names}" for v, what, names in found if names)
 
 
 def explained(error: Exception) -> str:

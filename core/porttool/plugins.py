@@ -7,7 +7,6 @@ Everything goes through the entry-point group `porttool`, core's own engines and
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from porttool import hookspecs
-from porttool.catalog import DENY, Catalog, Plugin, clash, explained
+from porttool.catalog import ALLOW, DENY, Catalog, Plugin, clash, explained, left_out, names_in
 from porttool.errors import PluginError, PorttoolError, SourceError, UsageError
 from porttool.vetting import blamed, checked, require_api, require_known_hooks
 
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from porttool.runner import Runner
 
 GROUP = "porttool"
-ALLOW = "PORTTOOL_PLUGINS"
 
 
 class Registry:
@@ -134,7 +132,7 @@ class Registry:
     def set_aside(self) -> str:
         """Return a hint at the plugins that are not used, and why; empty if there is none."""
         said = "; ".join(f"{p} ({p.error})" for p in self.plugins if p.error)
-        return f"; plugins set aside: {said}" if said else ""
+        return (f"; plugins set aside: {said}" if said else "") + left_out()
 
     def record(self, catalog: Catalog[Any], name: str) -> PluginRecord:
         """Return what a manifest keeps of the plugin that a component came from."""
@@ -153,7 +151,7 @@ class Registry:
         if made.component not in catalog.classes:
             raise PluginError(
                 f"{what} {made.component!r} of {made.distribution} {made.version}, which is not "
-                f"installed; install {made.distribution}=={made.version}"
+                f"installed; install {made.distribution}=={made.version}{self.set_aside()}"
             )
         now = self.record(catalog, made.component)
         if now != made:
@@ -214,11 +212,6 @@ def allowed(entries: Iterable[EntryPoint]) -> list[EntryPoint]:
         for (name, _), entry in sorted(unique.items())
         if (not allow or name in allow) and name not in deny
     ]
-
-
-def names_in(variable: str) -> set[str]:
-    """Return the comma-separated names in an environment variable."""
-    return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
 
 
 def load_plugin(manager: pluggy.PluginManager, entry: EntryPoint) -> Plugin:

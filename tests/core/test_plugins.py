@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from porttool import cli, plugins
+from porttool.checkpoint import PluginRecord
 from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
 from porttool.plugins import load_registry
 
@@ -138,6 +139,16 @@ def test_two_entry_points_of_one_name_are_both_set_aside(install, tmp_path, monk
     said = "unknown unknown and unknown unknown bring a plugin of this name; uninstall one"
     assert [p.error for p in registry.plugins if p.error] == [f"PluginError: {said}"] * 2
     assert "c" not in registry.converters.classes
+
+
+def test_what_is_missing_may_be_left_out_or_set_aside(install, monkeypatch):
+    monkeypatch.setenv("PORTTOOL_DISABLE_PLUGINS", "gpt2")
+    registry = install(stranger="import nothing_here")
+    made = PluginRecord(component="gpt2", distribution="porttool", version="0.1.0", api_version=1)
+    with pytest.raises(PluginError) as caught:
+        registry.require(registry.converters, made, "it was converted by")
+    assert "; plugins set aside: stranger of unknown unknown (ModuleNotFound" in str(caught.value)
+    assert str(caught.value).endswith("; PORTTOOL_DISABLE_PLUGINS leaves out: gpt2")
 
 
 def test_a_clash_goes_away_when_one_is_denied(install, monkeypatch):
