@@ -14,6 +14,7 @@ from pathlib import Path
 import click
 import pytest
 
+import drawn
 from porttool import hookspecs
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +173,17 @@ def test_every_command_in_a_document_has_its_options():
         options_are_known(line)
     with pytest.raises(click.NoSuchOption):
         options_are_known("porttool convert gpt2 --never-there 1")
+
+
+def test_what_the_decoder_can_say_is_whole():
+    from porttool.config import ModelConfig
+    from porttool.nn import meta_decoder
+
+    page = (DOCS / "plugins.md").read_text()
+    assert [f for f in ModelConfig.model_fields if f"`{f}`" not in page] == []
+    config = drawn.shape("gpt2").model_copy(update={"tied_head": False})
+    names = {re.sub(r"layers\.\d+", "layers.{i}", n) for n in meta_decoder(config).state_dict()}
+    assert [n for n in names if n.endswith(".weight") and f"`{n}`" not in page] == []
 
 
 def test_links_between_documents_lead_somewhere():

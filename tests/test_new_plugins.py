@@ -25,6 +25,13 @@ def test_names_that_no_package_can_have(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_the_name_of_an_installed_plugin_is_refused(tmp_path, name):
+    with pytest.raises(UsageError, match=f"'{name}' is taken: a plugin of this name is installed"):
+        write_plugin(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_overwritten(tmp_path):
     write_plugin("my_family", tmp_path)
     with pytest.raises(UsageError, match="is there already"):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
 from porttool.errors import UsageError
+from porttool.plugins import GROUP
 from porttool.standing import require_place
 
 TEMPLATES = {
@@ -29,8 +31,8 @@ TEMPLATES = {
 def write_plugin(family: str, output: Path) -> Path:
     """Write the package of a new family below `output`; return its folder.
 
-    UsageError for a name that is no lower-case identifier or whose package is installed, and for a
-    folder that is there already.
+    UsageError for a name that is no lower-case identifier or whose package or plugin is installed,
+    and for a folder that is there already.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", family):
         raise UsageError(
@@ -47,6 +49,11 @@ def write_plugin(family: str, output: Path) -> Path:
         raise UsageError(
             f"{family!r} is taken: the package {names['package']} is installed, which the new one "
             "would hide; choose another name"
+        )
+    if family in {entry.name for entry in entry_points(group=GROUP)}:
+        raise UsageError(
+            f"{family!r} is taken: a plugin of this name is installed, and two of one name are "
+            "both set aside; choose another name"
         )
     folder = output / names["distribution"]
     require_place(folder)
