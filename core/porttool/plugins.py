@@ -19,7 +19,7 @@ import pluggy
 from porttool import hookspecs
 from porttool.catalog import ALLOW, DENY, Catalog, Plugin, clash, explained, left_out, names_in
 from porttool.errors import PluginError, PorttoolError, SourceError, UsageError
-from porttool.vetting import blamed, checked, require_api, require_known_hooks
+from porttool.vetting import blamed, checked, require_api, require_known_hooks, require_new
 
 if TYPE_CHECKING:
     import click
@@ -160,12 +160,16 @@ class Registry:
                 f"{now.distribution} {now.version}; make it again, or install that version"
             )
 
-    def add_commands(self, group: click.Group) -> None:
-        """Let plugins add their commands; one that fails is set aside."""
-        for impl in self._manager.hook.porttool_commands.get_hookimpls():
+    def add_commands(self, group: click.Group, taken: Iterable[str] = ()) -> None:
+        """Let plugins add their commands; one that fails, or takes a name, is set aside."""
+        hook = self._manager.hook.porttool_commands
+        for impl in sorted(hook.get_hookimpls(), key=lambda i: str(i.plugin_name)):
+            before = dict(group.commands)
             try:
                 impl.function(group)
+                require_new(before, group.commands, taken)
             except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+                group.commands = before
                 self._set_aside(impl.plugin_name, error)
 
     def _collect(self, kind: str, base: Any, *others: Any) -> Catalog[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from traceback import extract_tb, walk_tb
 from types import ModuleType
@@ -115,6 +115,15 @@ def require_known_hooks(manager: pluggy.PluginManager, module: ModuleType) -> No
         plain = [name for name in vars(module) if name.startswith("porttool_")]
         said = f"; {', '.join(plain)} lacks @hookimpl" if plain else ""
         raise PluginError(f"it implements no hook{said}")
+
+
+def require_new(
+    before: Mapping[str, object], after: Mapping[str, object], taken: Iterable[str]
+) -> None:
+    """Refuse commands of names that there are already, porttool's (`taken`) or another plugin's."""
+    added = {name for name in after if after[name] is not before.get(name)}
+    if double := sorted(added & {*before, *taken}):
+        raise PluginError(f"there is a command named {', '.join(double)} already")
 
 
 def blamed(error: BaseException, entries: Iterable[EntryPoint]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from importlib.metadata import EntryPoint
 
@@ -149,6 +150,36 @@ def test_what_is_missing_may_be_left_out_or_set_aside(install, monkeypatch):
         registry.require(registry.converters, made, "it was converted by")
     assert "; plugins set aside: stranger of unknown unknown (ModuleNotFound" in str(caught.value)
     assert str(caught.value).endswith("; PORTTOOL_DISABLE_PLUGINS leaves out: gpt2")
+
+
+COMMANDS = """
+@hookimpl
+def porttool_commands(cli):
+    cli.command("fine-{name}")(lambda: None)
+    {more}
+"""
+ADDS = "cli.command({!r})(lambda: None)"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        (ADDS.format("convert"), "PluginError: there is a command named convert already"),
+        (ADDS.format("fine-first"), "PluginError: there is a command named fine-first already"),
+    ],
+)
+def test_commands_that_fail_or_take_a_name_are_set_aside(install, capsys, more, said):
+    head = HEAD + "api_version = 1\n"
+    install(
+        first=head + COMMANDS.format(name="first", more="pass"),
+        second=head + COMMANDS.format(name="second", more=more),
+    )
+    group = cli.LazyGroup()
+    assert group.list_commands(None) == [*cli.COMMANDS, "fine-first"]
+    assert cli.invoke(["plugins", "list", "--json"]) == 0
+    broken = json.loads(capsys.readouterr().out)["broken"]
+    assert broken == [{"name": "second", "distribution": "unknown", "error": said}]
 
 
 def test_a_clash_goes_away_when_one_is_denied(install, monkeypatch):

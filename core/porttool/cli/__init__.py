@@ -39,7 +39,7 @@ class LazyGroup(click.Group):
 
         if not self._plugins_asked:
             self._plugins_asked = True
-            load_registry().add_commands(self)
+            load_registry().add_commands(self, COMMANDS)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -30,9 +30,11 @@ def command(context: click.Context) -> None:
 @json_option
 def show(as_json: bool = False) -> None:
     """List families with their sources, engines, evaluators and broken plugins."""
+    from porttool.cli import COMMANDS
     from porttool.plugins import load_registry
 
     registry = load_registry()
+    registry.add_commands(click.Group(), COMMANDS)  # finds the hooks that fail
     components = [row for catalog in registry.catalogs for row in rows_of(catalog)]
     broken = [p for p in registry.plugins if p.error]
     if as_json:
