@@ -60,6 +60,12 @@ class PluginError(PorttoolError):
     """A plugin is broken, blocked, or clashes with another one."""
 
 
+def require_kind(found: object, kind: type, method: str) -> None:
+    """Refuse what a plugin's method returned where it is of another kind."""
+    if not isinstance(found, kind):
+        raise PluginError(f"{method} returned a {type(found).__name__}, not a {kind.__name__}")
+
+
 class CheckFailed(PorttoolError):
     """A check ran to its end and its verdict is no."""
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar
 
 from porttool.config import InfillTokens, ModelConfig, SpecialTokens
 from porttool.converter import Converter, Source, validated
-from porttool.errors import SourceError
+from porttool.errors import PluginError, SourceError, require_kind
 from porttool.sources.json_file import read_json
 from porttool.sources.places import is_present
 from porttool.sources.ranks import Renamed, ShardedTensors
@@ -157,6 +157,11 @@ class HuggingFaceConverter(Converter):
     spellings: ClassVar[tuple[InfillTokens, ...]] = ()
     end_of_text: ClassVar[str | None] = None
 
+    def __init_subclass__(cls) -> None:
+        """Refuse model types that are one text."""
+        if isinstance(getattr(cls, "model_types", None), str):  # in which every letter is found
+            raise PluginError(f"{cls.__qualname__}.model_types is a text, not a set of texts")
+
     def matches(self, source: Path) -> bool:
         """Return true if config.json names one of the family's model types."""
         try:
@@ -184,6 +189,7 @@ class HuggingFaceConverter(Converter):
             )
         config.ignore("auto_map")
         model = validated(config.file, lambda: self.read_config(config))
+        require_kind(model, ModelConfig, f"{type(self).__qualname__}.read_config")
         config.finish()
         return model
 

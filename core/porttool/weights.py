@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from porttool.config import ModelConfig
-from porttool.errors import PluginError, SourceError
+from porttool.errors import PluginError, SourceError, require_kind
 from porttool.memory import packed
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def resolve_rules(
 
     Raises SourceError naming missing source tensors and those that no rule knows.
     """
+    require_kind(weight_map, WeightMap, "weight_map")
     templates = {name: _LAYER.sub("layers.{i}.", name) for name in wanted}
     if unruled := sorted(set(templates.values()) - weight_map.rules.keys()):
         idle = sorted(weight_map.rules.keys() - set(templates.values()))

@@ -57,6 +57,10 @@ BROKEN = {
     "no model types": (HEAD + "api_version = 1\nfrom porttool import HuggingFaceConverter\n"
                        "class C(HuggingFaceConverter):\n    name = family = 'c'\n" + READS,
                        "C has no model_types"),
+    "model types a text": (HEAD + "api_version = 1\nfrom porttool import HuggingFaceConverter\n"
+                           "class C(HuggingFaceConverter):\n    name = family = 'c'\n"
+                           "    model_types = 'opt'\n" + READS,
+                           "C.model_types is a text, not a set of texts"),
     "other arguments": (HEAD + CLASS + READS.replace("map(self, config)", "map(self)"),
                         "C.weight_map has to take (self, config): too many positional"),
     "required option": (HEAD + CLASS + "    class Options(Converter.Options):\n        n: int\n"
@@ -266,6 +270,13 @@ def test_an_error_from_within_a_plugin_names_it(install, tmp_path, source, capsy
     assert "Traceback" in said
     assert "error: the plugin 'stranger' of unknown unknown failed in read_config, " in said
     assert "stranger.py:10: KeyError: 'n_layer'" in said
+
+
+def test_a_config_of_another_kind_names_the_method(install, source):
+    body = "def read_config(self, config): return {}"
+    registry = install(stranger=HEAD + "api_version = 1\n" + ONE.format(name="other", body=body))
+    with pytest.raises(PluginError, match=r"Other\.read_config returned a dict, not a ModelConfig"):
+        registry.converter("other").config(source)
 
 
 def test_an_error_of_porttools_own_is_not_blamed_on_a_plugin(install, monkeypatch):

@@ -68,6 +68,11 @@ def test_a_misspelt_rule_is_named_beside_the_tensor_that_lacks_one():
         resolve_rules(["layers.0.mlp.down.weight", "norm.weight"], table, {})
 
 
+def test_a_plain_dictionary_is_no_weight_map():
+    with pytest.raises(PluginError, match="weight_map returned a dict, not a WeightMap"):
+        resolve_rules(["w"], {"w": take("w")}, {})
+
+
 def via_of_one_argument(tensors):
     return tensors[0]
 
