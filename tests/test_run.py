@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
 import shutil
+import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -137,6 +140,14 @@ def test_only_a_newline_ends_a_prompt(run, tmp_path, monkeypatch):
     status, _, err = run("--input-file", file, "--max-output-len", "1")
     assert (status, read) == (0, ["a\u2028b\x0b\x0cc", "d\x85\re"])
     assert err == "blank lines skipped: 2\n"
+
+
+def test_python_runs_the_package(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["porttool", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("porttool", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"porttool, version {version('porttool')}\n"
 
 
 def test_what_is_no_number_is_null_in_json():

@@ -14,11 +14,13 @@ from porttool import api
 from porttool.config import Limits, Sampling
 from porttool.engine import Engine
 from porttool.engines.onnx.rows import RowMap
+from porttool.engines.onnx.weights import write_weights
 from porttool.errors import UsageError
 from porttool.generate import generate
 from porttool.nn import KVCache
 from porttool.nn.trace import traced
 from porttool.plugins import load_registry
+from porttool.progress import Progress
 from porttool.runner import load_runner
 from porttool.shards import plan_shards
 
@@ -215,6 +217,23 @@ def test_weight_files_are_safetensors_that_the_graph_points_into(tmp_path, monke
             assert first % tensor.element_size() == 0
     assert all(t.dtype == torch.float16 for t in stored.values())
     pair.check(step_of(prompts(3, 8), [1, 0], [0, 0]))
+
+
+class Seen(Progress):
+    total = done = 0
+
+    def start(self, title, total):
+        self.total = total
+
+    def advance(self, amount):
+        self.done += amount
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_progress_ends_at_its_total(tmp_path, checkpoint, dtype):
+    seen = Seen()
+    write_weights(checkpoint, dtype, tmp_path, progress=seen)
+    assert seen.done == seen.total > 0
 
 
 def test_manifest_records_graph_and_session(tmp_path, checkpoint):

@@ -49,14 +49,15 @@ def write_weights(
 ) -> dict[str, StoredTensor]:
     """Copy the checkpoint's files, or write another type; return where every tensor is."""
     jobs = [weight_job(checkpoint, name, dtype) for name in checkpoint.names()]
-    total = sum(job.nbytes for job in jobs)
+    copied = checkpoint.weight_files() if dtype == checkpoint.manifest.dtype else []
+    sizes = {name: (checkpoint.path / name).stat().st_size for name in copied}
+    total = sum(sizes.values()) if copied else sum(job.nbytes for job in jobs)
     require_space(out, total)
     progress.start("build", total)
-    if dtype == checkpoint.manifest.dtype:
-        for name in checkpoint.weight_files():
-            checkpoint.copy_file(name, out / name)
-            progress.advance((out / name).stat().st_size)
-    else:
+    for name, size in sizes.items():
+        checkpoint.copy_file(name, out / name)
+        progress.advance(size)
+    if not copied:
         write_shards(PendingFolder(out, out), plan_shards(jobs, "model"), workers=2,
                      progress=progress)  # fmt: skip
         (out / JOURNAL).unlink()
