@@ -17,16 +17,19 @@ pytest.importorskip("triton")
 
 import cuda_cases as cases
 from cuda_cases import GPU_SHAPES, TOLERANCE, prompts
-from porttool.engines.torch import cuda_prefill_graph
+from porttool.engines.torch import cuda_prefill_graph, cuda_prompts
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_packed import Packed
-from porttool.engines.torch.cuda_prefill import prefill
+from porttool.engines.torch.cuda_prefill import Together, _mlp_width, _parts, tokens_together
 from porttool.engines.torch.cuda_prefill_graph import (
     GRAPH_TOKENS,
     KEPT,
+    Size,
+    padded_size,
     padded_tokens,
     waits_for_host,
 )
+from porttool.engines.torch.cuda_prompts import launch
 from porttool.nn import KVCache, Step
 
 on_cpu = [
@@ -59,15 +62,17 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def make(case: str, *, graphs: bool, dtype: torch.dtype = torch.float32) -> CudaDecoder:
+def make(
+    case: str, *, graphs: bool, dtype: torch.dtype = torch.float32, **changes: int
+) -> CudaDecoder:
     """Return a decoder whose unset memory is NaN; on a CPU it can only pretend to have graphs."""
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
-    shape = cases.config(case, **(GPU_SHAPES[case] if gpu else {"n_layer": 1}))
+    shape = cases.config(case, **((GPU_SHAPES[case] if gpu else {"n_layer": 1}) | changes))
     weights = cases.drawn(shape, dtype, device).state_dict()
     size = cases.limits(8, 600) if gpu else cases.limits(4, 60)
     made = CudaDecoder(shape, weights, dtype=dtype, limits=size, device=device, graphs=graphs)
-    made.graphed = graphs
+    made.graphed = made._prompts.graphed = graphs
     for cached in (made.model.cache.keys, made.model.cache.values):
         cached.fill_(float("nan"))
     return made
@@ -76,7 +81,7 @@ def make(case: str, *, graphs: bool, dtype: torch.dtype = torch.float32) -> Cuda
 @torch.inference_mode()
 def poison(made: CudaDecoder) -> None:
     """Leave nothing in the buffers that a former prompt wrote."""
-    held = made._prompts
+    held = made._prompts.graphs
     for tensor in (held._x, *held._buffers):
         tensor.fill_(float("nan"))
     held._inputs.fill_(-1)
@@ -113,7 +118,7 @@ def assert_same(one: CudaDecoder, other: CudaDecoder, steps: list[tuple[Step, bo
     for mine, theirs in zip(vars(one.model.cache).values(), vars(other.model.cache).values(),
                             strict=True):  # fmt: skip
         assert torch.equal(bits(mine), bits(theirs))
-    assert not other._prompts._graphs
+    assert not other._prompts.graphs._graphs
 
 
 def test_padding_is_bounded() -> None:
@@ -148,10 +153,70 @@ def test_padding_belongs_to_no_slot_and_no_row() -> None:
     assert first.tolist() == [0, 3, 4, 4]  # rows after the second are empty
 
 
+@pytest.mark.parametrize("kept", [1e7, 1e9, 1e10, 1e11])
+@pytest.mark.parametrize("case", list(cases.CASES))
+def test_activations_take_their_share(case: str, kept: float) -> None:
+    """Of memory where 4096 tokens need less; MLPs are whole where those fit, too."""
+    c = cases.config(case, d_model=1600, n_head=20, n_kv_head=20, head_dim=80, d_ff=6400)
+    tokens, mlp = tokens_together(c, int(kept), 2)
+    taken = 2 * (tokens * 3200 + max(tokens * c.qkv_dim, mlp * _mlp_width(c)))
+    assert 4096 <= tokens <= 16384 and 2048 <= mlp <= tokens
+    if tokens > 4096:
+        assert taken <= (0.025 if mlp == tokens else 0.02) * kept
+    if kept == 1e11:
+        assert tokens == mlp == 16384
+    if kept == 1e7:
+        assert tokens == 4096 and mlp == max(2048, 4096 * c.qkv_dim // _mlp_width(c))
+
+
+@pytest.mark.parametrize(("n", "most"), [(1, 1), (7, 3), (16384, 12288), (5000, 2048), (513, 600)])
+def test_parts_of_an_mlp(n: int, most: int) -> None:
+    parts = [range(n)[part] for part in _parts(n, most)]
+    assert [i for part in parts for i in part] == list(range(n))
+    assert max(map(len, parts)) <= most and len(parts) <= -(-n // most)
+
+
+def assert_groups_agree(
+    made: CudaDecoder, lengths: list[int], bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts in groups as long as the first three, 8 tokens at a time through MLPs."""
+
+    def unset(like: Tensor, *shape: int, **options: Any) -> Tensor:
+        return empty(like, *shape, **options).fill_(float("nan") if like.is_floating_point() else 7)
+
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", unset)
+    monkeypatch.setattr(cuda_prompts, "waits_for_host", lambda *_: False)
+    shape = made.config
+    made._prompts.together = Together(sum(lengths[:3]), 8)
+    device = str(made.device)
+    plain = cases.drawn(shape, made.dtype, device)
+    cache = KVCache(shape, made.n_slots, made.max_len, dtype=torch.float64, device=device)
+    drawn = [[(7 * i + n) % 101 for i in range(n)] for n in lengths]
+    slots = list(range(len(lengths)))[::-1]
+    wanted = plain(Step.prefill(drawn, slots).to(device), cache).cpu()
+    found = made.step(Step.prefill(drawn, slots)).cpu()
+    every = made.step(Step.prefill(drawn, slots), all_positions=True).cpu()
+    assert not made._prompts.graphs._graphs
+    for i, n in enumerate(lengths):
+        assert cases.relative_error(found[i], wanted[i, n - 1]) < bound
+        assert cases.relative_error(every[i, :n], wanted[i, :n]) < bound
+        assert not every[i, n:].any()
+
+
 class TestUnderTheInterpreter:
     """What runs before and around graphs, on a CPU."""
 
     pytestmark = on_cpu
+
+    @pytest.mark.parametrize("case", list(cases.CASES))
+    def test_groups_of_rows(self, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = make(case, graphs=False)
+        assert_groups_agree(made, [9, 3, 11, 1], 2e-5, monkeypatch)
+
+    def test_heads_that_share_keys_share_a_program(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = make("grouped rms", graphs=False, n_head=8)  # four of them each
+        assert_groups_agree(made, [9, 3, 11, 1], 2e-5, monkeypatch)
 
     @pytest.mark.parametrize("case", list(cases.CASES))
     def test_padded_equals_unpadded(self, case: str) -> None:
@@ -159,10 +224,13 @@ class TestUnderTheInterpreter:
         step = Step.prefill([[i % 101 for i in range(3, 20)], [7, 1], [9]], [2, 0, 3])
         padded.step(continued(1, [5] * 33, 0))  # larger buffers than these need
         poison(padded)
+        packed, size = Packed(step), Size(20, 3)
+        wider = padded_size(packed)
         with torch.inference_mode():
-            normed, first = prefill(plain.model, Packed(step), None)
-        with torch.inference_mode():
-            found, bounds = padded._prompts.run(Packed(step), None, graphed=False)
+            prompt = size.prompt(packed.padded(size.tokens, size.columns), packed.width)
+            normed, first = launch(plain.model, prompt, None, 20)
+            given = packed.padded(wider.tokens, wider.columns)
+            found, bounds = padded._prompts.graphs.run(wider, given, None, graphed=False)
         assert bounds.tolist()[:4] == first.tolist() == [0, 17, 19, 20]
         torch.testing.assert_close(found[:20], normed, rtol=1e-5, atol=1e-5)
         for mine, theirs in zip(vars(padded.model.cache).values(),
@@ -202,7 +270,7 @@ class TestUnderTheInterpreter:
             (Step.prefill([[6] * 11, [1] * 11], [1, 2]), False),
         ]
         assert_same(graphed, plain, steps)
-        assert captures == [0] and len(graphed._prompts._graphs) == 2
+        assert captures == [0] and len(graphed._prompts.graphs._graphs) == 2
 
     def test_larger_prompts_take_larger_buffers(self, captures: list[int]) -> None:
         """Graphs of the old ones are captured anew, at the size's next prompt."""
@@ -211,7 +279,7 @@ class TestUnderTheInterpreter:
         steps = [(step, False) for step in (short, short, long, short)]
         assert_same(graphed, plain, steps)
         assert captures == [0, 0]
-        assert len(graphed._prompts._x) == 48
+        assert len(graphed._prompts.graphs._x) == 48
 
     def test_sizes_used_longest_ago_are_forgotten(
         self, captures: list[int], monkeypatch: pytest.MonkeyPatch
@@ -229,9 +297,24 @@ class TestUnderTheInterpreter:
             made.step(step)
         assert len(captures) == 2
         made.step(two)
-        assert len(captures) == 2 and len(made._prompts._graphs) == 2
+        assert len(captures) == 2 and len(made._prompts.graphs._graphs) == 2
         made.step(two)
         assert len(captures) == 3
+
+
+@pytest.mark.parametrize("case", list(GPU_SHAPES))
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+class TestGroups:
+    """Prompts that run without graphs."""
+
+    pytestmark = on_gpu
+
+    def test_groups_of_rows(
+        self, case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        heads = {"n_head": 8} if case == "grouped rms" else {}  # four share a head of keys
+        made = make(case, graphs=True, dtype=dtype, **heads)
+        assert_groups_agree(made, [120, 57, 590, 1, 66, 300], TOLERANCE[dtype], monkeypatch)
 
 
 @pytest.mark.parametrize("case", list(GPU_SHAPES))
@@ -249,7 +332,7 @@ class TestGraphs:
         drawn = prompts(lengths)
         steps = [(Step.prefill([p], [i % 8]), i % 5 == 4) for i, p in enumerate(drawn)]
         assert_same(graphed, plain, steps)
-        assert any(graph is not None for graph in graphed._prompts._graphs.values())
+        assert any(graph is not None for graph in graphed._prompts.graphs._graphs.values())
 
     def test_continued_prompts_and_others_between(self, case: str) -> None:
         graphed, plain = (make(case, graphs=g, dtype=torch.float16) for g in (True, False))

@@ -288,7 +288,7 @@ def test_prefill_fits_smaller_gpus(block_d: int, dtype: torch.dtype) -> None:
         held = block_d * (queries + 2 * stages * keys) * dtype.itemsize
         assert held <= shared
     if dtype == torch.float16 and block_d == 128:
-        assert _blocks(128, dtype, SHARED_BYTES) == (128, 64, 8, 3)
+        assert _blocks(128, dtype, SHARED_BYTES) == (64, 64, 4, 3)
 
 
 def test_every_layer_is_a_range_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,7 @@ from porttool.engines.torch.cuda_limits import (
 )
 from porttool.engines.torch.cuda_packed import Packed, arrange
 from porttool.engines.torch.cuda_persistent import PersistentRow
-from porttool.engines.torch.cuda_prefill import prefill, prefill_tokens, project
-from porttool.engines.torch.cuda_prefill_graph import PrefillGraphs, waits_for_host
+from porttool.engines.torch.cuda_prompts import Prompts
 from porttool.engines.torch.cuda_state import (
     HISTORY,
     DeviceCache,
@@ -93,9 +92,7 @@ class CudaDecoder(DeviceDecoder):
         self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
         self._scratch: dict[int, Scratch] = {}
-        self._prompts = PrefillGraphs(self.model)
-        kept = 2 * cache.keys.nbytes + sum(w.nbytes for w in self.model.weights.linears())
-        self._prefill_tokens = prefill_tokens(config, kept, dtype.itemsize)
+        self._prompts = Prompts(self.model, graphed=self.graphed)
         try:
             self.use(chosen)
             self.description += ", one row in a persistent kernel" * bool(self._alone)
@@ -130,7 +127,7 @@ class CudaDecoder(DeviceDecoder):
         """Feed tokens; float32 logits as the `Runner` contract says."""
         packed = Packed(step)
         if packed.n_tokens > SMALL_ROWS and packed.width > 1:
-            return self._prefill(packed, all_positions=all_positions)
+            return self._prompts.run(packed, self._table, all_positions=all_positions)
         return arrange(self._small_step(packed), packed, all_positions=all_positions)
 
     @torch.inference_mode()
@@ -179,27 +176,6 @@ class CudaDecoder(DeviceDecoder):
         self._put(packed, n)
         self._replay("logits" if packed.width == 1 else "several", n, 1)
         return self._logits_of(n)[: packed.n_tokens].clone()
-
-    def _prefill(self, packed: Packed, *, all_positions: bool) -> Tensor:
-        width = (packed.width,) if all_positions else ()
-        out = torch.zeros(packed.n_rows, *width, self.config.vocab_size, device=self.device)
-        for group in packed.groups(self._prefill_tokens):
-            self._prefill_group(group, out, all_positions=all_positions)
-        return out
-
-    def _prefill_group(self, group: Packed, out: Tensor, *, all_positions: bool) -> None:
-        """Write the logits of some rows to their places; their activations go when it ends."""
-        if waits_for_host(self.config, group.n_tokens, self.dtype.itemsize):
-            normed, first = self._prompts.run(group, self._table, graphed=self.graphed)
-        else:
-            normed, first = prefill(self.model, group, self._table)
-        head = self.model.weights.head.weight
-        if not all_positions:
-            last = normed[first[1 : group.n_rows + 1].long() - 1]
-            out[group.first_row : group.first_row + group.n_rows] = project(last, head)
-            return
-        for i, (a, b) in enumerate(group.spans()):
-            out[group.first_row + i, : b - a] = project(normed[a:b], head)
 
     # ---- rows and graphs ----------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
+from porttool.engines.torch.cuda_weights import allocate
 from porttool.nn import meta_decoder
 
 _COLD_BYTES = 400 << 20
@@ -39,12 +40,12 @@ def limits_of(n_slots: int, max_len: int) -> Limits:
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Draw every canonical tensor from a normal distribution scaled for finite activations."""
-    out = {}
-    for name, meta in meta_decoder(config).state_dict().items():
-        scale = 0.02 if meta.ndim == 1 else min(0.02, meta.shape[-1] ** -0.5)
-        value = torch.empty(meta.shape, dtype=dtype, device=device).normal_(0, scale)
-        plain = "norm" in name and name.endswith("weight") and config.norm != "layernorm1p"
-        out[name] = value + 1 if plain else value
+    shapes = {name: meta.shape for name, meta in meta_decoder(config).state_dict().items()}
+    out = allocate({name: (shape, dtype) for name, shape in shapes.items()}, device)
+    for name, value in out.items():
+        value.normal_(0, 0.02 if value.ndim == 1 else min(0.02, value.shape[-1] ** -0.5))
+        if "norm" in name and name.endswith("weight") and config.norm != "layernorm1p":
+            value.add_(1)
     return out
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from porttool.engines.torch.cuda_state import Rows, rows_of
 from porttool.nn import Step
 
 
 class Packed:
-    """A step's real tokens, one after the other without padding; all of it on the CPU."""
+    """A step's real tokens, one after the other without padding; all of it on the CPU.
 
-    def __init__(self, step: Step, first_row: int = 0) -> None:
+    `first_row` is that of a larger step that these rows were cut from, `flat` what it knows.
+    """
+
+    def __init__(self, step: Step, first_row: int = 0, flat: Tensor | None = None) -> None:
         self.step, self.first_row = step, first_row
         self.lengths: list[int] = step.lengths.tolist()
         self.n_rows, self.n_tokens = len(self.lengths), sum(self.lengths)
         self.width = max(self.lengths)
+        self.flat = self._flatten() if flat is None else flat
 
-    def flat(self) -> Tensor:
+    def _flatten(self) -> Tensor:
         """Tokens, positions and slots of the real tokens: int32 [3, n_tokens]."""
         s = self.step
         if s.tokens.shape[1] == 1 == min(self.lengths):  # a step that is decoded waits for this
@@ -31,49 +34,40 @@ class Packed:
 
     def block(self, n: int) -> Tensor:
         """As `flat`, filled up to n columns with padding."""
-        flat = self.flat()
         if n == self.n_tokens:
-            return flat
+            return self.flat
         out = torch.zeros(3, n, dtype=torch.int32)
         out[2] = -1
-        out[:, : self.n_tokens] = flat
+        out[:, : self.n_tokens] = self.flat
         return out
-
-    def rows(self, device: str) -> Rows:
-        """The packed tokens as rows on the device."""
-        return rows_of(self.flat().to(device))
 
     def spans(self) -> list[tuple[int, int]]:
         """First and past-last packed token of each row."""
         ends = torch.tensor(self.lengths).cumsum(0).tolist()
         return [(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
-    def bounds(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots [n], starts [n] and first packed tokens [n + 1] of the rows, int32."""
-        first = torch.tensor([0, *(b for _, b in self.spans())], dtype=torch.int32)
-        return (self.step.slots.int().to(device), self.step.starts.int().to(device),
-                first.to(device))  # fmt: skip
-
     def padded(self, n: int, columns: int) -> Tensor:
         """Everything that a prompt's kernels read, with padding: int32 [3 * (n + columns)].
 
-        `block(n)`, then `bounds` of `columns` each, those after the rows of rows without tokens.
+        `block(n)`, then the rows' slots, starts and first packed tokens, one more of these, in
+        `columns` each; those after the rows are of rows without tokens.
         """
         bounds = torch.zeros(3, columns, dtype=torch.int32)
-        for line, values in zip(bounds, self.bounds("cpu"), strict=True):
-            line[: len(values)] = values
-        bounds[2, self.n_rows + 1 :] = self.n_tokens
+        bounds[0, : self.n_rows] = self.step.slots
+        bounds[1, : self.n_rows] = self.step.starts
+        bounds[2, 1:] = self.n_tokens
+        bounds[2, 1 : self.n_rows + 1] = torch.tensor([end for _, end in self.spans()])
         return torch.cat((self.block(n).flatten(), bounds.flatten()))
 
     def groups(self, limit: int) -> list[Packed]:
         """Cut into runs of whole rows of at most `limit` tokens, one row at least."""
-        out, begin, size = [], 0, 0
+        out, begin, taken, size = [], 0, 0, 0
         for i, length in enumerate([*self.lengths, limit + 1]):
             if size and size + length > limit:
                 s, part = self.step, slice(begin, i)
                 cut = Step(s.slots[part], s.tokens[part], s.starts[part], s.lengths[part])
-                out.append(Packed(cut, begin))
-                begin, size = i, 0
+                out.append(Packed(cut, begin, self.flat[:, taken : taken + size]))
+                begin, taken, size = i, taken + size, 0
             size += length
         return out
 

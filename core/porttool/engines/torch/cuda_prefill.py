@@ -2,126 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from porttool.config import ModelConfig
-from porttool.engines.torch.cuda_launch import (
-    Model,
-    Projected,
-    append,
-    embed,
-    ranged,
-    residual_norm,
-)
+from porttool.engines.torch.cuda_launch import Model, Projected, append, ranged, residual_norm
 from porttool.engines.torch.cuda_library import activated_product, product
-from porttool.engines.torch.cuda_packed import Packed
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import head_block
-from porttool.engines.torch.cuda_weights import Linear
+from porttool.engines.torch.cuda_weights import LayerWeights, Linear
 from porttool.engines.torch.kernels.prefill import prefill_attention
 
 PREFILL_TOKENS = (4096, 16384)
 """Prompt tokens that go through the layers together: at least, and at most."""
 
-PREFILL_SHARE = 0.03
-"""Of the memory for weights and cache, what a prefill's activations may take in between."""
+PREFILL_SHARE, WHOLE_SHARE = 0.02, 0.025
+"""Of the memory for weights and cache, what a prefill's activations may take in between, and what
+they may take if all of the tokens then go through an MLP together."""
+
+MLP_TOKENS = 2048
+"""Tokens that go through an MLP together, at least: fewer leave multiprocessors without a tile."""
 
 
-class Prompt:
+class Prompt(NamedTuple):
     """Packed rows on the device: token i is at rows.positions[i] of slot rows.slots[i].
 
     slots, starts [n] int32 and first [n + 1] int32 say which packed tokens belong to which row;
-    `longest` is the widest row.
+    `longest` is at least the widest row.
     """
 
-    def __init__(
-        self, rows: Rows, slots: Tensor, starts: Tensor, first: Tensor, longest: int
-    ) -> None:
-        self.rows, self.slots, self.starts, self.first = rows, slots, starts, first
-        self.longest = longest
+    rows: Rows
+    slots: Tensor
+    starts: Tensor
+    first: Tensor
+    longest: int
 
 
-def prefill(model: Model, group: Packed, table: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run packed prompts: normalised states [tokens, d_model], first tokens [rows + 1] int32."""
-    device = model.cache.keys.device
-    rows, n = group.rows(str(device)), group.n_tokens
-    x = torch.empty(n, model.config.d_model, dtype=model.dtype, device=device)
-    embed(model, rows, x, n, table)
-    slots, starts, first = group.bounds(str(device))
-    prompt = Prompt(rows, slots, starts, first, group.width)
-    return prefill_layers(model, x, prompt, make_buffers(model, n)), first
+class Together(NamedTuple):
+    """How many tokens go through the layers together, and how many of them through an MLP."""
+
+    tokens: int
+    mlp: int
 
 
-def make_buffers(model: Model, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate what n tokens leave between the kernels; fewer use the front of each buffer."""
-    narrow, broad = _widths(model.config)
-    like = model.cache.keys
-    first, second, wide = (like.new_empty(n * width) for width in (narrow, narrow, broad))
-    return first, second, wide
+def tokens_together(config: ModelConfig, kept: int, itemsize: int) -> Together:
+    """Choose beside so many bytes that stay."""
+    (low, high), (narrow, broad) = PREFILL_TOKENS, _widths(config)
+    apart, mlp = itemsize * (config.d_model + narrow), itemsize * _mlp_width(config)
+    broad *= itemsize
+    tokens = min(max(int(PREFILL_SHARE * kept) // (apart + broad), low), high)
+    if tokens * (apart + max(broad, mlp)) <= WHOLE_SHARE * kept:
+        return Together(tokens, tokens)
+    return Together(tokens, max(tokens * broad // mlp, MLP_TOKENS))
 
 
-def prefill_layers(
-    model: Model, x: Tensor, prompt: Prompt, buffers: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
+class Buffers(NamedTuple):
+    """What a prompt's tokens leave between the kernels; fewer tokens use the front of each."""
+
+    first: Tensor
+    wide: Tensor
+
+
+def make_buffers(model: Model, together: Together) -> Buffers:
+    """Allocate for so many tokens."""
+    c, like, n = model.config, model.cache.keys, together.tokens
+    narrow, broad = _widths(c)
+    wide = max(n * broad, min(n, together.mlp) * _mlp_width(c))
+    return Buffers(like.new_empty(n * narrow), like.new_empty(wide))
+
+
+def prefill_layers(model: Model, x: Tensor, prompt: Prompt, buffers: Buffers) -> Tensor:
     """Run the residual stream x [tokens, d_model] through every layer and the final norm.
 
-    The result [tokens, d_model] is the front of the first buffer.
+    The result [tokens, d_model] is the front of the first buffer. Two buffers do: what is written
+    takes the place of what has been read, and norms and the MLP work in place.
     """
     c, n = model.config, len(x)
     heads = c.n_head * c.head_dim
-    # three buffers: attention's result takes the place of its normalised input, rotated queries
-    # that of the sum which the norm has added, the MLP that of the projection
-    first, second, wide = buffers
-    normed, attended = _rows(first, n, c.d_model), _rows(first, n, heads)
-    delta, turned = _rows(second, n, c.d_model), _rows(second, n, heads)
-    qkv, gates = _rows(wide, n, c.qkv_dim), _rows(wide, n, c.up_dim)
-    hidden = _rows(wide[gates.numel() :], n, c.d_ff) if c.gated else gates
-    query = turned if model.rotary else qkv
+    # queries stay where they are projected, unless they are rotated; their average goes to the
+    # other buffer, and the projection of that back, in their place
+    queries, averages = (
+        (buffers.first, buffers.wide) if model.rotary else (buffers.wide, buffers.first)
+    )
+    normed, attended = _rows(buffers.first, n, c.d_model), _rows(averages, n, heads)
+    qkv, delta = _rows(buffers.wide, n, c.qkv_dim), _rows(queries, n, c.d_model)
+    query = _rows(queries, n, heads) if model.rotary else qkv
     before: Linear | None = None
     for index, w in ranged(model.weights.layers, on_gpu=x.is_cuda):
-        _norm(model, x, delta, before, w.qkv, normed)
+        _norm(model, x, normed, before, w.qkv, normed)
         product(w.qkv, normed, qkv)
         append(model, prompt.rows, index, Projected(qkv), query, n)
         _attend(model, index, query, prompt, attended)
         product(w.out, attended, delta, biased=False)
         _norm(model, x, delta, w.out, w.up, normed)
-        activated_product(w.up, normed, gates, hidden, c.activation)
-        product(w.down, hidden, delta, biased=False)
+        _mlp(c, w, normed, buffers.wide)
         before = w.down
-    _norm(model, x, delta, before, model.weights.head, normed)
+    _norm(model, x, normed, before, model.weights.head, normed)
     return normed
+
+
+def _mlp(c: ModelConfig, w: LayerWeights, x: Tensor, wide: Tensor) -> None:
+    """Replace x [tokens, d_model] by its MLP, as many tokens at a time as fit in `wide`."""
+    for part in _parts(len(x), wide.numel() // _mlp_width(c)):
+        rows = x[part]
+        gates = _rows(wide, len(rows), c.up_dim)
+        hidden = _rows(wide[gates.numel() :], len(rows), c.d_ff) if c.gated else gates
+        activated_product(w.up, rows, gates, hidden, c.activation)
+        product(w.down, hidden, rows, biased=False)
+
+
+def _parts(n: int, most: int) -> Iterator[slice]:
+    """Cut n rows into parts of at most `most`, about as long as each other, in whole tiles."""
+    even = -(-n // -(-n // most))
+    size = min(-(-even // 256) * 256, most)
+    return (slice(begin, begin + size) for begin in range(0, n, size))
 
 
 def _rows(flat: Tensor, n: int, columns: int) -> Tensor:
     return flat[: n * columns].view(n, columns)
 
 
-def activations(config: ModelConfig) -> int:
-    """Elements that `prefill_layers` keeps of a token, the residual stream among them."""
-    narrow, broad = _widths(config)
-    return config.d_model + 2 * narrow + broad
-
-
-def prefill_tokens(config: ModelConfig, kept: int, itemsize: int) -> int:
-    """Return how many tokens go through the layers together beside so many bytes that stay."""
-    low, high = PREFILL_TOKENS
-    return min(max(int(PREFILL_SHARE * kept / (itemsize * activations(config))), low), high)
-
-
 def _widths(c: ModelConfig) -> tuple[int, int]:
-    """Elements of a token in the two narrow buffers, and in the wide one."""
-    return (
-        max(c.d_model, c.n_head * c.head_dim),
-        max(c.qkv_dim, c.up_dim + (c.d_ff if c.gated else 0)),
-    )
+    """Elements of a token in the two buffers, if its MLP takes no more."""
+    heads = c.n_head * c.head_dim
+    return max(c.d_model, heads), max(c.qkv_dim, heads, c.d_model)
+
+
+def _mlp_width(c: ModelConfig) -> int:
+    """Elements of a token between the MLP's two products."""
+    return c.up_dim + (c.d_ff if c.gated else 0)
 
 
 def _norm(
     model: Model, x: Tensor, delta: Tensor, before: Linear | None, after: Linear, out: Tensor
 ) -> None:
-    """Add what the matrix `before` left in delta, and its bias; normalise for `after`."""
+    """Add what the matrix `before` left in delta, and its bias; normalise for `after`.
+
+    `out` may be delta.
+    """
     if after.norm is None:
         raise AssertionError("a projection of the residual stream has a norm")
     residual_norm(
@@ -142,13 +164,20 @@ def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt, out: Tensor
     c = model.config
     block_d = head_block(c.head_dim)
     block_q, block_t, warps, stages = _blocks(block_d, model.dtype, model.shared)
-    prefill_attention[(-(-prompt.longest // block_q), c.n_head, prompt.slots.shape[0])](
+    group = min(_power_within(c.n_head // c.n_kv_head), 16)
+    blocks = -(-prompt.longest * group // block_q)
+    prefill_attention[(blocks, c.n_head // group, prompt.slots.shape[0])](
         query, model.cache.keys[layer], model.cache.values[layer], prompt.slots, prompt.starts,
         prompt.first, out, c.layer_scale(layer), model.cache.capacity, query.shape[1],
         HEADS=c.n_head,
         KV=c.n_kv_head, DIM=c.head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_T=block_t,
-        PRECISION=model.precision, num_warps=warps, num_stages=stages,
+        GROUP=group, PRECISION=model.precision, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def _power_within(n: int) -> int:
+    """The largest power of two that divides n."""
+    return n & -n
 
 
 def _blocks(block_d: int, dtype: torch.dtype, shared: int) -> tuple[int, int, int, int]:
@@ -157,8 +186,6 @@ def _blocks(block_d: int, dtype: torch.dtype, shared: int) -> tuple[int, int, in
         return (32, 32, 4, 1) if block_d > 64 else (64, 32, 4, 2)
     if block_d <= 64:
         return 64, 64, 4, 3
-    choices = [(64, 64, 4, 2), (32, 32, 4, 2)]
-    if block_d == 128:
-        choices.insert(0, (128, 64, 8, 3))
+    choices = [(64, 64, 4, 3), (64, 64, 4, 2), (32, 32, 4, 2)]
     fitting = (b for b in choices if 2 * block_d * (b[0] + 2 * b[3] * b[1]) <= shared)
     return next(fitting, choices[-1])

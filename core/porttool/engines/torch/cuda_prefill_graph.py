@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_packed import Packed
-from porttool.engines.torch.cuda_prefill import Prompt, make_buffers, prefill_layers
+from porttool.engines.torch.cuda_prefill import Prompt, Together, make_buffers, prefill_layers
 from porttool.engines.torch.cuda_state import rows_of
 from porttool.engines.torch.cuda_tuning import power_of_two
 
@@ -55,6 +56,34 @@ def padded_tokens(n: int) -> int:
     return -(-n // step) * step
 
 
+class Size(NamedTuple):
+    """Tokens and rows that a prompt's kernels are launched for, padding included."""
+
+    tokens: int
+    rows: int
+
+    @property
+    def columns(self) -> int:
+        """For the bounds of so many rows, in whole 16 bytes: kernels compile for addresses."""
+        return -(-(self.rows + 1) // 4) * 4
+
+    @property
+    def elements(self) -> int:
+        """Of what `Packed.padded` makes for this size."""
+        return 3 * (self.tokens + self.columns)
+
+    def prompt(self, given: Tensor, longest: int) -> Prompt:
+        """View what `Packed.padded` has made as a prompt."""
+        tokens = given[: 3 * self.tokens].view(3, -1)
+        slots, starts, first = given[3 * self.tokens : self.elements].view(3, -1)
+        return Prompt(rows_of(tokens), slots[: self.rows], starts, first, longest)
+
+
+def padded_size(group: Packed) -> Size:
+    """Return the size whose graph runs a group."""
+    return Size(padded_tokens(group.n_tokens), power_of_two(group.n_rows))
+
+
 class PrefillGraphs:
     """Runs prompts that would wait for the host, in buffers as large as any needed yet.
 
@@ -67,22 +96,24 @@ class PrefillGraphs:
     def __init__(self, model: Model) -> None:
         self._model = model
         device = model.cache.keys.device
-        room = 3 * (GRAPH_TOKENS + _columns(power_of_two(GRAPH_TOKENS)))
+        room = Size(GRAPH_TOKENS, power_of_two(GRAPH_TOKENS)).elements
         self._inputs = torch.zeros(room, dtype=torch.int32, device=device)
-        self._graphs: OrderedDict[tuple[int, int], torch.cuda.CUDAGraph | None] = OrderedDict()
+        self._graphs: OrderedDict[Size, torch.cuda.CUDAGraph | None] = OrderedDict()
         self._make_room(0)
 
-    def run(self, group: Packed, table: Tensor | None, *, graphed: bool) -> tuple[Tensor, Tensor]:
+    def run(
+        self, size: Size, given: Tensor, table: Tensor | None, *, graphed: bool
+    ) -> tuple[Tensor, Tensor]:
         """Return normalised states [padded tokens, d_model] and first tokens [> rows] int32.
 
-        Both are overwritten by the next call.
+        `given` is on the device what `Packed.padded` made. Both are overwritten by the next call.
         """
-        n, n_rows = size = padded_tokens(group.n_tokens), power_of_two(group.n_rows)
+        n = size.tokens
         if n > len(self._x):
             self._make_room(n)
-        columns = _columns(n_rows)
-        self._inputs[: 3 * (n + columns)] = group.padded(n, columns)
-        prompt, x, buffers = self._prompt(n, n_rows), self._x[:n], self._buffers
+        self._inputs[: size.elements] = given
+        prompt = size.prompt(self._inputs, n)  # any of its rows may be as long as all
+        x, buffers = self._x[:n], self._buffers
         embed(self._model, prompt.rows, x, n, table)  # not in the graph: tables come and go
 
         def work() -> None:
@@ -90,17 +121,9 @@ class PrefillGraphs:
 
         run = self._recall(size, work) if graphed else work
         run()
-        width = x.shape[1]
-        return buffers[0][: n * width].view(n, width), prompt.first
+        return buffers.first[: x.numel()].view_as(x), prompt.first
 
-    def _prompt(self, n: int, n_rows: int) -> Prompt:
-        """View the inputs as a prompt of n tokens; any of its rows may be as long as all."""
-        columns = _columns(n_rows)
-        row_slots, starts, first = self._inputs[3 * n : 3 * (n + columns)].view(3, columns)
-        rows = rows_of(self._inputs[: 3 * n].view(3, n))
-        return Prompt(rows, row_slots[:n_rows], starts, first, n)
-
-    def _recall(self, size: tuple[int, int], work: Callable[[], None]) -> Callable[[], None]:
+    def _recall(self, size: Size, work: Callable[[], None]) -> Callable[[], None]:
         """Return what runs a size: `work` the first time, its graph from the second on."""
         if size not in self._graphs:
             self._graphs[size] = None
@@ -118,7 +141,7 @@ class PrefillGraphs:
         """Make buffers for n tokens; the graphs go with the old ones, their sizes stay known."""
         self._graphs = OrderedDict.fromkeys(self._graphs)
         for tokens in (0, n):  # the old ones go before the new ones come
-            self._buffers = make_buffers(self._model, tokens)
+            self._buffers = make_buffers(self._model, Together(tokens, tokens))
             self._x = self._model.cache.keys.new_empty(tokens, self._model.config.d_model)
 
 
@@ -134,8 +157,3 @@ def capture(
     with torch.cuda.graph(graph, pool=beside[0].pool() if beside else None):
         work()
     return graph
-
-
-def _columns(n_rows: int) -> int:
-    """Columns for the bounds of so many rows, in whole 16 bytes: kernels compile for addresses."""
-    return -(-(n_rows + 1) // 4) * 4

@@ -186,16 +186,26 @@ def load_weights(engine: Engine, device: str = "cpu", rank: int = 0) -> dict[str
     """Read every tensor of one rank's files, which are those that the manifest knows.
 
     Several are read at once: one thread copies from the page cache at a fraction of what the
-    memory, or the way to a GPU, can take.
+    memory, or the way to a GPU, can take. On a GPU they lie in one allocation.
     """
+    import torch
+
+    from porttool.engines.torch.cuda_weights import allocate
+
     folder = engine.rank_path(rank).name
     names = [n for n in engine.manifest.files if n.startswith(f"{folder}/")]
     weights = sorted(n for n in names if n.endswith(".safetensors"))
     files = [SafetensorsFile(engine.path / name) for name in weights]
-    places = {name: file for file in files for name in file.infos()}
+    infos = {name: (file, info) for file in files for name, info in file.infos().items()}
 
-    def place(name: str) -> Tensor:
-        return places[name].load(name).to(device)
+    def read(name: str) -> Tensor:
+        return infos[name][0].load(name)
 
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(places, pool.map(place, places), strict=True))
+        if device == "cpu":
+            return dict(zip(infos, pool.map(read, infos), strict=True))
+        kinds = {name: (i.shape, getattr(torch, i.dtype)) for name, (_, i) in infos.items()}
+        room = allocate(kinds, device)
+        for _ in pool.map(lambda name: room[name].copy_(read(name)), infos):
+            pass
+    return room

@@ -59,13 +59,17 @@ def _fold(
     if MASKED:
         across = across & (at < limit)[None, :]
         down = down & (at < limit)[:, None]
-    k = tl.load(keys + at[None, :] * DIM + d[:, None], mask=across, other=0.0)
-    v = tl.load(values + at[:, None] * DIM + d[None, :], mask=down, other=0.0)
-    score = tl.dot(q, k, input_precision=PRECISION) * factor
+    if MASKED or DIM < BLOCK_D:
+        k = tl.load(keys + at[None, :] * DIM + d[:, None], mask=across, other=0.0)
+        v = tl.load(values + at[:, None] * DIM + d[None, :], mask=down, other=0.0)
+    else:
+        k = tl.load(keys + at[None, :] * DIM + d[:, None])
+        v = tl.load(values + at[:, None] * DIM + d[None, :])
+    score = tl.dot(q, k, input_precision=PRECISION)
     if MASKED:
         score = tl.where(at[None, :] <= begin[:, None], score, float("-inf"))
-    above = tl.maximum(top, tl.max(score, 1))
-    weight = tl.exp2(score - above[:, None])
+    above = tl.maximum(top, tl.max(score, 1) * factor)
+    weight = tl.exp2(score * factor - above[:, None])
     shrink = tl.exp2(top - above)
     acc = tl.dot(weight.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return above, total * shrink + tl.sum(weight, 1), acc
@@ -76,31 +80,38 @@ def prefill_attention(
     query, keys, values, row_slots, row_starts, row_first, out, scale, capacity,
     query_stride,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Causal attention of packed queries over the cache (Dao 2023), keys shared as configured.
 
     query [tokens, query_stride], its first HEADS * DIM columns; out [tokens, HEADS * DIM];
     row r owns tokens row_first[r] .. row_first[r + 1] - 1, its
-    first at position row_starts[r] of slot row_slots[r]; grid (query blocks, HEADS, rows).
+    first at position row_starts[r] of slot row_slots[r]. A program's BLOCK_Q queries are those of
+    BLOCK_Q / GROUP tokens in GROUP heads that share their keys, so that few of them mask a key that
+    others see; grid (token blocks, HEADS / GROUP, rows).
     """
-    row, head = tl.program_id(2), tl.program_id(1)
+    row = tl.program_id(2)
     first = tl.load(row_first + row)
     width = tl.load(row_first + row + 1) - first
-    block = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q  # the longest first
+    TOKENS: tl.constexpr = BLOCK_Q // GROUP
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the longest first
     if block < width:
         begin = tl.load(row_starts + row)
         slot = tl.load(row_slots + row)
-        i = block + tl.arange(0, BLOCK_Q)
+        lane = tl.arange(0, BLOCK_Q)
+        i = block + lane // GROUP
+        head = tl.program_id(1) * GROUP + lane % GROUP
         d = tl.arange(0, BLOCK_D)
         t = tl.arange(0, BLOCK_T)
         inside = (i < width)[:, None] & (d < DIM)[None, :]
-        origin = (first + i).to(tl.int64)[:, None] * query_stride + head * DIM + d[None, :]
-        q = tl.load(query + origin, mask=inside, other=0.0)
-        start = (slot.to(tl.int64) * KV + head // (HEADS // KV)) * capacity * DIM
+        column = head[:, None] * DIM + d[None, :]
+        token = (first + i).to(tl.int64)[:, None]
+        q = tl.load(query + token * query_stride + column, mask=inside, other=0.0)
+        own = tl.program_id(1) * GROUP // (HEADS // KV)
+        start = (slot.to(tl.int64) * KV + own) * capacity * DIM
         keys += start
         values += start
-        reach = begin + tl.minimum(block + BLOCK_Q, width)
+        reach = begin + tl.minimum(block + TOKENS, width)
         top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_Q,), tl.float32)
         acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -113,5 +124,4 @@ def prefill_attention(
             top, total, acc = _fold(q, keys, values, low + t, reach, begin + i, factor, top, total,
                                     acc, DIM, BLOCK_D, True, PRECISION)  # fmt: skip
         average = (acc / total[:, None]).to(out.dtype.element_ty)
-        at = (first + i).to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + d[None, :]
-        tl.store(out + at, average, mask=inside)
+        tl.store(out + token * (HEADS * DIM) + column, average, mask=inside)
