@@ -82,7 +82,7 @@ def make(
 def poison(made: CudaDecoder) -> None:
     """Leave nothing in the buffers that a former prompt wrote."""
     held = made._prompts.graphs
-    for tensor in (held._x, *held._buffers):
+    for tensor in held._buffers:
         tensor.fill_(float("nan"))
     held._inputs.fill_(-1)
 
@@ -167,6 +167,12 @@ def test_activations_take_their_share(case: str, kept: float) -> None:
         assert tokens == mlp == 16384
     if kept == 1e7:
         assert tokens == 4096 and mlp == max(2048, 4096 * c.qkv_dim // _mlp_width(c))
+
+
+def test_small_mlps_are_whole() -> None:
+    """The host would take longer to launch another part of it than the GPU to run it."""
+    small = cases.config("learned", d_model=768, n_head=12, n_kv_head=12, head_dim=64, d_ff=3072)
+    assert tokens_together(small, 10**7, 2) == (4096, 4096)
 
 
 @pytest.mark.parametrize(("n", "most"), [(1, 1), (7, 3), (16384, 12288), (5000, 2048), (513, 600)])
@@ -279,7 +285,7 @@ class TestUnderTheInterpreter:
         steps = [(step, False) for step in (short, short, long, short)]
         assert_same(graphed, plain, steps)
         assert captures == [0, 0]
-        assert len(graphed._prompts.graphs._x) == 48
+        assert len(graphed._prompts.graphs._buffers.x) == 48 * graphed.config.d_model
 
     def test_sizes_used_longest_ago_are_forgotten(
         self, captures: list[int], monkeypatch: pytest.MonkeyPatch

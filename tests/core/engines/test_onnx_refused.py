@@ -65,6 +65,8 @@ def test_provider_that_is_replaced_silently(tmp_path, checkpoint, monkeypatch):
 
     from porttool.engines.onnx.session import SessionSettings, make_session, provider_options
 
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert provider_options(SessionSettings("cuda")) == {"use_tf32": "0"}  # the first needs no name
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: sys.stdout.write("no libcublas"))
     options = [provider_options(SessionSettings("cuda", tf32=tf32)) for tf32 in (False, True)]

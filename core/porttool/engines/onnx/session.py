@@ -120,15 +120,18 @@ def session_options(runtime: Any, settings: SessionSettings) -> Any:
 
 
 def provider_options(settings: SessionSettings) -> Mapping[str, str]:
-    """Return a provider's options. float32 is float32 on a GPU too, unless `tf32` allows less."""
+    """Return a provider's options. float32 is float32 on a GPU too, unless `tf32` allows less.
+
+    The first GPU goes without saying: from 1.26 on, ONNX Runtime's log warns of every device that
+    is named (that it belongs to no plugin).
+    """
     if settings.device == "cpu":
         return {}
     import torch
 
-    return {
-        "device_id": str(torch.cuda.current_device()),
-        "use_tf32": str(int(settings.tf32)),
-    }
+    device = torch.cuda.current_device()
+    named = {"device_id": str(device)} if device else {}
+    return {**named, "use_tf32": str(int(settings.tf32))}
 
 
 @contextmanager

@@ -24,8 +24,12 @@ PREFILL_SHARE, WHOLE_SHARE = 0.02, 0.025
 """Of the memory for weights and cache, what a prefill's activations may take in between, and what
 they may take if all of the tokens then go through an MLP together."""
 
-MLP_TOKENS = 2048
-"""Tokens that go through an MLP together, at least: fewer leave multiprocessors without a tile."""
+PRODUCTS = 7e14
+"""What a GPU multiplies and adds in a second, twice for each: an H200, 16 bits."""
+
+MLP_TOKENS, MLP_SECONDS = 2048, 70e-6
+"""Tokens that go through an MLP together, at least, and how long the GPU shall take for them: fewer
+would leave multiprocessors without a tile, or the GPU waiting for the host's next launch."""
 
 
 class Prompt(NamedTuple):
@@ -57,31 +61,38 @@ def tokens_together(config: ModelConfig, kept: int, itemsize: int) -> Together:
     tokens = min(max(int(PREFILL_SHARE * kept) // (apart + broad), low), high)
     if tokens * (apart + max(broad, mlp)) <= WHOLE_SHARE * kept:
         return Together(tokens, tokens)
-    return Together(tokens, max(tokens * broad // mlp, MLP_TOKENS))
+    launched = MLP_SECONDS * PRODUCTS / (2 * config.d_model * (config.up_dim + config.d_ff))
+    least = max(MLP_TOKENS, int(launched))
+    return Together(tokens, min(max(tokens * broad // mlp, least), tokens))
 
 
 class Buffers(NamedTuple):
-    """What a prompt's tokens leave between the kernels; fewer tokens use the front of each."""
+    """What a prompt's tokens leave between the kernels, and x, their residual stream.
 
+    Fewer tokens use the front of each.
+    """
+
+    x: Tensor
     first: Tensor
     wide: Tensor
 
 
 def make_buffers(model: Model, together: Together) -> Buffers:
-    """Allocate for so many tokens."""
-    c, like, n = model.config, model.cache.keys, together.tokens
+    """Allocate for so many tokens, in one piece."""
+    c, n = model.config, together.tokens
     narrow, broad = _widths(c)
     wide = max(n * broad, min(n, together.mlp) * _mlp_width(c))
-    return Buffers(like.new_empty(n * narrow), like.new_empty(wide))
+    sizes = n * c.d_model, n * narrow, wide
+    return Buffers(*model.cache.keys.new_empty(sum(sizes)).split(sizes))
 
 
-def prefill_layers(model: Model, x: Tensor, prompt: Prompt, buffers: Buffers) -> Tensor:
-    """Run the residual stream x [tokens, d_model] through every layer and the final norm.
+def prefill_layers(model: Model, n: int, prompt: Prompt, buffers: Buffers) -> Tensor:
+    """Run the residual stream of n tokens in x through every layer and the final norm.
 
-    The result [tokens, d_model] is the front of the first buffer. Two buffers do: what is written
-    takes the place of what has been read, and norms and the MLP work in place.
+    The result [tokens, d_model] is the front of the first buffer. Two buffers beside x do: what is
+    written takes the place of what has been read, and norms and the MLP work in place.
     """
-    c, n = model.config, len(x)
+    c, x = model.config, _rows(buffers.x, n, model.config.d_model)
     heads = c.n_head * c.head_dim
     # queries stay where they are projected, unless they are rotated; their average goes to the
     # other buffer, and the projection of that back, in their place

@@ -22,7 +22,13 @@ from torch import Tensor
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_packed import Packed
-from porttool.engines.torch.cuda_prefill import Prompt, Together, make_buffers, prefill_layers
+from porttool.engines.torch.cuda_prefill import (
+    PRODUCTS,
+    Prompt,
+    Together,
+    make_buffers,
+    prefill_layers,
+)
 from porttool.engines.torch.cuda_state import rows_of
 from porttool.engines.torch.cuda_tuning import power_of_two
 
@@ -32,8 +38,8 @@ GRAPH_TOKENS = 1024
 LAUNCHING = 140e-6
 """Seconds that a host takes to launch a layer's kernels, as measured: 136 to 149 us."""
 
-PRODUCTS, MEMORY = 7e14, 4.3e12
-"""What a GPU multiplies and adds in a second, twice for each, and reads: an H200, 16 bits."""
+MEMORY = 4.3e12
+"""What a GPU reads in a second: an H200."""
 
 KEPT = 24
 """Sizes that are remembered: more than the 18 that a prompt alone can have."""
@@ -108,20 +114,20 @@ class PrefillGraphs:
 
         `given` is on the device what `Packed.padded` made. Both are overwritten by the next call.
         """
-        n = size.tokens
-        if n > len(self._x):
+        n, width = size.tokens, self._model.config.d_model
+        if n * width > len(self._buffers.x):
             self._make_room(n)
         self._inputs[: size.elements] = given
         prompt = size.prompt(self._inputs, n)  # any of its rows may be as long as all
-        x, buffers = self._x[:n], self._buffers
-        embed(self._model, prompt.rows, x, n, table)  # not in the graph: tables come and go
+        buffers = self._buffers
+        embed(self._model, prompt.rows, buffers.x, n, table)  # not in the graph: tables come and go
 
         def work() -> None:
-            prefill_layers(self._model, x, prompt, buffers)
+            prefill_layers(self._model, n, prompt, buffers)
 
         run = self._recall(size, work) if graphed else work
         run()
-        return buffers.first[: x.numel()].view_as(x), prompt.first
+        return buffers.first[: n * width].view(n, width), prompt.first
 
     def _recall(self, size: Size, work: Callable[[], None]) -> Callable[[], None]:
         """Return what runs a size: `work` the first time, its graph from the second on."""
@@ -142,7 +148,6 @@ class PrefillGraphs:
         self._graphs = OrderedDict.fromkeys(self._graphs)
         for tokens in (0, n):  # the old ones go before the new ones come
             self._buffers = make_buffers(self._model, Together(tokens, tokens))
-            self._x = self._model.cache.keys.new_empty(tokens, self._model.config.d_model)
 
 
 def capture(

@@ -101,7 +101,6 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Run a prompt in buffers of its own: normalised states, and first tokens of its rows."""
     n = len(prompt.rows.tokens)
-    x = model.cache.keys.new_empty(n, model.config.d_model)
-    embed(model, prompt.rows, x, n, table)
     buffers = make_buffers(model, Together(n, mlp_tokens))
-    return prefill_layers(model, x, prompt, buffers), prompt.first
+    embed(model, prompt.rows, buffers.x, n, table)
+    return prefill_layers(model, n, prompt, buffers), prompt.first
