@@ -27,7 +27,7 @@ from porttool.engines.torch.cuda_prefill_graph import (
     Size,
     padded_size,
     padded_tokens,
-    waits_for_host,
+    suits_graph,
 )
 from porttool.engines.torch.cuda_prompts import launch
 from porttool.nn import KVCache, Step
@@ -134,11 +134,21 @@ def test_what_waits_for_the_gpu_is_not_padded() -> None:
         cases.config("learned", n_head=1, n_kv_head=1, head_dim=wide, d_model=wide, d_ff=4 * wide)
         for wide in (1600, 4096, 5616)
     )
-    assert waits_for_host(xl, GRAPH_TOKENS, 2)
-    assert not waits_for_host(xl, GRAPH_TOKENS + 1, 2)
-    assert waits_for_host(camel, 128, 2)
-    assert not waits_for_host(camel, 512, 2)
-    assert not waits_for_host(star, 17, 2)
+    assert suits_graph(xl, GRAPH_TOKENS, 2)
+    assert not suits_graph(xl, GRAPH_TOKENS + 1, 2)
+    assert suits_graph(camel, 128, 2)
+    assert not suits_graph(camel, 530, 2)
+    assert not suits_graph(star, 17, 2)
+
+
+def test_what_need_not_be_padded_runs_from_a_graph() -> None:
+    wide = cases.config(
+        "learned", n_head=1, n_kv_head=1, head_dim=4096, d_model=4096, d_ff=4 * 4096
+    )
+    assert [n for n in range(400, 600) if suits_graph(wide, n, 2)] == [
+        *range(435, 449), *range(497, 513), *range(559, 577)
+    ]  # fmt: skip
+    assert suits_graph(wide, 1024, 2) and not suits_graph(wide, 1025, 2)
 
 
 def test_padding_belongs_to_no_slot_and_no_row() -> None:
@@ -192,7 +202,7 @@ def assert_groups_agree(
 
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", unset)
-    monkeypatch.setattr(cuda_prompts, "waits_for_host", lambda *_: False)
+    monkeypatch.setattr(cuda_prompts, "suits_graph", lambda *_: False)
     shape = made.config
     made._prompts.together = Together(sum(lengths[:3]), 8)
     device = str(made.device)

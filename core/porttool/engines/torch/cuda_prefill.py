@@ -14,7 +14,7 @@ from porttool.engines.torch.cuda_launch import Model, Projected, append, ranged,
 from porttool.engines.torch.cuda_library import activated_product, product
 from porttool.engines.torch.cuda_state import Rows
 from porttool.engines.torch.cuda_tuning import head_block
-from porttool.engines.torch.cuda_weights import LayerWeights, Linear
+from porttool.engines.torch.cuda_weights import Linear
 from porttool.engines.torch.kernels.prefill import prefill_attention
 
 PREFILL_TOKENS = (4096, 16384)
@@ -102,6 +102,7 @@ def prefill_layers(model: Model, n: int, prompt: Prompt, buffers: Buffers) -> Te
     normed, attended = _rows(buffers.first, n, c.d_model), _rows(averages, n, heads)
     qkv, delta = _rows(buffers.wide, n, c.qkv_dim), _rows(queries, n, c.d_model)
     query = _rows(queries, n, heads) if model.rotary else qkv
+    mlp = _mlp_views(c, normed, buffers.wide)
     before: Linear | None = None
     for index, w in ranged(model.weights.layers, on_gpu=x.is_cuda):
         _norm(model, x, normed, before, w.qkv, normed)
@@ -110,20 +111,23 @@ def prefill_layers(model: Model, n: int, prompt: Prompt, buffers: Buffers) -> Te
         _attend(model, index, query, prompt, attended)
         product(w.out, attended, delta, biased=False)
         _norm(model, x, delta, w.out, w.up, normed)
-        _mlp(c, w, normed, buffers.wide)
+        for rows, gates, hidden in mlp:
+            activated_product(w.up, rows, gates, hidden, c.activation)
+            product(w.down, hidden, rows, biased=False)
         before = w.down
     _norm(model, x, normed, before, model.weights.head, normed)
     return normed
 
 
-def _mlp(c: ModelConfig, w: LayerWeights, x: Tensor, wide: Tensor) -> None:
-    """Replace x [tokens, d_model] by its MLP, as many tokens at a time as fit in `wide`."""
+def _mlp_views(c: ModelConfig, x: Tensor, wide: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of x [tokens, d_model] in parts that fit in `wide`, with what the MLP leaves there."""
+    out = []
     for part in _parts(len(x), wide.numel() // _mlp_width(c)):
         rows = x[part]
         gates = _rows(wide, len(rows), c.up_dim)
         hidden = _rows(wide[gates.numel() :], len(rows), c.d_ff) if c.gated else gates
-        activated_product(w.up, rows, gates, hidden, c.activation)
-        product(w.down, hidden, rows, biased=False)
+        out.append((rows, gates, hidden))
+    return out
 
 
 def _parts(n: int, most: int) -> Iterator[slice]:

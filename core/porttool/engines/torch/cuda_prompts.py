@@ -21,7 +21,7 @@ from porttool.engines.torch.cuda_prefill_graph import (
     PrefillGraphs,
     Size,
     padded_size,
-    waits_for_host,
+    suits_graph,
 )
 
 
@@ -83,7 +83,7 @@ class Prompts:
 
     def _sized(self, group: Packed) -> Group:
         model = self._model
-        padded = waits_for_host(model.config, group.n_tokens, model.dtype.itemsize)
+        padded = suits_graph(model.config, group.n_tokens, model.dtype.itemsize)
         # kernels are compiled for lines that begin at whole 16 bytes
         plain = Size(-(-group.n_tokens // 4) * 4, group.n_rows)
         return Group(group, padded_size(group) if padded else plain, padded)
