@@ -21,7 +21,7 @@ from porttool.prompt_table import PromptTable, choose_table_converter, convert_t
 from porttool.runner import Runner, load_verified
 from porttool.standing import require_place
 from porttool.text import Tokenizer, load_tokenizer
-from porttool.workspace import Workspace, require_family
+from porttool.workspace import Workspace, require_family_of
 
 if TYPE_CHECKING:
     from porttool.evaluator import Report
@@ -124,12 +124,12 @@ def build(
     builder = registry.builders.get(engine)(options)
     if model is None and (checkpoint is None or output is None):
         raise UsageError("name the checkpoint and --output, or a model with --model")
+    if checkpoint is not None and model is not None:
+        require_family_of(checkpoint, model)
     if isinstance(checkpoint, Checkpoint):
         opened = checkpoint
     else:
         opened = open_checkpoint(checkpoint or space.checkpoint(str(model)), registry)
-    if checkpoint is not None and model is not None:
-        require_family(opened.path, opened.manifest.family, model)
     limits = choose_limits(
         opened.config,
         max_batch_size=max_batch_size,

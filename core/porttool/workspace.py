@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from porttool.checkpoint import Checkpoint
 from porttool.engine import Engine
 from porttool.errors import UsageError
 
@@ -67,3 +68,10 @@ def require_family(path: Path, family: str, model: str) -> None:
             f"{path} is of the family {family}, not {model}: take --model away, or give one "
             f"of {model}"
         )
+
+
+def require_family_of(checkpoint: Path | Checkpoint, model: str) -> None:
+    """As `require_family`, of a checkpoint; known before gigabytes are hashed."""
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint.open(checkpoint, verify=False)
+    require_family(checkpoint.path, checkpoint.manifest.family, model)

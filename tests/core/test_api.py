@@ -14,7 +14,7 @@ import pytest
 import tiny
 from porttool import api
 from porttool.cli import invoke
-from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
+from porttool.errors import CheckpointError, MissingExtra, PluginError, SourceError, UsageError
 from porttool.hub import resolve_source
 from porttool.text import SentencePieceTokenizer
 from porttool.workspace import Workspace
@@ -62,6 +62,19 @@ def test_a_path_and_another_family(
     said = " ".join(capsys.readouterr().err.split())
     assert f"{path} is of the family gpt2, not santacoder: take --model away" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_another_family_is_refused_before_anything_is_hashed(tmp_path, checkpoint):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint.path, folder)
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(UsageError, match="is of the family gpt2, not santacoder"):
+        api.build(folder, tmp_path / "out", model="santacoder")
+    with pytest.raises(UsageError, match="is of the family gpt2, not santacoder"):
+        api.build(checkpoint, tmp_path / "out", model="santacoder")
+    with pytest.raises(CheckpointError, match=weights.name):
+        api.build(folder, tmp_path / "out", model="gpt2")
 
 
 @pytest.mark.parametrize("model", [None, "gpt2", "gpt2/megatron"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -187,12 +188,14 @@ def judge_drift(comparison: Comparison) -> Verdict:
         )  # fmt: skip
     passed = drift.p99 <= bound
     hint = "" if passed else "; the arithmetic differs, `porttool verify` says where"
+    number = not math.isnan(drift.p99)
+    how_far = f"mean {drift.mean:.2g}, worst {drift.worst:.2g}" if number else "NaN among them"
     return Verdict(
         name="log-probability drift",
         passed=passed,
-        found=f"{drift.p99:.2g}",
+        found=f"{drift.p99:.2g}" if number else "no numbers",
         bound=f"99 % ≤ {bound:.2g}",
-        detail=f"mean {drift.mean:.2g}, worst {drift.worst:.2g}, {drift.n_tokens} tokens{hint}",
+        detail=f"{how_far}, {drift.n_tokens} tokens{hint}",
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
 from porttool.evaluators.agreement import (
@@ -12,6 +15,7 @@ from porttool.evaluators.agreement import (
     summarise_drift,
     tolerance_for,
 )
+from porttool.evaluators.comparison import Comparison, judge_drift
 from porttool.evaluators.results import Candidate, Continuation
 
 TOLERANCE = Tolerance(gap=0.01, drift=0.1, share=0.9)
@@ -83,6 +87,14 @@ def test_drift_over_articles():
     found = summarise_drift([Agreement("same", drift=(0.1, 0.3)), Agreement("same", drift=(0.2,))])
     assert (found.n_tokens, found.mean, found.worst) == (3, pytest.approx(0.2), 0.3)
     assert summarise_drift([Agreement("same")]) is None
+
+
+def test_drift_that_is_no_number_fails_in_words():
+    found = Agreement("same", drift=(0.1, float("nan")))
+    told = SimpleNamespace(agreements=[found], tolerance=TOLERANCES["float32"])
+    verdict = judge_drift(cast("Comparison", told))
+    assert (verdict.passed, verdict.found) == (False, "no numbers")
+    assert verdict.detail.startswith("NaN among them, 2 tokens; the arithmetic differs")
 
 
 def test_the_coarser_type_counts():
