@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 from porttool.cli import invoke
@@ -227,6 +228,21 @@ def test_ctrl_c_where_nothing_is_left(source, said, monkeypatch):
     monkeypatch.setattr("porttool.api.convert_source", Mock(side_effect=KeyboardInterrupt))
     assert said("convert", source, "-o", "made") == (130, "error: interrupted")
     assert not list(Path().iterdir())
+
+
+def test_a_gpu_that_is_full(source, said, monkeypatch):
+    """As when another process takes its memory after the engine was loaded."""
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total")
+    assert said("convert", source, "-o", "made")[0] == 0
+    assert said("build", "made", "-o", "engine")[0] == 0
+    monkeypatch.setattr("porttool.engines.torch.cpu.CpuDecoder.step", Mock(side_effect=full))
+    Path("prompts.csv").write_text("1,2\n")
+    status, message = said("run", "engine", "--input-tokens", "prompts.csv")
+    assert status == 1
+    assert message.endswith(
+        "error: the GPU ran out of memory (CUDA out of memory. Tried to allocate 2 GiB): stop what "
+        "else uses it, or build with a smaller --max-batch-size or --max-input-len"
+    )
 
 
 def test_sizes_in_a_unit_that_fits(source, said):

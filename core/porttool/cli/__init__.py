@@ -78,7 +78,19 @@ def invoke(arguments: list[str] | None = None) -> int:
     except Exception as error:
         from porttool.plugins import blame
 
+        if ran_out_of_memory(error):
+            console.error(
+                f"the GPU ran out of memory ({str(error).partition('. GPU')[0]}): stop what else "
+                "uses it, or build with a smaller --max-batch-size or --max-input-len"
+            )
+            return 1
         if (culprit := blame(error)) is None:
             raise
         console.failure(error, culprit)
         return 1
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether torch found no room on a GPU; without importing it where nothing has."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)

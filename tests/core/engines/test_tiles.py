@@ -21,7 +21,7 @@ from porttool.builder import BuildRequest
 from porttool.cli import invoke as porttool
 from porttool.config import Limits, Sampling
 from porttool.engine import Engine
-from porttool.engines.torch import tiles
+from porttool.engines.torch import cuda_limits, tiles
 from porttool.engines.torch.builder import TorchBuilder
 from porttool.engines.torch.cuda_limits import require_memory
 from porttool.engines.torch.cuda_tuning import AttentionTile, default_tuning
@@ -397,14 +397,21 @@ def test_weights_that_are_on_the_gpu_do_not_need_room_again(request_, monkeypatc
     limits = Limits(max_batch_size=2, max_input_len=1000, max_output_len=1)
     weights = sum(t.numel() for t in meta_decoder(request_.config).state_dict().values()) * 4
     cache = 2 * 2 * 3 * 24 * 1001 * 4
-    free = {"cuda": (cache + 1, 0)}
+    passing = 5000 + cuda_limits.LIBRARY_BYTES + 2 * 4 * 2 * request_.config.vocab_size
+    free = {"cuda": (cache + passing, 0)}
     monkeypatch.setattr(torch.cuda, "mem_get_info", free.get)
+    asked = []
+    monkeypatch.setattr(cuda_limits, "prefill_bytes", lambda *a: asked.append(a) or 5000)
     there = SimpleNamespace(nbytes=weights, device=torch.device("cuda"))
     half = SimpleNamespace(nbytes=weights // 2, device=torch.device("cuda"))
     here = SimpleNamespace(nbytes=weights, device=torch.device("cpu"))
     need = partial(require_memory, request_.config, torch.float32, limits, "cuda")
     need(given={"a": there})
     need(given={"a": half, "b": half})
+    assert asked[-1][1:] == (weights + cache, 4, 2000)  # no prompts are longer than the limits
+    free["cuda"] = (cache + passing - 1, 0)
+    with pytest.raises(EngineError, match="for a while: build with --max-batch-size 1"):
+        need(given={"a": there})
     with pytest.raises(EngineError, match="build with --max-batch-size 1"):
         need(given={"a": half, "b": here})
     with pytest.raises(EngineError, match="the GPU has"):

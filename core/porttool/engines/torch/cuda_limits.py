@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
+from porttool.engines.torch.cuda_prefill import prefill_bytes
 from porttool.engines.torch.cuda_tuning import SHARED_BYTES
 from porttool.errors import EngineError
 from porttool.nn import meta_decoder
 from porttool.progress import format_bytes
+
+LIBRARY_BYTES = 64 << 20
+"""What the library for matrix products takes, on the stream that runs and the one that captures."""
 
 
 def unsupported(config: ModelConfig, dtype: torch.dtype) -> str | None:
@@ -58,21 +62,32 @@ def require_memory(
     *,
     given: Mapping[str, Tensor],
 ) -> None:
-    """Refuse a model that the GPU cannot hold, and say which batch it could.
+    """Refuse a model that the GPU cannot hold and feed, and say which batch it could.
 
     Of the weights that are `given`, those that lie on the GPU need no room any more.
     """
     if not device.startswith("cuda"):
         return
-    size = dtype.itemsize
-    slot = 2 * config.n_layer * config.n_kv_head * limits.max_len * config.head_dim * size
-    weights = sum(t.numel() for t in meta_decoder(config).state_dict().values()) * size
-    free, _ = torch.cuda.mem_get_info(device)
+    size: int = dtype.itemsize
+    slot: int = 2 * config.n_layer * config.n_kv_head * limits.max_len * config.head_dim * size
+    weights: int = size * sum(t.numel() for t in meta_decoder(config).state_dict().values())
+    free: int = torch.cuda.mem_get_info(device)[0]
     free += sum(w.nbytes for w in given.values() if w.device.type == "cuda")
-    if weights + slot * limits.max_batch_size > free:
-        fits = max(int((free * 0.94 - weights) // slot), 0)
-        raise EngineError(
-            f"the GPU has {format_bytes(free)} for it; the weights need {format_bytes(weights)} "
-            f"and each row of {limits.max_len} tokens {format_bytes(slot)}: "
-            + (f"build with --max-batch-size {fits}" if fits else "use a larger GPU or --tp")
-        )
+
+    def passing(rows: int) -> int:
+        prompts = prefill_bytes(config, weights + rows * slot, size, rows * limits.max_input_len)
+        return prompts + 2 * 4 * rows * config.vocab_size + LIBRARY_BYTES
+
+    def fits(rows: int) -> bool:
+        return weights + rows * slot + passing(rows) <= free
+
+    if fits(limits.max_batch_size):
+        return
+    most = min(limits.max_batch_size, max(free - weights, 0) // slot)
+    rows = next((n for n in range(most, 0, -1) if fits(n)), 0)
+    raise EngineError(
+        f"the GPU has {format_bytes(free)} for it; the weights need {format_bytes(weights)}, each "
+        f"row of {limits.max_len} tokens {format_bytes(slot)}, and a step of "
+        f"{limits.max_batch_size} rows {format_bytes(passing(limits.max_batch_size))} for a while: "
+        + (f"build with --max-batch-size {rows}" if rows else "use a larger GPU or --tp")
+    )

@@ -79,11 +79,21 @@ class Buffers(NamedTuple):
 
 def make_buffers(model: Model, together: Together) -> Buffers:
     """Allocate for so many tokens, in one piece."""
-    c, n = model.config, together.tokens
-    narrow, broad = _widths(c)
-    wide = max(n * broad, min(n, together.mlp) * _mlp_width(c))
-    sizes = n * c.d_model, n * narrow, wide
+    sizes = _sizes(model.config, together)
     return Buffers(*model.cache.keys.new_empty(sum(sizes)).split(sizes))
+
+
+def prefill_bytes(config: ModelConfig, kept: int, itemsize: int, most: int) -> int:
+    """Return what up to `most` tokens of prompts need for a while, beside so many bytes."""
+    together = tokens_together(config, kept, itemsize)
+    tokens = min(together.tokens, most)
+    return itemsize * sum(_sizes(config, Together(tokens, together.mlp)))
+
+
+def _sizes(c: ModelConfig, together: Together) -> tuple[int, int, int]:
+    """Elements of the three buffers for so many tokens."""
+    n, (narrow, broad) = together.tokens, _widths(c)
+    return n * c.d_model, n * narrow, max(n * broad, min(n, together.mlp) * _mlp_width(c))
 
 
 def prefill_layers(model: Model, n: int, prompt: Prompt, buffers: Buffers) -> Tensor:
