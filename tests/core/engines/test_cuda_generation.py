@@ -119,20 +119,21 @@ def interpret(runner: Runner) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU's memory")
 def test_a_gpus_weights_lie_in_one_allocation(tmp_path: Path) -> None:
-    from porttool.engines.torch.cuda_weights import ALIGNMENT
     from porttool.engines.torch.runner import load_weights
 
     CASES[0]().write_source(tmp_path / "source", 0)
     tiny.converted(tmp_path / "source", tmp_path / "checkpoint")
     api.build(tmp_path / "checkpoint", tmp_path / "engine", dtype="float16")
     engine = api.load(tmp_path / "engine").runner.engine
-    wanted, placed = load_weights(engine), load_weights(engine, "cpu:0")
+    wanted = load_weights(engine)
+    with torch.inference_mode():  # as a caller of the library may be
+        placed = load_weights(engine, "cpu:0")
     assert list(placed) == list(wanted)
     assert len({w.untyped_storage().data_ptr() for w in wanted.values()}) == len(wanted)
     assert len({w.untyped_storage().data_ptr() for w in placed.values()}) == 1
     for name, tensor in placed.items():
         assert torch.equal(tensor, wanted[name]) and tensor.dtype == wanted[name].dtype
-        assert tensor.storage_offset() * tensor.itemsize % ALIGNMENT == 0
+        assert tensor.storage_offset() * tensor.itemsize % 256 == 0
 
 
 @pytest.fixture(scope="module", params=[pytest.param(c.__name__, marks=ON_GPU) for c in CASES])

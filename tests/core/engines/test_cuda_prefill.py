@@ -17,10 +17,16 @@ pytest.importorskip("triton")
 
 import cuda_cases as cases
 from cuda_cases import GPU_SHAPES, TOLERANCE, prompts
-from porttool.engines.torch import cuda_prefill_graph, cuda_prompts
+from porttool.engines.torch import cuda_prefill, cuda_prefill_graph, cuda_prompts
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_packed import Packed
-from porttool.engines.torch.cuda_prefill import Together, _mlp_width, _parts, tokens_together
+from porttool.engines.torch.cuda_prefill import (
+    Together,
+    _mlp_width,
+    _parts,
+    make_buffers,
+    tokens_together,
+)
 from porttool.engines.torch.cuda_prefill_graph import (
     GRAPH_TOKENS,
     KEPT,
@@ -29,7 +35,7 @@ from porttool.engines.torch.cuda_prefill_graph import (
     padded_tokens,
     suits_graph,
 )
-from porttool.engines.torch.cuda_prompts import launch
+from porttool.engines.torch.cuda_prompts import run_launched
 from porttool.nn import KVCache, Step
 
 on_cpu = [
@@ -72,7 +78,7 @@ def make(
     weights = cases.drawn(shape, dtype, device).state_dict()
     size = cases.limits(8, 600) if gpu else cases.limits(4, 60)
     made = CudaDecoder(shape, weights, dtype=dtype, limits=size, device=device, graphs=graphs)
-    made.graphed = made._prompts.graphed = graphs
+    made.graphed = graphs
     for cached in (made.model.cache.keys, made.model.cache.values):
         cached.fill_(float("nan"))
     return made
@@ -167,7 +173,8 @@ def test_padding_belongs_to_no_slot_and_no_row() -> None:
 @pytest.mark.parametrize("case", list(cases.CASES))
 def test_activations_take_their_share(case: str, kept: float) -> None:
     """Of memory where 4096 tokens need less; MLPs are whole where those fit, too."""
-    c = cases.config(case, d_model=1600, n_head=20, n_kv_head=20, head_dim=80, d_ff=6400)
+    c = cases.config(case, d_model=1600, n_head=20, head_dim=80, d_ff=6400,
+                     n_kv_head={"multi-query": 1, "grouped rms": 4}.get(case, 20))  # fmt: skip
     tokens, mlp = tokens_together(c, int(kept), 2)
     taken = 2 * (tokens * 3200 + max(tokens * c.qkv_dim, mlp * _mlp_width(c)))
     assert 4096 <= tokens <= 16384 and 2048 <= mlp <= tokens
@@ -195,29 +202,46 @@ def test_parts_of_an_mlp(n: int, most: int) -> None:
 def assert_groups_agree(
     made: CudaDecoder, lengths: list[int], bound: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts in groups as long as the first three, 8 tokens at a time through MLPs."""
+    """Prompts in groups as long as the first three, their MLPs in parts; then continued.
+
+    Both begin with rows of a prompt table.
+    """
 
     def unset(like: Tensor, *shape: int, **options: Any) -> Tensor:
         return empty(like, *shape, **options).fill_(float("nan") if like.is_floating_point() else 7)
 
-    empty = torch.Tensor.new_empty
+    def counted(*arguments: Any) -> None:
+        parts.append(len(arguments[1]))
+        whole(*arguments)
+
+    empty, whole, parts = torch.Tensor.new_empty, cuda_prefill.activated_product, list[int]()
     monkeypatch.setattr(torch.Tensor, "new_empty", unset)
+    monkeypatch.setattr(cuda_prefill, "activated_product", counted)
     monkeypatch.setattr(cuda_prompts, "suits_graph", lambda *_: False)
     shape = made.config
-    made._prompts.together = Together(sum(lengths[:3]), 8)
+    together = made._prompts.together = Together(sum(lengths[:3]), 8)
     device = str(made.device)
     plain = cases.drawn(shape, made.dtype, device)
     cache = KVCache(shape, made.n_slots, made.max_len, dtype=torch.float64, device=device)
+    table = torch.randn(3, shape.d_model, device=device) * 0.2
+    plain.prompt_table = table.to(made.dtype).double()
+    made.load_prompt_table(table)
     drawn = [[(7 * i + n) % 101 for i in range(n)] for n in lengths]
+    for prompt in drawn:
+        prompt[0] = shape.vocab_size + len(prompt) % 3
     slots = list(range(len(lengths)))[::-1]
-    wanted = plain(Step.prefill(drawn, slots).to(device), cache).cpu()
-    found = made.step(Step.prefill(drawn, slots)).cpu()
-    every = made.step(Step.prefill(drawn, slots), all_positions=True).cpu()
+    first = Step.prefill(drawn, slots)
+    for step in (first, Step(first.slots, first.tokens, first.lengths, first.lengths)):
+        wanted = plain(step.to(device), cache).cpu()
+        found = made.step(step).cpu()
+        every = made.step(step, all_positions=True).cpu()
+        for i, n in enumerate(lengths):
+            assert cases.relative_error(found[i], wanted[i, n - 1]) < bound
+            assert cases.relative_error(every[i, :n], wanted[i, :n]) < bound
+            assert not every[i, n:].any()
     assert not made._prompts.graphs._graphs
-    for i, n in enumerate(lengths):
-        assert cases.relative_error(found[i], wanted[i, n - 1]) < bound
-        assert cases.relative_error(every[i, :n], wanted[i, :n]) < bound
-        assert not every[i, n:].any()
+    room = make_buffers(made.model, together).wide.numel() // _mlp_width(shape)
+    assert max(parts) <= room < together.tokens and len(parts) > 8 * shape.n_layer
 
 
 class TestUnderTheInterpreter:
@@ -227,12 +251,16 @@ class TestUnderTheInterpreter:
 
     @pytest.mark.parametrize("case", list(cases.CASES))
     def test_groups_of_rows(self, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        made = make(case, graphs=False)
-        assert_groups_agree(made, [9, 3, 11, 1], 2e-5, monkeypatch)
+        made = make(case, graphs=False, d_ff=640)
+        assert_groups_agree(made, [9, 4, 11, 1], 2e-5, monkeypatch)
 
-    def test_heads_that_share_keys_share_a_program(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made = make("grouped rms", graphs=False, n_head=8)  # four of them each
-        assert_groups_agree(made, [9, 3, 11, 1], 2e-5, monkeypatch)
+    @pytest.mark.parametrize(("case", "heads"), [("grouped rms", 8), ("multi-query", 32)])
+    def test_heads_that_share_keys_share_a_program(
+        self, case: str, heads: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Four of them, or, of thirty-two, sixteen."""
+        made = make(case, graphs=False, n_head=heads, head_dim=16, d_ff=640)
+        assert_groups_agree(made, [9, 4, 11, 1], 2e-5, monkeypatch)
 
     @pytest.mark.parametrize("case", list(cases.CASES))
     def test_padded_equals_unpadded(self, case: str) -> None:
@@ -244,7 +272,7 @@ class TestUnderTheInterpreter:
         wider = padded_size(packed)
         with torch.inference_mode():
             prompt = size.prompt(packed.padded(size.tokens, size.columns), packed.width)
-            normed, first = launch(plain.model, prompt, None, 20)
+            normed, first = run_launched(plain.model, prompt, None, Together(20, 20))
             given = packed.padded(wider.tokens, wider.columns)
             found, bounds = padded._prompts.graphs.run(wider, given, None, graphed=False)
         assert bounds.tolist()[:4] == first.tolist() == [0, 17, 19, 20]
@@ -328,9 +356,11 @@ class TestGroups:
     def test_groups_of_rows(
         self, case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        heads = {"n_head": 8} if case == "grouped rms" else {}  # four share a head of keys
-        made = make(case, graphs=True, dtype=dtype, **heads)
-        assert_groups_agree(made, [120, 57, 590, 1, 66, 300], TOLERANCE[dtype], monkeypatch)
+        changes = {  # four and sixteen heads share a program
+            "grouped rms": {"n_head": 8, "d_ff": 1000}, "multi-query": {"n_head": 32, "d_ff": 5000},
+        }.get(case, {})  # fmt: skip
+        made = make(case, graphs=True, dtype=dtype, **changes)
+        assert_groups_agree(made, [120, 56, 280, 1, 66, 300], TOLERANCE[dtype], monkeypatch)
 
 
 @pytest.mark.parametrize("case", list(GPU_SHAPES))

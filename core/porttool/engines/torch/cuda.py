@@ -92,7 +92,7 @@ class CudaDecoder(DeviceDecoder):
         self._graphs: dict[tuple[str, int, int], torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
         self._scratch: dict[int, Scratch] = {}
-        self._prompts = Prompts(self.model, graphed=self.graphed)
+        self._prompts = Prompts(self.model)
         try:
             self.use(chosen)
             self.description += ", one row in a persistent kernel" * bool(self._alone)
@@ -127,7 +127,9 @@ class CudaDecoder(DeviceDecoder):
         """Feed tokens; float32 logits as the `Runner` contract says."""
         packed = Packed(step)
         if packed.n_tokens > SMALL_ROWS and packed.width > 1:
-            return self._prompts.run(packed, self._table, all_positions=all_positions)
+            return self._prompts.run(
+                packed, self._table, all_positions=all_positions, graphed=self.graphed
+            )
         return arrange(self._small_step(packed), packed, all_positions=all_positions)
 
     @torch.inference_mode()

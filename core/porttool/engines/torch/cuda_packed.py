@@ -11,7 +11,8 @@ from porttool.nn import Step
 class Packed:
     """A step's real tokens, one after the other without padding; all of it on the CPU.
 
-    `first_row` is that of a larger step that these rows were cut from, `flat` what it knows.
+    `flat` int32 [3, n_tokens] holds their tokens, positions and slots. Rows that were cut from a
+    larger step begin at its `first_row`, and are given their columns of its `flat`.
     """
 
     def __init__(self, step: Step, first_row: int = 0, flat: Tensor | None = None) -> None:
@@ -22,7 +23,7 @@ class Packed:
         self.flat = self._flatten() if flat is None else flat
 
     def _flatten(self) -> Tensor:
-        """Tokens, positions and slots of the real tokens: int32 [3, n_tokens]."""
+        """What `flat` is."""
         s = self.step
         if s.tokens.shape[1] == 1 == min(self.lengths):  # a step that is decoded waits for this
             return torch.stack((s.tokens[:, 0], s.starts, s.slots)).int()
@@ -49,8 +50,8 @@ class Packed:
     def padded(self, n: int, columns: int) -> Tensor:
         """Everything that a prompt's kernels read, with padding: int32 [3 * (n + columns)].
 
-        `block(n)`, then the rows' slots, starts and first packed tokens, one more of these, in
-        `columns` each; those after the rows are of rows without tokens.
+        `block(n)`, then three lines of `columns`: the rows' slots, their starts, and the first
+        packed token of each, which ends with n_tokens. What follows is of rows without tokens.
         """
         bounds = torch.zeros(3, columns, dtype=torch.int32)
         bounds[0, : self.n_rows] = self.step.slots

@@ -28,7 +28,7 @@ PRODUCTS = 7e14
 """What a GPU multiplies and adds in a second, twice for each: an H200, 16 bits."""
 
 MLP_TOKENS, MLP_SECONDS = 2048, 70e-6
-"""Tokens that go through an MLP together, at least, and how long the GPU shall take for them: fewer
+"""Tokens that an MLP's buffer holds, at least, and how long the GPU shall take for them: fewer
 would leave multiprocessors without a tile, or the GPU waiting for the host's next launch."""
 
 
@@ -54,7 +54,7 @@ class Together(NamedTuple):
 
 
 def tokens_together(config: ModelConfig, kept: int, itemsize: int) -> Together:
-    """Choose beside so many bytes that stay."""
+    """Return what fits, where weights and cache take `kept` bytes."""
     (low, high), (narrow, broad) = PREFILL_TOKENS, _widths(config)
     apart, mlp = itemsize * (config.d_model + narrow), itemsize * _mlp_width(config)
     broad *= itemsize
@@ -84,7 +84,7 @@ def make_buffers(model: Model, together: Together) -> Buffers:
 
 
 def prefill_bytes(config: ModelConfig, kept: int, itemsize: int, most: int) -> int:
-    """Return what up to `most` tokens of prompts need for a while, beside so many bytes."""
+    """Return the bytes of buffers for prompts of up to `most` tokens at once; `kept` as above."""
     together = tokens_together(config, kept, itemsize)
     tokens = min(together.tokens, most)
     return itemsize * sum(_sizes(config, Together(tokens, together.mlp)))

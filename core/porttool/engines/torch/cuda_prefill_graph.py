@@ -45,7 +45,6 @@ MEMORY = 4.3e12
 KEPT = 24
 """Sizes that are remembered: more than the 18 that a prompt alone can have."""
 
-
 CHEAP = 1 / 32
 """Of a prompt's tokens, what may be padded for a graph that is not needed."""
 
@@ -54,7 +53,7 @@ def suits_graph(config: ModelConfig, n: int, itemsize: int) -> bool:
     """True where a GPU is done with a layer of n tokens before the next one is launched.
 
     Elsewhere only where padding costs little (it is 9 % for StarCoder's 530 tokens): a graph leaves
-    1 us less between kernels (3 % of StarCoder's 512 tokens) and needs no host that keeps up.
+    1.7 us less between kernels (3 % of StarCoder's 512 tokens) and needs no host that keeps up.
     """
     c = config
     weights = c.d_model * (c.qkv_dim + c.n_head * c.head_dim + c.up_dim + c.d_ff)

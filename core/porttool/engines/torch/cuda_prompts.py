@@ -39,18 +39,28 @@ class Group(NamedTuple):
 
 
 class Prompts:
-    """Feeds the tokens of many positions at once; `graphed` lets few of them run from graphs."""
+    """Feeds the tokens of many positions at once.
 
-    def __init__(self, model: Model, *, graphed: bool) -> None:
-        self._model, self.graphed = model, graphed
+    Buffers are as large for every group: of several sizes, torch's allocator would keep several.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
         self.graphs = PrefillGraphs(model)
         cache = model.cache
         kept = cache.keys.nbytes + cache.values.nbytes
         kept += sum(linear.nbytes for linear in model.weights.linears())
-        self.together = tokens_together(model.config, kept, model.dtype.itemsize)
+        together = tokens_together(model.config, kept, model.dtype.itemsize)
+        positions = cache.keys.shape[1] * cache.capacity
+        self.together = together._replace(tokens=min(together.tokens, positions))
 
-    def run(self, packed: Packed, table: Tensor | None, *, all_positions: bool) -> Tensor:
-        """Return float32 logits: [rows, vocab_size], or [rows, width, vocab_size]."""
+    def run(
+        self, packed: Packed, table: Tensor | None, *, all_positions: bool, graphed: bool
+    ) -> Tensor:
+        """Return float32 logits: [rows, vocab_size], or [rows, width, vocab_size].
+
+        `graphed` lets groups of few tokens run from graphs.
+        """
         model, device = self._model, self._model.cache.keys.device
         groups = [self._sized(group) for group in packed.groups(self.together.tokens)]
         # all at once: the copy waits for what the GPU is at, and the GPU then for the host
@@ -60,26 +70,17 @@ class Prompts:
             shape = packed.n_rows, packed.width, model.config.vocab_size
             out = torch.zeros(shape, device=device)
             for group, given in zip(groups, inputs, strict=True):
-                self._every(group, given, table, out[group.rows])
+                normed, _ = self._normed(group, given, table, graphed=graphed)
+                for row, (a, b) in zip(out[group.rows], group.packed.spans(), strict=True):
+                    row[: b - a] = project(normed[a:b], model.weights.head.weight)
+                del normed  # before the next group's buffers come
             return out
-        states = [
-            self._last(group, given, table) for group, given in zip(groups, inputs, strict=True)
-        ]
+        states = []
+        for group, given in zip(groups, inputs, strict=True):
+            normed, first = self._normed(group, given, table, graphed=graphed)
+            states.append(normed[first[1 : group.packed.n_rows + 1].long() - 1])
+            del normed
         return project(torch.cat(states), model.weights.head.weight)
-
-    # what a group leaves goes when each of these two ends
-
-    def _last(self, group: Group, given: Tensor, table: Tensor | None) -> Tensor:
-        """Return normalised states of a group's last tokens: [its rows, d_model]."""
-        normed, first = self._normed(group, given, table)
-        last: Tensor = normed[first[1 : group.packed.n_rows + 1].long() - 1]
-        return last
-
-    def _every(self, group: Group, given: Tensor, table: Tensor | None, out: Tensor) -> None:
-        """Write logits of all tokens of a group to its rows of the step's logits."""
-        normed, _ = self._normed(group, given, table)
-        for row, (a, b) in zip(out, group.packed.spans(), strict=True):
-            row[: b - a] = project(normed[a:b], self._model.weights.head.weight)
 
     def _sized(self, group: Packed) -> Group:
         model = self._model
@@ -88,19 +89,24 @@ class Prompts:
         plain = Size(-(-group.n_tokens // 4) * 4, group.n_rows)
         return Group(group, padded_size(group) if padded else plain, padded)
 
-    def _normed(self, group: Group, given: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _normed(
+        self, group: Group, given: Tensor, table: Tensor | None, *, graphed: bool
+    ) -> tuple[Tensor, Tensor]:
         """Return normalised states of a group's tokens and first tokens of its rows."""
         if group.padded:
-            return self.graphs.run(group.size, given, table, graphed=self.graphed)
+            return self.graphs.run(group.size, given, table, graphed=graphed)
         prompt = group.size.prompt(given, group.packed.width)
-        return launch(self._model, prompt, table, self.together.mlp)
+        return run_launched(self._model, prompt, table, self.together)
 
 
-def launch(
-    model: Model, prompt: Prompt, table: Tensor | None, mlp_tokens: int
+def run_launched(
+    model: Model, prompt: Prompt, table: Tensor | None, together: Together
 ) -> tuple[Tensor, Tensor]:
-    """Run a prompt in buffers of its own: normalised states, and first tokens of its rows."""
+    """Run a prompt kernel by kernel, in buffers for so many tokens or, if they are more, its own.
+
+    Returns normalised states [tokens, d_model] and first tokens of the rows.
+    """
     n = len(prompt.rows.tokens)
-    buffers = make_buffers(model, Together(n, mlp_tokens))
+    buffers = make_buffers(model, together._replace(tokens=max(n, together.tokens)))
     embed(model, prompt.rows, buffers.x, n, table)
     return prefill_layers(model, n, prompt, buffers), prompt.first

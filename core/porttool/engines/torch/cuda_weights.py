@@ -15,7 +15,7 @@ from porttool.config import ModelConfig
 _ROWS = 4096  # of a weight matrix made float32 at a time
 
 ALIGNMENT = 256
-"""Bytes at multiples of which tensors begin, those of torch's own allocations."""
+"""Bytes at multiples of which tensors begin: more than any copy or kernel asks for."""
 
 
 def allocate(

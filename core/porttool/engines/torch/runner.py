@@ -206,6 +206,11 @@ def load_weights(engine: Engine, device: str = "cpu", rank: int = 0) -> dict[str
             return dict(zip(infos, pool.map(read, infos), strict=True))
         kinds = {name: (i.shape, getattr(torch, i.dtype)) for name, (_, i) in infos.items()}
         room = allocate(kinds, device)
-        for _ in pool.map(lambda name: room[name].copy_(read(name)), infos):
+
+        def place(name: str) -> None:
+            with torch.inference_mode():  # as the caller may be, whose tensors these are
+                room[name].copy_(read(name))
+
+        for _ in pool.map(place, infos):
             pass
     return room

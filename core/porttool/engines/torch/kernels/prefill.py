@@ -84,11 +84,11 @@ def prefill_attention(
 ):  # fmt: skip
     """Causal attention of packed queries over the cache (Dao 2023), keys shared as configured.
 
-    query [tokens, query_stride], its first HEADS * DIM columns; out [tokens, HEADS * DIM];
-    row r owns tokens row_first[r] .. row_first[r + 1] - 1, its
-    first at position row_starts[r] of slot row_slots[r]. A program's BLOCK_Q queries are those of
-    BLOCK_Q / GROUP tokens in GROUP heads that share their keys, so that few of them mask a key that
-    others see; grid (token blocks, HEADS / GROUP, rows).
+    query [tokens, query_stride], its first HEADS * DIM columns; out [tokens, HEADS * DIM]; row r
+    owns tokens row_first[r] .. row_first[r + 1] - 1, its first at position row_starts[r] of slot
+    row_slots[r]. A program's BLOCK_Q queries are those of BLOCK_Q / GROUP tokens in GROUP heads
+    that share their keys, so that few of them mask a key that others see; grid (token blocks,
+    HEADS / GROUP, rows).
     """
     row = tl.program_id(2)
     first = tl.load(row_first + row)
