@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
@@ -309,3 +310,14 @@ def test_a_missing_extra_names_the_command():
     assert str(MissingExtra("eval", "rouge_score")) == (
         "the package 'rouge_score' is not installed; install it with pip install 'porttool[eval]'"
     )
+
+
+def test_help_imports_nothing_large():
+    """It answers in a tenth of a second; each of these takes half of that, or much more."""
+    code = (
+        "import sys; from porttool.cli import invoke; invoke(['--help']); "
+        "print([m for m in ('pydantic', 'numpy', 'rich', 'torch', 'transformers') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
