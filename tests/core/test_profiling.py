@@ -132,17 +132,24 @@ def test_every_node_of_the_graph_in_one_trace(tmp_path, folder):
 
 def test_engines_without_a_profiler_of_their_own_have_torch_operations(tmp_path, folder):
     found = profile(open_runner(folder / "torch"), SHAPE, tmp_path / "out")
-    assert found.lines == []
+    assert [(line.phase, line.layer, line.module) for line in found.lines] == [
+        ("prefill", -1, "step"), ("decode", -1, "step")
+    ]  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "out" / "layers.csv").read_text().splitlines()))
+    for row, (name, phase) in zip(rows, found.phases.items(), strict=True):
+        assert (row["phase"], float(row["flops"])) == (name, phase["flops"])
+        assert float(row["roofline"]) == pytest.approx(phase["roofline"], abs=1e-4)
     assert found.kernels and all(calls > 0 for _, calls, _ in found.kernels)
     assert found.phases["prefill"]["flops"] > found.phases["decode"]["flops"]
     with pytest.raises(UsageError, match=r"^--batch-size is 9, the engine holds 4: give"):
         profile(open_runner(folder / "torch"), ProfileShape(9, 9, 4), tmp_path)
 
 
-def test_command_writes_everything(tmp_path, folder, capsys):
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_command_writes_everything(tmp_path, folder, capsys, engine):
     pytest.importorskip("matplotlib")
     size = ["--prompt-len", "9", "--new-tokens", "2", "--output", str(tmp_path / "out")]
-    assert cli.invoke(["profile", str(folder / "onnx"), *size, "--set", "device", "cpu"]) == 0
+    assert cli.invoke(["profile", str(folder / engine), *size, "--set", "device", "cpu"]) == 0
     names = {f.name for f in (tmp_path / "out").iterdir()}
     assert names == {"trace.json", "layers.csv", "kernels.csv", "profile.json", "modules.png"}
     assert "of the roofline" in capsys.readouterr().out

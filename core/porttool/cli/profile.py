@@ -127,7 +127,7 @@ def show(found: Profile, output: Path) -> None:
     console.table(
         f"{found.description}; {peak}", ("step", "ms", "GFLOP", "GB", "of the roofline"), rows
     )
-    if found.lines:
+    if any(line.layer >= 0 for line in found.lines):
         lines = [
             (line.phase, line.module, f"{1e3 * line.seconds:.3f}", f"{line.cost.flops / 1e9:.3f}",
              f"{line.cost.nbytes / 1e9:.3f}", f"{line.fraction:.0%}")
@@ -135,10 +135,12 @@ def show(found: Profile, output: Path) -> None:
         ]  # fmt: skip
         columns = ("step", "module, all layers", "ms", "GFLOP", "GB", "of the roofline")
         console.table("Modules", columns, lines)
-        draw_chart(found.lines, found.peak, found.description, output / "modules.png")
+    draw_chart(found.lines, found.peak, found.description, output / "modules.png")
     kernels = [
         (name[:70], str(calls), f"{1e3 * seconds:.3f}")
         for name, calls, seconds in found.kernels[:KERNELS_SHOWN]
     ]
     console.table("Kernels and operations, all steps", ("name", "calls", "ms"), kernels)
-    console.say(f"{output}: trace.json (chrome://tracing, Perfetto), layers.csv, kernels.csv")
+    console.say(
+        f"{output}: trace.json (chrome://tracing, Perfetto), layers.csv, kernels.csv, modules.png"
+    )

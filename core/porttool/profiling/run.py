@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from porttool.errors import UsageError
 from porttool.nn import Step
-from porttool.profiling.costs import Peak, StepSize, total_cost
+from porttool.profiling.costs import Cost, Peak, StepSize, total_cost
 from porttool.profiling.peak import measure_peak
 from porttool.profiling.table import Line, make_table
 from porttool.runner import Runner, TimedNode
@@ -38,7 +38,7 @@ class ProfileShape:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was found. `lines` are by module where the engine can tell, else empty."""
+    """What was found. `lines` are by module where the engine can tell, else of whole steps."""
 
     description: str
     shape: ProfileShape
@@ -193,6 +193,11 @@ def summarize(
     lines = make_table(
         counted, made.config, sizes=sizes, runs={n: names.count(n) for n in sizes}, peak=peak
     )
+    if not lines:
+        lines = [
+            Line(name, -1, "step", p["seconds"], Cost(p["flops"], p["bytes"]), p["roofline"])
+            for name, p in phases.items()
+        ]
     since = ranges[WARM]["ts"]
     return Profile(runner.description, shape, peak, phases, lines, kernels_in(trace, since))
 
