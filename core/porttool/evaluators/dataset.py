@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from porttool.errors import MissingExtra, UsageError
+from porttool.errors import MissingExtra, SourceError, UsageError
 from porttool.evaluator import write_whole
 from porttool.evaluators.results import ArticleRecord
 from porttool.weights import listing
@@ -63,8 +63,11 @@ class Rows(Protocol):
 
 def load_articles(request: DatasetRequest) -> list[Article]:
     """Return the wanted articles; UsageError if there are none, or not the ones pinned."""
-    if Path(request.name).exists():
-        rows = open_local(Path(request.name), request.split)
+    path = Path(request.name)
+    if path.exists():
+        rows = open_local(path, request.split)
+    elif path.suffix in (".jsonl", ".json", ".parquet") or not may_be_hub_id(request.name):
+        raise UsageError(f"{path}: there is no such file or folder of articles")
     else:
         rows = open_hub(request)
     if not len(rows):
@@ -77,6 +80,11 @@ def load_articles(request: DatasetRequest) -> list[Article]:
         order = np.random.default_rng(request.seed).permutation(len(rows)).tolist()
     chosen = list(order)[: request.max_articles]
     return [make_article(rows[i], request) for i in chosen]
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name can be a hub's: `name`, or `owner/name`."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
 
 
 def make_article(row: dict[str, Any], request: DatasetRequest) -> Article:
@@ -199,7 +207,10 @@ def open_saved(path: Path) -> Rows:
 
 
 def open_hub(request: DatasetRequest) -> Rows:
-    """Open a data set of the hub, or of its cache when HF_HUB_OFFLINE is set."""
+    """Open a data set of the hub, or of its cache when HF_HUB_OFFLINE is set.
+
+    Raises SourceError where it cannot be fetched.
+    """
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
@@ -210,7 +221,7 @@ def open_hub(request: DatasetRequest) -> Rows:
             request.name, request.config, split=request.split, revision=request.revision
         )
     except (DatasetsError, OSError, ValueError) as error:
-        raise UsageError(
+        raise SourceError(
             f"{request.name}: neither a local path nor a data set that can be fetched now "
             f"({type(error).__name__}: {str(error)[:200]}); name a local .jsonl or .parquet file"
         ) from error

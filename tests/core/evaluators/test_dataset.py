@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
-from porttool.errors import UsageError
+from porttool.errors import SourceError, UsageError
 from porttool.evaluators.dataset import Article, DatasetRequest, load_articles, write_pins
 
 
@@ -119,5 +120,12 @@ def test_pins_that_are_not_there(articles, tmp_path, content):
 def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match=r"neither a local path nor .*name a local \.jsonl"):
+    with pytest.raises(SourceError, match=r"neither a local path nor .*name a local \.jsonl"):
         load_articles(DatasetRequest(name="nobody/no_such_data"))
+
+
+@pytest.mark.parametrize("name", ["no.jsonl", "no.parquet", "./folder/no", "/no/such/folder"])
+def test_a_missing_path_is_not_sought_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr("porttool.evaluators.dataset.open_hub", Mock(side_effect=AssertionError))
+    with pytest.raises(UsageError, match="there is no such file or folder of articles"):
+        load_articles(DatasetRequest(name=name))
