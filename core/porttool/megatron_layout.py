@@ -119,7 +119,7 @@ def choose_heads(found: MegatronCheckpoint, args: SourceConfig, asked: int | Non
     stored = args.integer("num_attention_heads") if known else None
     if asked is None and stored is None:
         raise SourceError(
-            f"{found.file}: does not say how many heads it has; give it with --n-head "
+            f"{found.file}: does not say how many heads it has; give `porttool convert` --n-head "
             "(16 for the 345M model)"
         )
     if None not in (asked, stored) and asked != stored:

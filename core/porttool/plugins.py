@@ -258,7 +258,8 @@ def choose_converter(
             f"{source}: no installed family recognises this{said_type(source)}; "
             f"`porttool plugins list` shows what each reads{registry.set_aside()}"
         )
-    others = {c.family for c in registry.recognisers(source)}
+    own = model.partition("/")[0]
+    others = {c.name if c.family == own else c.family for c in registry.recognisers(source)}
     others |= {c.family for c in registry.tables if c().matches(source)}
     hint = f"; it looks like {', '.join(sorted(others))}" if others else ""
     raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
@@ -270,7 +271,8 @@ def said_type(source: Path) -> str:
     from porttool.sources.places import is_present
 
     if not is_present(source / "config.json"):
-        return ""
+        weights = any(p.suffix in (".safetensors", ".bin") for p in source.glob("*"))
+        return " (there are weights in it, and no config.json)" * weights
     return f" (its config.json says model_type {read_config(source).get('model_type')!r})"
 
 

@@ -306,6 +306,12 @@ def test_nobody_recognises_it(registry, tmp_path, text, error, said):
         plugins.choose_converter(registry, tmp_path)
 
 
+def test_weights_without_their_config_are_called_that(registry, tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UsageError, match=r"this \(there are weights in it, and no config.json\);"):
+        plugins.choose_converter(registry, tmp_path)
+
+
 def test_a_missing_extra_names_the_command():
     assert str(MissingExtra("eval", "rouge_score")) == (
         "the package 'rouge_score' is not installed; install it with pip install 'porttool[eval]'"

@@ -67,6 +67,8 @@ def test_crc32c_of_every_length(size):
 
 def test_logits_equal_transformers(tmp_path, reference, openai, registry):
     assert choose_converter(registry, openai).name == "gpt2/tensorflow"
+    with pytest.raises(UsageError, match=r"looks like gpt2/tensorflow$"):
+        choose_converter(registry, openai, "gpt2/megatron")
     checkpoint = tiny.converted(openai, tmp_path / "checkpoint")
     assert checkpoint.manifest.tokens.eos == (66,)
     assert sorted(f.name for f in checkpoint.tokenizer.iterdir()) == ["merges.txt", "vocab.json"]
