@@ -254,7 +254,12 @@ def explain_missing(path: Path, name: str) -> PorttoolError:
     if (path / "config.json").is_file():
         step = "convert and build it first" if wanted == "an engine" else "convert it first"
         return UsageError(f"{path}: this is a Hugging Face folder: {step}")
-    return CheckpointError(f"{path}: there is no {name} here")
+    if path.is_file():
+        return UsageError(f"{path}: this is a file, not {wanted}: `porttool convert` it first")
+    return CheckpointError(
+        f"{path}: there is no {name} here, which every folder has that porttool made; if this was "
+        "one, make it again"
+    )
 
 
 def linked(source: Path, target: Path) -> bool:
