@@ -89,13 +89,15 @@ def encode_problems(
     tokens: InfillTokens | None,
     max_input_len: int,
 ) -> list[list[int]]:
-    """Return the token ids of every prompt; one that is too long is a UsageError."""
+    """Return the token ids of every prompt; one that is empty or too long is a UsageError."""
     texts = [
         p.before if kind == "completion" else infill_prompt(tokens, p.before, p.after)
         for p in problems
     ]
     prompts = [tokenizer.encode(text) for text in texts]
     for problem, ids in zip(problems, prompts, strict=True):
+        if not ids:
+            raise UsageError(f"{problem.id}: the prompt has no token; leave the problem out")
         if len(ids) > max_input_len:
             raise UsageError(
                 f"{problem.id}: {len(ids)} tokens, but the engine takes {max_input_len}; build "

@@ -28,9 +28,19 @@ class Recipe:
 def encode_articles(
     articles: list[Article], tokenizer: Tokenizer, recipe: Recipe
 ) -> list[list[int]]:
-    """Return the token ids of every article's prompt."""
+    """Return the token ids of every article's prompt; one without any is a UsageError."""
     encode = encode_instruction if recipe.template else encode_suffixed
-    return [encode(article, tokenizer, recipe) for article in articles]
+    return [require_ids(article, encode(article, tokenizer, recipe)) for article in articles]
+
+
+def require_ids(article: Article, ids: list[int]) -> list[int]:
+    """Return the ids, of which there must be one."""
+    if not ids:
+        raise UsageError(
+            f"the tokenizer gives no token for the article {article.id!r}; leave it out, or name "
+            "the model's own with --tokenizer"
+        )
+    return ids
 
 
 def encode_suffixed(article: Article, tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
@@ -41,7 +51,7 @@ def encode_suffixed(article: Article, tokenizer: Tokenizer, recipe: Recipe) -> l
 
 def encode_instruction(article: Article, tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
     """Encode the filled template; cut the article's end until it fits."""
-    ids = tokenizer.encode(article.text)
+    ids = require_ids(article, tokenizer.encode(article.text))
     while ids:
         prompt = fill_template(recipe.template, recipe.instruction, tokenizer.decode(ids))
         encoded = tokenizer.encode(prompt)

@@ -291,6 +291,21 @@ def test_an_instruction_keeps_its_template_and_the_articles_beginning(writer):
         encode_articles([article], tokenizer, Recipe("", "Say.", template, 3))
 
 
+TEMPLATE = PromptTemplate(plain="{instruction}|", with_input="{input}|", answer_marker="|")
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_an_article_that_the_tokenizer_has_no_token_for(writer, monkeypatch, template):
+    tokenizer, recipe = load_tokenizer(writer), Recipe("", "Say.", template, 40)
+    encode = type(tokenizer).encode
+    monkeypatch.setattr(
+        type(tokenizer), "encode", lambda self, text: [] if text == "\u4e2d" else encode(self, text)
+    )
+    articles = [Article("a", "The mayor .", "x"), Article("b", "\u4e2d", "x")]
+    with pytest.raises(UsageError, match="the tokenizer gives no token for the article 'b'; leave"):
+        encode_articles(articles, tokenizer, recipe)
+
+
 def test_instruction_without_a_template(run):
     with pytest.raises(UsageError, match="no instruction template"):
         run(prompt="instruction")
