@@ -92,6 +92,35 @@ def test_what_cannot_be_is_refused(run, arguments, says):
     assert says in err
 
 
+@pytest.mark.parametrize(
+    ("flag", "content", "says"),
+    [
+        ("--input-tokens", "5\n9,99999\n", "prompt 1 holds the id 99999; ids run from 0 to 319, "
+         "those of virtual tokens, from there on, need --prompt-table"),
+        ("--input-tokens", "5\n9,-2\n", "prompt 1 holds the id -2; ids run from 0 to 319"),
+        ("--input-tokens", "5\nx\n", "in, line 2: should be token ids, separated by commas"),
+        ("--input-tokens", "", "in: there is no prompt in it"),
+        ("--input-tokens", " \n\n", "in: there is no prompt in it"),
+        ("--input-file", "", "in: there is no prompt in it"),
+        ("--input-file", " \n\n", "in: there is no prompt in it"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_of_prompts(run, tmp_path, monkeypatch, flag, content, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").write_text(content)
+    status, out, err = run(flag, "in")
+    assert (status, out) == (2, "")
+    assert says in " ".join(err.split())
+
+
+@pytest.mark.parametrize("flag", ["--input-file", "--input-tokens"])
+def test_a_file_of_prompts_that_is_not_there(run, monkeypatch, flag):
+    monkeypatch.setattr("porttool.api.load", None)
+    said = "there is no such file; only --input-text reads standard input"
+    assert run(flag, "-") == (2, "", f"error: -: {said}\n")
+    assert run(flag, "nowhere.csv") == (2, "", "error: nowhere.csv: there is no such file\n")
+
+
 @pytest.mark.parametrize("flag", ["json", "csv", "npy", "logits-npy"])
 def test_a_place_that_is_not_there_is_refused_before_anything_runs(run, monkeypatch, flag):
     monkeypatch.setattr("porttool.api.load", None)

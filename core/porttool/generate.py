@@ -114,7 +114,11 @@ def check_prompts(prompts: Sequence[Sequence[int]], runner: Runner) -> None:
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             wrong = next(t for t in prompt if not 0 <= t < vocabulary)
-            raise UsageError(f"prompt {i} holds the id {wrong}; ids run from 0 to {vocabulary - 1}")
+            virtual = ", those of virtual tokens, from there on, need --prompt-table"
+            raise UsageError(
+                f"prompt {i} holds the id {wrong}; ids run from 0 to {vocabulary - 1}"
+                + (virtual if wrong > 0 and not runner.prompt_rows else "")
+            )
 
 
 def check_sampling(sampling: Sampling, runner: Runner) -> None:

@@ -23,7 +23,10 @@ def read_tokens(path: Path) -> list[list[int]]:
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")
-    return read_npy(path) if path.suffix == ".npy" else read_csv(path)
+    rows = read_npy(path) if path.suffix == ".npy" else read_csv(path)
+    if not rows:
+        raise UsageError(f"{path}: there is no prompt in it")
+    return rows
 
 
 def read_csv(path: Path) -> list[list[int]]:
@@ -33,7 +36,10 @@ def read_csv(path: Path) -> list[list[int]]:
         try:
             rows = [[int(value) for value in row if value.strip()] for row in reader]
         except (ValueError, csv.Error) as error:
-            raise UsageError(f"{path}, line {reader.line_num}: {error!s:.200}") from error
+            raise UsageError(
+                f"{path}, line {reader.line_num}: should be token ids, separated by commas "
+                f"({error!s:.200})"
+            ) from error
     return [row for row in rows if row]
 
 

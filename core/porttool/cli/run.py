@@ -96,6 +96,7 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
 
     asked = context.params
     check_texts(asked)
+    check_files(asked)
     check_places(asked)
     loaded = load(
         engine,
@@ -133,6 +134,14 @@ def check_texts(asked: dict[str, Any]) -> None:
             except UnicodeEncodeError as error:
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"{flag} {text!r}: not UTF-8 text") from error
+
+
+def check_files(asked: dict[str, Any]) -> None:
+    """Refuse files of prompts that are not there, before anything is loaded."""
+    for path in (asked["input_file"], asked["input_tokens"]):
+        if path is not None and not path.exists():
+            hint = "; only --input-text reads standard input" if str(path) == "-" else ""
+            raise UsageError(f"{path}: there is no such file{hint}")
 
 
 def check_places(asked: dict[str, Any]) -> None:
@@ -175,9 +184,8 @@ def with_virtual_tokens(
     tasks = [*asked["task"], *(t.strip() for t in (asked["tasks"] or "").split(",") if t.strip())]
     if asked["prompt_table"]:
         return use_table(PromptTable.open(asked["prompt_table"]), loaded.runner, prompts, tasks)
-    vocab_size = loaded.engine.manifest.config.vocab_size
-    if tasks or any(i >= vocab_size for ids in prompts for i in ids):
-        raise UsageError(f"tasks, and ids from {vocab_size} on, need --prompt-table")
+    if tasks:
+        raise UsageError("--task and --tasks need --prompt-table")
     return prompts
 
 
@@ -185,7 +193,9 @@ def read_texts(asked: dict[str, Any]) -> list[str]:
     """Return the texts of a file, of standard input, or of the command line."""
     try:
         if asked["input_file"]:
-            return read_lines(Path(asked["input_file"]).read_bytes().decode("utf-8"))
+            if lines := read_lines(asked["input_file"].read_bytes().decode("utf-8")):
+                return lines
+            raise UsageError(f"{asked['input_file']}: there is no prompt in it")
         return [
             sys.stdin.buffer.read().decode("utf-8") if text == "-" else text
             for text in asked["input_text"]
