@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,16 @@ def intact(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}: {error.filename!s:.300}") from error
+
+
+def explain_os_error(error: OSError, target: Path, path: Path) -> str:
+    """Return what went wrong with the disk that `target` is written to, and what is left."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"{target}: the disk is full; the complete files are kept in {path}, "
+            "free some space and run the same command again to go on"
+        )
+    return f"{error.filename or target}: {error.strerror or error}"
 
 
 class EngineError(PorttoolError):

@@ -7,7 +7,6 @@ is written last, with the SHA-256 of every file.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -23,7 +22,7 @@ from typing import IO, Self
 from pydantic import ValidationError
 
 from porttool.config import Closed
-from porttool.errors import CheckpointError, PorttoolError, intact
+from porttool.errors import CheckpointError, PorttoolError, explain_os_error, intact
 from porttool.progress import format_bytes
 from porttool.standing import occupied, require_free
 
@@ -155,7 +154,8 @@ def pending_folder(
     `replaces` names the manifest of a finished folder that may be replaced, None if none may;
     `sources` are read meanwhile and may not lie there. Raises UsageError if something stands at the
     target that may not be replaced, and PorttoolError if another process writes there, the place
-    cannot be written, or the disk fills up. A KeyboardInterrupt gets a note of what is left.
+    cannot be written, or the disk fills up. A KeyboardInterrupt gets a note of what is left; work
+    that is refused before a file is complete leaves nothing.
     """
     target = target if target.name.strip(".") else target.resolve()
     require_free(target, replaces, sources)
@@ -168,7 +168,12 @@ def pending_folder(
             require_free(target, replaces, sources)
             folder = PendingFolder(target, path)
             folder.resume(fingerprint)
-            yield folder
+            try:
+                yield folder
+            except PorttoolError:
+                if not folder.files:
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
     except OSError as error:
         raise PorttoolError(explain_os_error(error, target, path)) from error
     except KeyboardInterrupt as error:
@@ -178,16 +183,6 @@ def pending_folder(
                 "that folder to be rid of it"
             )
         raise
-
-
-def explain_os_error(error: OSError, target: Path, path: Path) -> str:
-    """Return what went wrong with the disk, and what is left."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"{target}: the disk is full; the complete files are kept in {path}, "
-            "free some space and run the same command again to go on"
-        )
-    return f"{error.filename or target}: {error.strerror or error}"
 
 
 @contextmanager

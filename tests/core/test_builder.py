@@ -51,7 +51,7 @@ def test_a_weight_that_overflows_in_the_engines_type(tmp_path):
     checkpoint = tiny.converted(source, tmp_path / "checkpoint")
     with pytest.raises(SourceError, match=r"norm\.weight: values up to 1e\+05 do not fit float16"):
         tiny.built(checkpoint, tmp_path / "engine", dtype="float16")
-    with pytest.raises(Exception, match=r"there is no engine\.json here"):
+    with pytest.raises(UsageError, match="engine does not exist"):
         Engine.open(tmp_path / "engine")
 
 

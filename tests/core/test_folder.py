@@ -52,6 +52,22 @@ def test_a_failed_run_leaves_no_target_and_the_next_goes_on(tmp_path):
         assert folder.files == {"one": FileRecord(bytes=1, sha256=hashlib.sha256(b"1").hexdigest())}
 
 
+def test_refused_work_leaves_only_what_can_be_taken_over(tmp_path):
+    def refused(*names):
+        with pending_folder(tmp_path / "sub" / "o", "w", replaces=None) as folder:
+            for name in names:
+                folder.add_bytes(name, b"1")
+            (folder.path / "half").write_bytes(b"1")
+            raise UsageError("no")
+
+    for names, left in (((), []), (("one",), [".o.partial"]), ((), [".o.partial"])):
+        with pytest.raises(UsageError, match="no"):
+            refused(*names)
+        assert [p.name for p in (tmp_path / "sub").iterdir()] == left
+    with pending_folder(tmp_path / "sub" / "o", "w", replaces=None) as folder:
+        assert list(folder.files) == ["one"]
+
+
 @pytest.mark.parametrize(
     "damage",
     ["other work", "cut journal", "cut file", "lost file", "flipped bit", "no journal",

@@ -107,8 +107,23 @@ def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command
     assert message in told
 
 
+@pytest.mark.parametrize("wrong", [["--engine", "onnx", "--dtype", "float64"], ["--tp", "5"],
+                                   ["--engine", "onnx", "--tp", "2"]])  # fmt: skip
+def test_a_refused_build_leaves_nothing(said, checkpoint, wrong):
+    pytest.importorskip("onnx")
+    status, message = said("build", checkpoint.path, "-o", "out", *wrong)
+    assert status == 2, message
+    assert not list(Path().iterdir())
+    assert said("run", "out", "--input-text", "x") == (2, "error: out does not exist")
+
+
 def test_a_folder_is_named_by_a_dot(said):
-    assert said("run", ".", "--input-text", "x") == (1, "error: .: there is no engine.json here")
+    status, message = said("run", ".", "--input-text", "x")
+    assert status == 1
+    assert message.startswith("error: .: there is no engine.json here, which every folder has")
+    Path("table.npy").touch()
+    with pytest.raises(UsageError, match="this is a file, not a prompt table: `porttool convert`"):
+        PromptTable.open(Path("table.npy"))
 
 
 def test_a_prompt_table_is_known_as_one(tmp_path, said):

@@ -80,13 +80,17 @@ class Watch:
                 self.seen.append(f"open {args!r:.200}")
         elif event in CHANGES:
             n_paths = 2 if event in ("os.rename", "os.link", "os.symlink") else 1
-            if not all(self._allowed(path) for path in args[:n_paths]):
+            below = args[-1] if event in ("os.remove", "os.rmdir") else -1
+            if not all(self._allowed(path, below) for path in args[:n_paths]):
                 self.seen.append(f"{event} {args!r:.200}")
 
-    def _allowed(self, path: Any) -> bool:
+    def _allowed(self, path: Any, below: int = -1) -> bool:
+        """Whether a path is inside; it may be relative to the open folder `below`."""
         if isinstance(path, int) or path is None:
             return True  # what is open already was judged when it was opened
-        absolute = os.path.abspath(os.fsdecode(path))  # noqa: PTH100 - resolve() follows links
+        folder = os.readlink(f"/proc/self/fd/{below}") if below >= 0 else ""  # noqa: PTH115
+        whole = os.path.join(folder, os.fsdecode(path))  # noqa: PTH118 - as it was given
+        absolute = os.path.abspath(whole)  # noqa: PTH100 - resolve() follows links
         return absolute == self._inside or absolute.startswith(f"{self._inside}/")
 
 
