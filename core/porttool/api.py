@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.checkpoint import Checkpoint
-from porttool.config import Dtype, Limits
+from porttool.config import Dtype
 from porttool.converter import convert as convert_source
 from porttool.engine import Engine, choose_limits
 from porttool.engine import build as build_engine
 from porttool.errors import UsageError, naming
-from porttool.evaluator import Port
 from porttool.hub import resolve_source
-from porttool.plugins import Registry, choose_converter, load_registry, named_converters
+from porttool.pairing import (
+    default_hub_id,
+    find_subject,
+    port_of,
+    recorded_source,
+    reference_port,
+    refuse_dummy,
+    report_folder,
+    with_table,
+)
+from porttool.plugins import Registry, choose_converter, load_registry
 from porttool.progress import SILENT, Progress
 from porttool.prompt_table import PromptTable, choose_table_converter, convert_table
 from porttool.runner import Runner, load_verified
@@ -86,14 +95,6 @@ def convert_prompts(
         raise UsageError("say with --output where the prompt table is to go")
     record = registry.record(registry.tables, converter.name)
     return convert_table(converter, source, output, plugin=record, dtype=dtype, replace=force)
-
-
-def default_hub_id(registry: Registry, model: str | None) -> str | None:
-    """Return where a family's weights are published."""
-    if model is None:
-        return None
-    ids = [registry.converters.get(n).hub_id for n in named_converters(registry, model)]
-    return next((hub_id for hub_id in ids if hub_id), None)
 
 
 def build(
@@ -211,8 +212,9 @@ def evaluate(
 ) -> Report:
     """Run an evaluator on an engine and its source; return its report.
 
-    `hf_model` defaults to what the checkpoint of the same model was converted from. With
-    `test_engine` or `test_hf` false that side is not loaded, and must have been saved before.
+    `hf_model` defaults to what the engine was converted from. With `test_engine` or `test_hf`
+    false that side is not loaded, and must have been saved before. A reference alone needs no
+    engine if `hf_model` and `output` are given.
     The virtual tokens of a `prompt_table` precede every prompt, on both sides.
     """
     from porttool.evaluator import REPORT
@@ -221,79 +223,20 @@ def evaluate(
     registry = registry or load_registry()
     space = workspace or Workspace.choose(None)
     evaluator = registry.evaluators.get(name)(options)
-    label = engine.name if engine and not model else space.find_model(model)
-    where = output or (engine.parent / name if engine and not model else space.report(label, name))
+    needed = test_engine or hf_model is None or output is None
+    subject = find_subject(space, engine, model, needed=needed)
+    where = output or report_folder(space, engine, model, name)
     require_place(where / REPORT)
     source = resolve_source(str(hf_model), None) if hf_model else None
-    if engine is not None or model is not None or test_engine:
-        refuse_dummy(space.find_engine(engine, model), name)
+    if subject is not None:
+        refuse_dummy(subject, name)
     if test_engine:
         loaded = load(engine, model=model, tokenizer=tokenizer, options=runner_options,
                       workspace=space, registry=registry)  # fmt: skip
-        port = port_of(loaded, source, registry, test_hf=test_hf)
+        port = port_of(loaded.runner, loaded.tokenizer, source, registry, test_hf=test_hf)
         if prompt_table is not None:
             port = with_table(port, prompt_table, registry)
     else:
-        source = source or recorded_source(space, label, registry)
-        port = Port(tokenizer=source_tokenizer(tokenizer or source), source=source,
-                    converter=choose_converter(registry, source),
-                    limits=limits_of(engine or space.engine(label)))  # fmt: skip
+        source = source or recorded_source(space, engine, model, registry)
+        port = reference_port(source, subject, tokenizer, registry)
     return run_evaluator(evaluator, port, where, progress=progress)
-
-
-def refuse_dummy(engine: Path, evaluator: str) -> None:
-    """Refuse to evaluate an engine that is no port of anything."""
-    if engine.is_dir() and Engine.open(engine, verify=False).manifest.dummy:
-        raise UsageError(
-            f"{engine} has random weights (build --dummy): {evaluator} would say nothing; "
-            "it can be benchmarked and profiled"
-        )
-
-
-def port_of(
-    loaded: LoadedEngine, source: Path | None, registry: Registry, *, test_hf: bool
-) -> Port:
-    """Set an engine beside a Hugging Face folder, and beside what it was converted from."""
-    manifest = loaded.engine.manifest
-    origin = Path(manifest.source.path)
-    reference = source or (origin if origin.exists() else None)
-    converter = registry.converter(manifest.converter.component, manifest.source.options)
-    reads = reference is not None and converter.matches(reference)
-    return Port(
-        runner=loaded.runner,
-        tokenizer=loaded.tokenizer,
-        source=reference if test_hf else None,
-        converter=converter if reads or origin.exists() else None,
-        origin=origin if origin.exists() and not (reads and test_hf) else None,
-    )
-
-
-def with_table(port: Port, path: Path, registry: Registry) -> Port:
-    """Add a prompt table, and what it was made of, which must still be there."""
-    table = PromptTable.open(path)
-    made = table.manifest
-    source = Path(made.source.path)
-    if not source.exists():
-        raise UsageError(f"{path} was made of {source}, which is not there to compare it with")
-    converter = registry.tables.get(made.plugin.component)(made.source.options)
-    return replace(port, prompt_table=table, taught=converter.open(source))
-
-
-def limits_of(engine: Path) -> Limits | None:
-    """Return the limits of an engine, if there is one."""
-    return Engine.open(engine, verify=False).manifest.limits if engine.is_dir() else None
-
-
-def recorded_source(space: Workspace, model: str, registry: Registry) -> Path:
-    """Return what a model's checkpoint came from, else where the family is published."""
-    checkpoint = space.checkpoint(model)
-    if checkpoint.is_dir():
-        recorded = Path(Checkpoint.open(checkpoint, verify=False).manifest.source.path)
-        if recorded.exists():
-            return recorded
-    return resolve_source(None, default_hub_id(registry, model))
-
-
-def source_tokenizer(folder: Path | None) -> Tokenizer | None:
-    """Load the tokenizer of a folder, if one is given."""
-    return load_tokenizer(folder) if folder else None

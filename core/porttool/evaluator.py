@@ -84,6 +84,8 @@ class Port:
     `tokenizer` defaults to the source's own. `limits` are the engine's, also where it does not run
     itself, so that a reference that runs alone cuts its prompts as the engine will. The virtual
     tokens of a `prompt_table` precede every prompt; `taught` are each task's rows in its source.
+    `kept_of` is the folder that a kept reference must be of, where it was named and does not run.
+    With `compare` both sides are wanted, so that an engine without a source is a mistake.
     """
 
     runner: Runner | None = None
@@ -94,6 +96,8 @@ class Port:
     limits: Limits | None = None
     prompt_table: PromptTable | None = None
     taught: Mapping[str, Tensor] | None = None
+    kept_of: Path | None = None
+    compare: bool = False
 
 
 class Evaluator(Component):
@@ -105,6 +109,18 @@ class Evaluator(Component):
 
         What is missing and cannot be done without is a UsageError saying how to get it.
         """
+
+
+def missing_side(port: Port, command: str) -> str:
+    """Say what a command lacks, and that the recorded source is gone where it is."""
+    said = (
+        f"{command} needs the engine and the Hugging Face folder that it came from; name the "
+        "folder with --hf-model"
+    )
+    recorded = port.runner.engine.manifest.source.path if port.runner else None
+    if recorded is None or Path(recorded).exists():
+        return said
+    return f"{recorded}, which the engine was converted from, is no longer there: {said}"
 
 
 def evaluate(

@@ -37,11 +37,15 @@ class Workspace:
         """Return where a model's reports of a kind live."""
         return self.root / model / kind
 
+    def models(self) -> list[str]:
+        """Return the models that have an engine here."""
+        return sorted(p.parent.parent.name for p in self.root.glob("*/engine/engine.json"))
+
     def find_model(self, model: str | None) -> str:
         """Return the model that was named, or the only one that has an engine here."""
         if model is not None:
             return model
-        found = sorted(p.parent.parent.name for p in self.root.glob("*/engine/engine.json"))
+        found = self.models()
         if len(found) == 1:
             return found[0]
         listed = ", ".join(found) if found else "none"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -148,20 +147,3 @@ def test_what_cannot_be_measured(tmp_path, problems, coder, engine, source):
     plain = tiny.built(tiny.converted(source, tmp_path / "checkpoint"), tmp_path / "engine")
     with pytest.raises(UsageError, match="not converted with tokens for infilling"):
         measure(tmp_path / "out", problems, engine=plain, tokenizer=coder, max_new_tokens=2)
-
-
-def test_without_its_source_an_engine_takes_no_other_models_reference(
-    tmp_path, problems, coder, capsys
-):
-    source = shutil.copytree(coder, tmp_path / "source")
-    engine = tiny.built(tiny.converted(source, tmp_path / "checkpoint"), tmp_path / "engine")
-    other = write_coder(tmp_path / "other", seed=1)
-    asked = ["infill", str(engine.path), "--dataset", str(problems), "--max-new-tokens", "4",
-             "--set", "resamples", "200"]  # fmt: skip
-    assert porttool([*asked, "--hf-model", str(other), "--test-hf"]) == 0, capsys.readouterr().err
-    shutil.rmtree(source)
-    assert porttool([*asked, "--check-accuracy"]) == 2
-    assert "was made with another model" in capsys.readouterr().err
-    shutil.rmtree(tmp_path / "engine-reports")
-    assert porttool(asked) == 2
-    assert "is no longer there: infill needs the engine and" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from porttool.evaluators.programs import (
     encode_problems,
     load_problems,
 )
-from porttool.evaluators.results import Decoding, SideResult, Task
+from porttool.evaluators.results import Decoding, SideResult, Task, require_sides
 from porttool.evaluators.summarize import bounds_of, run_sides
 from porttool.progress import SILENT, Progress
 from porttool.text import load_tokenizer
@@ -81,8 +81,7 @@ class InfillEvaluator(Evaluator):
         )
 
         options = cast("InfillOptions", self.options)
-        if port.runner is None and port.source is None:
-            raise UsageError("neither an engine nor a Hugging Face folder was given")
+        require_sides(port, output, self.name)
         problems = load_problems(options.dataset, options.kind, options.max_problems)
         work = assign(options, port, problems)
         sides = run_sides(options.as_summaries, port, work, output, progress)

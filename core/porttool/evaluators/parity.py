@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from porttool.component import Options
 from porttool.errors import UsageError
-from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate
+from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate, missing_side
 from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class ParityEvaluator(Evaluator):
 
         options = cast("ParityOptions", self.options)
         if port.runner is None or port.source is None:
-            raise UsageError(missing_side(port))
+            raise UsageError(missing_side(port, "verify"))
         require_same_shape(port.source, port.runner.config)
         findings = Findings()
         with derived(port.converter, port.origin or port.source, output, progress) as derivation:
@@ -123,18 +123,6 @@ class ParityEvaluator(Evaluator):
                 notes=tuple(findings.notes),
                 measurements={"options": options.model_dump(mode="json"), **findings.measurements},
             )
-
-
-def missing_side(port: Port) -> str:
-    """Say what verify lacks, and that the recorded source is gone where it is."""
-    said = (
-        "verify needs the engine and the Hugging Face folder that it came from; name the folder "
-        "with --hf-model"
-    )
-    recorded = port.runner.engine.manifest.source.path if port.runner else None
-    if recorded is None or Path(recorded).exists():
-        return said
-    return f"{recorded}, which the engine was converted from, is no longer there: {said}"
 
 
 def judge_config(engine: ModelConfig, source: ModelConfig) -> Verdict:

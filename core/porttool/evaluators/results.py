@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from porttool.component import explain
 from porttool.config import Closed, Dtype
 from porttool.errors import UsageError
-from porttool.evaluator import write_whole
+from porttool.evaluator import Port, missing_side, write_whole
 
 Side = Literal["engine", "reference"]
 
@@ -94,6 +94,7 @@ class Task(Closed):
 class SideResult(Closed):
     """One side's continuations of a task. `model` fingerprints the source or the checkpoint.
 
+    `source` is a reference's folder as a conversion records it, to be known when it is gone.
     `rounding` is the reference's own drift in narrower types: 99 % of its tokens'
     log-probabilities move by no more when it is run in them.
     """
@@ -103,6 +104,7 @@ class SideResult(Closed):
     side: Side
     description: str
     model: str
+    source: str | None = None
     dtype: Dtype
     task: Task
     speed: Speed
@@ -150,3 +152,37 @@ def require_same_task(saved: SideResult, task: Task, path: Path) -> None:
     if len(saved.continuations) != len(task.articles):
         raise UsageError(f"{path} holds {len(saved.continuations)} results of "
                          f"{len(task.articles)} articles; run the {saved.side} again")  # fmt: skip
+
+
+def require_same_model(saved: SideResult, port: Port, path: Path) -> None:
+    """Refuse a reference of another model than the folder named, or than the engine's source.
+
+    A source that is gone is known by the fingerprint that its conversion recorded.
+    """
+    from porttool.evaluators.reference import fingerprint_model
+
+    if port.runner is None:
+        return
+    record = port.runner.engine.manifest.source
+    folder = port.kept_of or Path(record.path)
+    if not folder.exists():
+        ours, theirs = saved.source or "none recorded", record.fingerprint
+    elif (folder / "config.json").is_file():
+        ours, theirs = saved.model, fingerprint_model(folder)
+    else:
+        ours, theirs = saved.model, "no config.json"
+    if ours != theirs:
+        raise UsageError(
+            f"{path} was made with another model (fingerprint {ours[:14]}, {folder}: "
+            f"{theirs[:14]}); run --test-hf again, or name with --hf-model the folder that "
+            "it was made with"
+        )
+
+
+def require_sides(port: Port, output: Path, command: str) -> None:
+    """Refuse before anything runs what can compare nothing: a kept reference is a side too."""
+    if port.runner is None and port.source is None:
+        raise UsageError("neither an engine nor a Hugging Face folder was given")
+    kept = result_file(output, "reference").is_file()
+    if port.compare and port.source is None and not kept:
+        raise UsageError(missing_side(port, command))

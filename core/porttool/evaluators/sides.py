@@ -16,6 +16,7 @@ from porttool.evaluators.reference import (
     median_seconds,
 )
 from porttool.evaluators.results import Continuation, Decoding, SideResult, Speed, Task
+from porttool.folder import fingerprint
 from porttool.progress import Progress
 from porttool.text import Tokenizer
 
@@ -52,6 +53,7 @@ def run_reference(
         side="reference",
         description=model.description,
         model=fingerprint_model(model.folder),
+        source=fingerprint(model.folder),
         dtype=model.dtype,
         task=task,
         speed=speed_of(found, seconds, first),

@@ -13,7 +13,9 @@ from porttool.evaluators.results import (
     SideResult,
     Task,
     load_result,
+    require_same_model,
     require_same_task,
+    require_sides,
     result_file,
 )
 from porttool.progress import SILENT, Progress
@@ -63,8 +65,7 @@ class SummarizeEvaluator(Evaluator):
 
         options = cast("SummarizeOptions", self.options)
         require_matplotlib()
-        if port.runner is None and port.source is None:
-            raise UsageError("neither an engine nor a Hugging Face folder was given")
+        require_sides(port, output, self.name)
         if port.runner is not None and port.source is not None:
             require_same_shape(port.source, port.runner.config)
         work = assign(options, port)
@@ -170,6 +171,11 @@ def run_sides(
     """Return engine and reference, each run now or else as saved; saved ones are checked first."""
     saved_engine = None if port.runner else saved_side(output, "engine", work.task)
     saved_reference = None if port.source else saved_side(output, "reference", work.task)
+    if saved_reference:
+        kept = result_file(output, "reference")
+        require_same_model(saved_reference, port, kept)
+        if port.compare:
+            progress.note(f"what the engine was converted from is gone: {kept} is compared")
     if saved_reference and options.reference_dtype not in (None, saved_reference.dtype):
         raise UsageError(
             f"{result_file(output, 'reference')} was made in {saved_reference.dtype}, not "

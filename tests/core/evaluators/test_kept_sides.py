@@ -1,0 +1,180 @@
+"""Sides that run apart by the commands: a kept reference is of this engine's model, or refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tiny
+from porttool.cli import invoke
+from porttool.engine import choose_limits
+from tiny_coder import write_coder
+
+SHORT = ["--max-new-tokens", "6", "--max-input-len", "40", "--set", "resamples", "200"]
+
+
+def scale(source, factor):
+    """Make another model of a source, of the same shape."""
+    tensors = load_file(source / "model.safetensors")
+    changed = {name: tensor * factor for name, tensor in tensors.items()}
+    save_file(changed, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+@pytest.fixture
+def source(writer, tmp_path):
+    return shutil.copytree(writer, tmp_path / "source")
+
+
+@pytest.fixture
+def engine(source, tmp_path):
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint")
+    limits = choose_limits(checkpoint.config, max_batch_size=8, max_input_len=48, max_output_len=24)
+    return tiny.built(checkpoint, tmp_path / "gpt2", limits=limits).path
+
+
+@pytest.fixture
+def summarize(articles, tmp_path, monkeypatch, capsys):
+    """Run the command in an empty work folder; return its status and what it said."""
+    monkeypatch.setenv("PORTTOOL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        asked = ["summarize", *map(str, arguments), "--dataset", str(articles), *SHORT]
+        status = invoke(asked)
+        shown = capsys.readouterr()
+        return status, shown.out + shown.err
+
+    return run
+
+
+@pytest.fixture
+def kept(summarize, engine, source, tmp_path):
+    """A folder with the kept reference of the engine's own source."""
+    named = ("--hf-model", source, "--test-hf")
+    status, said = summarize(engine, *named, "--output", tmp_path / "kept")
+    assert status == 0, said
+    return tmp_path / "kept"
+
+
+def test_a_reference_of_the_engines_own_source_is_taken(summarize, engine, source, kept, tmp_path):
+    asked = (engine, "--test-engine", "--check-accuracy", "--output", kept)
+    for more in ((), ("--hf-model", shutil.copytree(source, tmp_path / "copy"))):
+        status, said = summarize(*asked, *more)
+        assert status == 0, said
+
+
+def test_a_reference_of_another_folder_than_the_named_is_refused(
+    summarize, engine, source, kept, tmp_path
+):
+    other = scale(shutil.copytree(source, tmp_path / "other"), 1.5)
+    status, said = summarize(
+        engine, "--hf-model", other, "--test-engine", "--check-accuracy", "--output", kept
+    )
+    assert status == 2
+    assert "reference.json was made with another model (fingerprint" in said
+    assert "run --test-hf again" in said
+
+
+def test_a_reference_of_a_folder_that_is_no_model_of_its_own_is_refused(
+    summarize, engine, kept, tmp_path
+):
+    (tmp_path / "archive").mkdir()
+    status, said = summarize(
+        engine, "--hf-model", tmp_path / "archive", "--test-engine", "--output", kept
+    )
+    assert status == 2
+    assert "archive: no config.json)" in said
+
+
+def test_a_reference_of_the_weights_before_is_refused(summarize, engine, source, kept):
+    scale(source, 1.5)
+    status, said = summarize(engine, "--test-engine", "--check-accuracy", "--output", kept)
+    assert status == 2
+    assert "was made with another model" in said
+
+
+def test_where_the_source_is_gone_its_own_reference_is_taken(summarize, engine, source, kept):
+    shutil.rmtree(source)
+    for side in ((), ("--test-engine",)):
+        status, said = summarize(engine, *side, "--check-accuracy", "--output", kept)
+        assert status == 0, said
+        assert ("is gone" in said) is (side == ())
+
+
+def test_where_the_source_is_gone_another_models_reference_is_refused(
+    summarize, engine, source, tmp_path
+):
+    other = scale(shutil.copytree(source, tmp_path / "other"), 1.5)
+    output = ("--output", tmp_path / "kept")
+    assert summarize(engine, "--hf-model", other, "--test-hf", *output)[0] == 0
+    shutil.rmtree(source)
+    status, said = summarize(engine, "--check-accuracy", *output)
+    assert status == 2
+    assert "was made with another model" in said
+
+
+def test_engines_of_one_folder_do_not_share_a_report(summarize, engine, tmp_path):
+    second = shutil.copytree(engine, tmp_path / "second")
+    assert summarize(engine, "--test-hf")[0] == 0
+    assert (tmp_path / "gpt2-reports" / "summarize" / "reference.json").is_file()
+    assert summarize(second, "--test-engine")[0] == 0
+    report = json.loads((tmp_path / "second-reports" / "summarize" / "report.json").read_text())
+    assert report["reference"] == "not run"
+
+
+def test_an_engine_whose_folder_is_called_like_a_family_runs_its_own_source(
+    summarize, engine, source, tmp_path
+):
+    other = scale(shutil.copytree(source, tmp_path / "other"), 1.5)
+    tiny.converted(other, tmp_path / "home" / "gpt2" / "checkpoint")
+    assert summarize(engine, "--test-hf")[0] == 0
+    status, said = summarize(engine, "--test-engine", "--check-accuracy")
+    assert status == 0, said
+
+
+def test_a_reference_alone_whose_source_is_gone_is_to_be_named(summarize, engine, source):
+    shutil.rmtree(source)
+    status, said = summarize(engine, "--test-hf")
+    assert status == 2
+    assert f"{source}, which" in said
+    assert "name it with --hf-model" in said
+
+
+def test_a_reference_alone_needs_no_engine(summarize, source, engine, tmp_path):
+    output = ("--output", tmp_path / "kept")
+    status, said = summarize("--hf-model", source, "--test-hf", *output)
+    assert status == 0, said
+    status, said = summarize(engine, "--test-engine", "--check-accuracy", *output)
+    assert status == 0, said
+
+
+@pytest.mark.parametrize("check", [[], ["--check-accuracy"]])
+def test_without_source_and_reference_nothing_runs(summarize, engine, source, tmp_path, check):
+    shutil.rmtree(source)
+    status, said = summarize(engine, *check)
+    assert status == 2
+    assert f"{source}, which the engine was converted from, is no longer there" in said
+    assert "name the folder with --hf-model" in said
+    assert not list(tmp_path.rglob("engine-summaries.json"))
+
+
+def test_infill_takes_no_other_models_reference_either(tmp_path, capsys):
+    coder = write_coder(tmp_path / "source")
+    engine = tiny.built(tiny.converted(coder, tmp_path / "checkpoint"), tmp_path / "engine")
+    other = write_coder(tmp_path / "other", seed=1)
+    problem = {"task_id": "Test/0", "prompt": "def add(xs):\n", "entry_point": "add", "test": "",
+               "canonical_solution": "    total = sum(xs)\n    return total\n"}  # fmt: skip
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
+    asked = ["infill", str(engine.path), "--dataset", str(tmp_path / "problems.jsonl"),
+             "--max-new-tokens", "4", "--set", "resamples", "200"]  # fmt: skip
+    assert invoke([*asked, "--hf-model", str(other), "--test-hf"]) == 0, capsys.readouterr().err
+    shutil.rmtree(coder)
+    assert invoke([*asked, "--check-accuracy"]) == 2
+    assert "was made with another model" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "engine-reports")
+    assert invoke(asked) == 2
+    assert "is no longer there: infill needs the engine and" in capsys.readouterr().err
