@@ -26,7 +26,14 @@ from porttool.config import (
     PromptTemplate,
     SpecialTokens,
 )
-from porttool.errors import CheckpointError, PorttoolError, SourceError, UsageError, intact
+from porttool.errors import (
+    CheckpointError,
+    MissingFolder,
+    PorttoolError,
+    SourceError,
+    UsageError,
+    intact,
+)
 from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
 
@@ -247,7 +254,7 @@ def explain_missing(path: Path, name: str) -> PorttoolError:
     if wanted is None:
         return CheckpointError(f"{path}: there is no {name} here")
     if not path.exists():
-        return UsageError(f"{path} does not exist")
+        return MissingFolder(path)
     if found is not None:
         step = ": build it first" if (found, wanted) == ("a checkpoint", "an engine") else ""
         return UsageError(f"{path}: this is {found} of porttool, not {wanted}{step}")

@@ -20,6 +20,14 @@ class UsageError(PorttoolError):
     exit_status = 2
 
 
+class MissingFolder(UsageError):
+    """A folder that one of porttool's steps makes is not there; `path` is its place."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} does not exist")
+        self.path = path
+
+
 class SourceError(PorttoolError):
     """A source checkpoint is missing, damaged, hostile or of another family."""
 

@@ -117,6 +117,39 @@ def test_a_refused_build_leaves_nothing(said, checkpoint, wrong):
     assert said("run", "out", "--input-text", "x") == (2, "error: out does not exist")
 
 
+NEEDS_AN_ENGINE = ("run --input-text x", "verify", "bench", "profile", "summarize",
+                   "infill --dataset none.jsonl")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["build", *NEEDS_AN_ENGINE])
+@pytest.mark.parametrize("wrong", ["gpt2x", "gpt-2", "gp2"])
+def test_a_model_that_is_not_there(said, command, wrong):
+    status, message = said(*command.split(), "--model", wrong)
+    folder = "checkpoint" if command == "build" else "engine"
+    assert status == 2
+    assert message.startswith(
+        f"error: porttool-out/{wrong}/{folder} does not exist: there is no converter named "
+        f"'{wrong}'; did you mean 'gpt2'? (installed: "
+    )
+
+
+def test_a_model_whose_steps_are_still_to_do(said, checkpoint, tmp_path):
+    convert, build = "`porttool convert --model gpt2`", "`porttool build --model gpt2`"
+    engine = "error: porttool-out/gpt2/engine does not exist; run "
+    assert said("build", "--model", "gpt2") == (
+        2, f"error: porttool-out/gpt2/checkpoint does not exist; run {convert} first"
+    )  # fmt: skip
+    for command in NEEDS_AN_ENGINE:
+        asked = [*command.split(), "--model", "gpt2"]
+        assert said(*asked) == (2, f"{engine}{convert} and {build} first")
+    assert "give --model gpt2" in said("build", "--model", "gpt2/megatron")[1]
+    shutil.copytree(checkpoint.path, tmp_path / "porttool-out" / "gpt2" / "checkpoint")
+    for command in NEEDS_AN_ENGINE:
+        assert said(*command.split(), "--model", "gpt2") == (2, f"{engine}{build} first")
+    there = said("build", "--model", "gpt2", "--workdir", "there")[1]
+    assert there.endswith("run `porttool convert --model gpt2 --workdir there` first")
+
+
 def test_a_folder_is_named_by_a_dot(said):
     status, message = said("run", ".", "--input-text", "x")
     assert status == 1

@@ -11,6 +11,7 @@ from porttool.cli import console
 from porttool.cli.options import (
     FILE,
     FOLDER,
+    ModelCommand,
     OptionTable,
     as_settings,
     json_option,
@@ -51,7 +52,7 @@ PICTURES = (".png", ".svg", ".pdf")
 """What a picture's name may end in."""
 
 
-@click.command("bench")
+@click.command("bench", cls=ModelCommand)
 @click.argument("engines", type=FOLDER, nargs=-1)
 @table_options(GRID, OPTIONS)
 @model_options

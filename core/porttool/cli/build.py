@@ -12,6 +12,7 @@ from porttool.cli import console
 from porttool.cli.options import (
     DTYPES,
     FOLDER,
+    ModelCommand,
     OptionTable,
     as_settings,
     json_option,
@@ -70,7 +71,7 @@ DUMMY: OptionTable = (
 )  # fmt: skip
 
 
-@click.command("build")
+@click.command("build", cls=ModelCommand)
 @click.argument("checkpoint", type=FOLDER, required=False)
 @model_options
 @click.option("--output", "-o", type=FOLDER, help="Folder of the engine.")

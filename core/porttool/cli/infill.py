@@ -8,7 +8,15 @@ from typing import Any
 import click
 
 from porttool.cli.evaluation import SHARED, SIDES, choose_sides, options_of, run_evaluation
-from porttool.cli.options import DTYPES, FILE, FOLDER, json_option, model_options, table_options
+from porttool.cli.options import (
+    DTYPES,
+    FILE,
+    FOLDER,
+    ModelCommand,
+    json_option,
+    model_options,
+    table_options,
+)
 
 OPTIONS = (
     ("--dataset", {"type": FILE, "required": True,
@@ -23,7 +31,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-@click.command("infill")
+@click.command("infill", cls=ModelCommand)
 @click.argument("engine", type=FOLDER, required=False)
 @table_options(SIDES, OPTIONS, SHARED)
 @model_options

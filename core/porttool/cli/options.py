@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from porttool.errors import UsageError
+from porttool.errors import MissingFolder, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,6 +18,44 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 FOLDER = click.Path(path_type=Path)
 OUTPUT = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class ModelCommand(click.Command):
+    """A command with --model: where a folder of the model's is missing, it says what makes it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except MissingFolder as error:
+            advice = advise_step(error.path, ctx.params["model"], ctx.params["workdir"])
+            raise UsageError(f"{error}{advice}") from error
+
+
+def advise_step(missing: Path, model: str | None, workdir: Path | None) -> str:
+    """Return which commands make a model's folder; empty for a folder that was given by its path.
+
+    A model that is not installed gets what `convert` would say of it.
+    """
+    from porttool.plugins import load_registry, named_converters
+    from porttool.workspace import Workspace
+
+    space = Workspace.choose(workdir)
+    if model is None or missing not in (space.checkpoint(model), space.engine(model)):
+        return ""
+    steps = ["build"] if missing == space.engine(model) else []
+    if not space.checkpoint(model).exists():
+        converters = (registry := load_registry()).converters
+        try:
+            family = converters.get(named_converters(registry, model)[0]).family
+        except UsageError as error:
+            return f": {error}"
+        if family != model:
+            return f": folders go by the family, give --model {family}"
+        steps.insert(0, "convert")
+    where = f" --workdir {workdir}" if workdir else ""
+    said = " and ".join(f"`porttool {step} --model {model}{where}`" for step in steps)
+    return f"; run {said} first"
 
 
 def model_options(command: F) -> F:

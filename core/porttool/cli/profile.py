@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 import click
 
 from porttool.cli import console
-from porttool.cli.options import FOLDER, OUTPUT, as_settings, json_option, model_options, set_option
+from porttool.cli.options import (
+    FOLDER,
+    OUTPUT,
+    ModelCommand,
+    as_settings,
+    json_option,
+    model_options,
+    set_option,
+)
 from porttool.standing import require_place
 
 if TYPE_CHECKING:
@@ -19,7 +27,7 @@ POSITIVE = click.IntRange(min=1)
 KERNELS_SHOWN = 15
 
 
-@click.command("profile")
+@click.command("profile", cls=ModelCommand)
 @click.argument("engine", type=FOLDER, required=False)
 @model_options
 @click.option("--output", "-o", type=OUTPUT, default=Path("profile"), show_default=True,

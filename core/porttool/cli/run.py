@@ -13,6 +13,7 @@ from porttool.cli.bench import require_writable
 from porttool.cli.options import (
     FILE,
     FOLDER,
+    ModelCommand,
     OptionTable,
     as_settings,
     model_options,
@@ -82,7 +83,7 @@ INPUT_CHOICES: tuple[set[str], ...] = (
 )  # fmt: skip
 
 
-@click.command("run")
+@click.command("run", cls=ModelCommand)
 @click.argument("engine", type=FOLDER, required=False)
 @table_options(INPUTS, SAMPLING, OUTPUTS)
 @model_options
@@ -96,7 +97,7 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
 
     asked = context.params
     check_texts(asked)
-    check_files(asked)
+    check_inputs(asked)
     check_places(asked)
     loaded = load(
         engine,
@@ -132,12 +133,14 @@ def check_texts(asked: dict[str, Any]) -> None:
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} {text!r}: not UTF-8 text") from error
+                raise UsageError(f"--{name.replace('_', '-')} {text!r}: not UTF-8 text") from error
 
 
-def check_files(asked: dict[str, Any]) -> None:
-    """Refuse files of prompts that are not there, before anything is loaded."""
+def check_inputs(asked: dict[str, Any]) -> None:
+    """Refuse other than one input, and files that are not there, before anything is loaded."""
+    given = {k for k in set().union(*INPUT_CHOICES) if asked[k]}
+    if given not in INPUT_CHOICES:
+        raise UsageError("give one of --input-text, --input-file, --input-tokens and --prefix")
     for path in (asked["input_file"], asked["input_tokens"]):
         if path is not None and not path.exists():
             hint = "; only --input-text reads standard input" if str(path) == "-" else ""
@@ -158,9 +161,6 @@ def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]
     from porttool.text import fill_template, infill_prompt
     from porttool.token_files import read_tokens
 
-    given = {k for k in set().union(*INPUT_CHOICES) if asked[k]}
-    if given not in INPUT_CHOICES:
-        raise UsageError("give one of --input-text, --input-file, --input-tokens and --prefix")
     if asked["input_tokens"]:
         return read_tokens(asked["input_tokens"])
     if loaded.tokenizer is None:

@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from porttool.cli.evaluation import SHARED, SIDES, choose_sides, options_of, run_evaluation
-from porttool.cli.options import DTYPES, FOLDER, json_option, model_options, table_options
+from porttool.cli.options import (
+    DTYPES,
+    FOLDER,
+    ModelCommand,
+    json_option,
+    model_options,
+    table_options,
+)
 
 OPTIONS = (
     ("--dataset", {"help": "Hub id, .jsonl, .parquet or saved folder [abisee/cnn_dailymail]."}),
@@ -27,7 +34,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-@click.command("summarize")
+@click.command("summarize", cls=ModelCommand)
 @click.argument("engine", type=FOLDER, required=False)
 @table_options(SIDES, OPTIONS, SHARED)
 @model_options

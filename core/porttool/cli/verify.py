@@ -10,6 +10,7 @@ import click
 from porttool.cli.evaluation import SHARED, options_of, run_evaluation
 from porttool.cli.options import (
     FOLDER,
+    ModelCommand,
     OptionTable,
     json_option,
     model_options,
@@ -23,7 +24,7 @@ TABLE: OptionTable = (
 )  # fmt: skip
 
 
-@click.command("verify")
+@click.command("verify", cls=ModelCommand)
 @click.argument("engine", type=FOLDER, required=False)
 @table_options(OPTIONS, TABLE, SHARED)
 @model_options
