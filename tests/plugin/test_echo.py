@@ -127,18 +127,22 @@ def test_its_command_and_its_evaluator(porttool, engine, checkpoint, tmp_path):
     assert "count: (3, 5, 7, 9), bound (2, 3, 4, 5)" in said.replace("\n", " ")
 
 
-def test_without_it_its_engine_says_what_is_missing(porttool, engine):
-    said = porttool("run", engine, "--input-tokens", "ids.csv", status=2,
+def test_without_it_its_engine_says_what_is_missing(porttool, engine, tmp_path):
+    ids = tmp_path / "ids.csv"
+    ids.write_text("5,6\n")
+    said = porttool("run", engine, "--input-tokens", ids, status=2,
                     PORTTOOL_DISABLE_PLUGINS="echo")  # fmt: skip
     assert "there is no runner named 'echo'" in said.replace("\n", " ")
 
 
-def test_another_version_of_it_is_told(porttool, engine, installed):
+def test_another_version_of_it_is_told(porttool, engine, installed, tmp_path):
+    ids = tmp_path / "ids.csv"
+    ids.write_text("5,6\n")
     metadata = installed / "porttool_echo-3.1.4.dist-info" / "METADATA"
     kept = metadata.read_text()
     try:
         metadata.write_text(kept.replace("Version: 3.1.4", "Version: 3.2.0"))
-        said = porttool("run", engine, "--input-tokens", "ids.csv", status=1).replace("\n", " ")
+        said = porttool("run", engine, "--input-tokens", ids, status=1).replace("\n", " ")
     finally:
         metadata.write_text(kept)
     assert "porttool-echo 3.1.4" in said
