@@ -272,10 +272,6 @@ inline float warp_sum(float v) {
     for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
     return v;
 }
-inline u32 read_now(const u32* from) {
-    pause();
-    return *from;
-}
 
 inline float2 widen(u32 pair) { return {widen_one(pair), widen_one(pair >> 16)}; }
 inline void widen8(const char* from, float* to) {
@@ -346,6 +342,10 @@ inline u32 count_up(u32* at) {
 inline float hear(const u64* from, u32 flag) {
     wait_until([&] { return u32(*from >> 32) == flag; });
     return __uint_as_float(*from);
+}
+template <int N>
+void hear(float (&heard)[N], const u64* const (&places)[N], u32 flag) {
+    for (int i = 0; i < N; ++i) heard[i] = hear(places[i], flag);
 }
 template <int N>
 void hear(Words (&heard)[N], const u64* from, int first, int step, int end, u32 flag) {

@@ -74,9 +74,10 @@ def persistent_candidates(config: ModelConfig, programs: int) -> Iterator[list[P
     steps = -(-row // -(-row // 32))
     most = min(programs // config.n_head, 8)
     yield [PersistentTile(steps, 3, splits) for splits in (1, 2, 3, 4, 5, 6, 8) if splits <= most]
-    yield [PersistentTile(steps, flying, 0) for flying in (2, 4)]
-    yield [PersistentTile(2 * steps, flying, 0) for flying in (2, 3)]
-    yield [PersistentTile(0, 0, 0, fillers=2)]
+    yield [PersistentTile(0, 0, 0, 0, sharing) for sharing in (4, 2)]
+    yield [PersistentTile(steps, flying, 0, 0, 0) for flying in (2, 4)]
+    yield [PersistentTile(2 * steps, flying, 0, 0, 0) for flying in (2, 3)]
+    yield [PersistentTile(0, 0, 0, 2, 0)]
 
 
 def cluster_candidates(

@@ -131,13 +131,14 @@ class PersistentTile:
 
     Pieces of up to `steps` x 64 bytes of a matrix row, `flying` slots of eight such pieces on their
     way to a multiprocessor at a time, the context of a head in `splits` parts, `fillers` warps that
-    ask for all of it.
+    ask for all of it, `sharing` warps that multiply a slot together.
     """
 
     steps: int
     flying: int
     splits: int
     fillers: int = 4
+    sharing: int = 8
 
 
 @dataclass(frozen=True)

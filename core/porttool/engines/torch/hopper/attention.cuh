@@ -15,34 +15,46 @@ struct Running {
 };
 
 struct Attention : Program {
-    // Element d of a head of `qkv`, rotated by its position (Su et al. 2021): i is paired with
-    // i + ROTARY / 2, elements from ROTARY on pass through.
-    __device__ float rotated(int head, int d) const {
-        const u64* from = s.plan.qkv + head * DIM;
-        float value = hear(from + d, flag());
-        if (d < ROTARY) {
-            constexpr int HALF = most(ROTARY / 2, 1);
-            const float other = hear(from + (d < HALF ? d + HALF : d - HALF), flag());
-            const long long angle = static_cast<long long>(position) * HALF + d % HALF;
-            value = value * s.plan.cosine[angle] + (d < HALF ? -other : other) * s.plan.sine[angle];
-        }
-        return value;
-    }
-
     // The step's query, and where this program attends to the step's own position its key and
-    // value.
+    // value. Queries and keys are rotated by their position (Su et al. 2021): element i is paired
+    // with i + ROTARY / 2, elements from ROTARY on pass through.
     __device__ void load_heads(const Part& part, bool own) {
+        constexpr int EACH = (3 * DIM + THREADS - 1) / THREADS, HALF = most(ROTARY / 2, 1);
         const Layer& w = weights();
-        const int kv = part.kv();
-        for (int i = threadIdx.x; i < (own ? 3 : 1) * DIM; i += THREADS) {
+        const int kv = part.kv(), count = (own ? 3 : 1) * DIM;
+        const u64* places[EACH];
+        float heard[EACH], cosine[EACH], sine[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const int i = min(static_cast<int>(threadIdx.x) + j * THREADS, count - 1);
             const int d = i % DIM, kind = i / DIM;
+            const int head = kind == 0 ? part.head : HEADS + (kind - 1) * KV + kv;
+            places[j] = s.plan.qkv + head * DIM + d;
+            if (!ROTARY || d >= ROTARY) continue;
+            const long long angle = static_cast<long long>(position) * HALF + d % HALF;
+            cosine[j] = s.plan.cosine[angle], sine[j] = s.plan.sine[angle];
+        }
+        hear(heard, places, flag());
+        float* plain = reinterpret_cast<float*>(s.input);
+        if (ROTARY) {
+#pragma unroll
+            for (int j = 0; j < EACH; ++j)
+                if (threadIdx.x + j * THREADS < count) plain[threadIdx.x + j * THREADS] = heard[j];
+            together();
+        }
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            const int i = threadIdx.x + j * THREADS, d = i % DIM, kind = i / DIM;
+            if (i >= count) break;
+            float value = heard[j];
+            if (ROTARY && kind < 2 && d < ROTARY)
+                value =
+                    value * cosine[j] + (d < HALF ? -plain[i + HALF] : plain[i - HALF]) * sine[j];
             if (kind == 0) {
-                s.query[d] = rotated(part.head, d) * static_cast<float>(w.scale);
+                s.query[d] = value * static_cast<float>(w.scale);
                 continue;
             }
-            const u16 kept =
-                narrow(kind == 1 ? rotated(HEADS + kv, d)
-                                 : hear(s.plan.qkv + (HEADS + KV + kv) * DIM + d, flag()));
+            const u16 kept = narrow(value);
             (kind == 1 ? s.key : s.value)[d] = widen_one(kept);
             if (part.head % (HEADS / KV) == 0)
                 (kind == 1 ? w.keys : w.values)[(kv * s.plan.capacity + position) * DIM + d] = kept;
@@ -71,7 +83,7 @@ struct Attention : Program {
         for (int i = 0; i < 8; ++i) query[i] = s.query[at + i];
         const int end = part.stored(position);
         for (int first = part.low; first < end; first += CHUNK) {
-            const char* chunk = slot(0);
+            const char* chunk = slot();
             for (int i = 0; i < CHUNK && first + i < end; i += TOGETHER) {
                 const int t = i + warp * (32 / LANES) + group;
                 const int offset = (t * DIM + at) * 2;
@@ -81,8 +93,7 @@ struct Attention : Program {
                 widen8(chunk + CHUNK * DIM * 2 + offset, value);
                 if (inside) run.take(score, value);
             }
-            release(0, 1);
-            ++taken;
+            release();
         }
         if (own && warp == 0) {
             const float score = dot(query, s.key + at);

@@ -30,11 +30,6 @@ __device__ __forceinline__ void pass() {
     asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(MEMBERS) : "memory");
 }
 
-// What another thread of the program may be writing.
-__device__ __forceinline__ u32 read_now(const u32* from) {
-    return *const_cast<const volatile u32*>(from);
-}
-
 // ---- numbers ----
 
 // Two 16-bit numbers of one word as float32.
@@ -186,6 +181,27 @@ __device__ __forceinline__ float hear(const u64* place, u32 flag) {
         asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
     } while (static_cast<u32>(word >> 32) != flag);
     return __uint_as_float(static_cast<u32>(word));
+}
+
+// Words of the stage at several places, all asked for together.
+template <int N>
+__device__ __forceinline__ void hear(float (&heard)[N], const u64* const (&places)[N], u32 flag) {
+    bool all;
+    do {
+        u64 words[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
+                         : "=l"(words[i])
+                         : "l"(places[i])
+                         : "memory");
+        all = true;
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            all = all && static_cast<u32>(words[i] >> 32) == flag;
+            heard[i] = __uint_as_float(static_cast<u32>(words[i]));
+        }
+    } while (!all);
 }
 
 // Pairs first, first + step, ... below `end`, all asked for together.

@@ -11,21 +11,16 @@ __device__ __forceinline__ void together() { meet<1, THREADS>(); }
 struct Product {
     float acc[4][4] = {};
 
-    __device__ void piece(const char* weights, const char* input, int n) {
-        int i = 0;
-        for (; i + 8 <= n; i += 8) several<8>(weights + i * STEP, input + i * STEP);
-        if (i + 4 <= n) several<4>(weights + i * STEP, input + i * STEP), i += 4;
-        for (; i < n; ++i) several<1>(weights + i * STEP, input + i * STEP);
-    }
-
+    // Every SHARE-th of `n` steps, N of them at most.
     template <int N>
-    __device__ void several(const char* weights, const char* input) {
-        uint4 w[N];
-        uint2 x[N];
+    __device__ void piece(const char* weights, const char* input, int n) {
+        uint4 w[N] = {};
+        uint2 x[N] = {};
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-            w[j] = *reinterpret_cast<const uint4*>(weights + j * STEP);
-            x[j] = *reinterpret_cast<const uint2*>(input + j * STEP);
+            if (j * SHARE >= n) break;
+            w[j] = *reinterpret_cast<const uint4*>(weights + j * SHARE * STEP);
+            x[j] = *reinterpret_cast<const uint2*>(input + j * SHARE * STEP);
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) multiply_add(acc[j % 4], w[j], x[j]);
@@ -54,50 +49,59 @@ struct Program {
     // The flag of this layer's words; the stream is told twice, then with the next flag.
     __device__ u32 flag() const { return base + 2 * (token * LAYERS + layer) + 1; }
 
-    // The n-th slot from here, once it is full. A barrier's parity is the same every second turn.
-    // All slots before this stage have been emptied, so that up to SLOTS there is no doubt; beyond,
-    // wait until the filler has opened the slot, which it does once the turn before is emptied.
-    __device__ const char* slot(int n) const {
-        const Place place(taken + n);
-        if (n >= SLOTS)
-            while (read_now(&shared.opened) <= taken + n) {
-            }
+    // The next slot, once it is full. A barrier's parity is the same every second turn, so this
+    // warp must know that the turn before is over. It has seen that itself, or it has seen a slot
+    // that was asked for after it: fillers ask in order, and for none before all but the last
+    // FLYING are full.
+    __device__ const char* slot() const {
+        const Place place(taken);
         barrier_wait(shared_address(&shared.full[place.slot]), place.parity);
         return shared.ring[place.slot];
     }
 
-    // So many of the warps have done with it.
-    __device__ void release(int n, u32 warps) const {
+    // This warp has done with it, and so have those that it counts for.
+    __device__ void release(u32 warps = 1) {
         __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&shared.empty[Place(taken + n).slot]), warps);
+        if (lane == 0) barrier_arrive(shared_address(&shared.empty[Place(taken).slot]), warps);
+        ++taken;
     }
 
-    // Rows of a stage's matrix, a slot a warp; the sums of each row's pieces are complete after the
-    // barrier. The rest of the input's elements lies behind their first 16 bits; the MLP's inner
-    // ones have none.
+    // Rows of a stage's matrix. The warps of a team share a slot, each has every SHARE-th step of
+    // its rows, so that the first slots are soon free and the last soon done; teams take slots in
+    // turn. Each warp leaves its own sums, complete after the barrier. The rest of the input's
+    // elements lies behind their first 16 bits; the MLP's inner ones have none.
     template <int STAGE>
     __device__ void multiply(int rows) {
         constexpr Matrix m = MATRICES[STAGE];
-        constexpr int pieces = m.pieces, rest = STAGE == DOWN ? 0 : m.steps * STEP + STEP;
-        const int slots = (rows + ROWS - 1) / ROWS * pieces;
-        const char* input = s.input + lane % 4 * UNIT + lane / 4 % 2 * 8 + lane / 8 % 2 * rest;
-        const int offset = lane / 4 * PITCH + lane % 4 * UNIT;
-        for (int i = warp; i < slots; i += WARPS) {
-            const int group = i / pieces, piece = i % pieces, begin = m.begin(piece);
+        constexpr int rest = STAGE == DOWN ? 0 : m.steps * STEP + STEP;
+        constexpr int EACH = (m.span + SHARE - 1) / SHARE;
+        const int member = warp % SHARE, first = member * STEP + lane % 4 * UNIT;
+        const int offset = first + lane / 4 * PITCH;
+        int others = warp / SHARE;  // slots until this team's next
+        const char* input = s.input + first + lane / 4 % 2 * 8 + lane / 8 % 2 * rest;
+        for (int row = 0; row < rows; row += ROWS) {
             Product product;
-            product.piece(slot(i) + offset, input + begin * STEP, m.begin(piece + 1) - begin);
-            release(i, WARPS);
+            for (int piece = 0; piece < m.pieces; ++piece) {
+                if (others--) {
+                    ++taken;
+                    continue;
+                }
+                others = TEAMS - 1;
+                const int begin = m.begin(piece), n = m.begin(piece + 1) - begin - member;
+                product.piece<EACH>(slot() + offset, input + begin * STEP, n);
+                release(TEAMS);
+            }
             const float sum = product.sum(rest);
-            if (lane % 4 == 0) s.sums[(group * ROWS + lane / 4) * pieces + piece] = sum;
+            if (lane % 4 == 0) s.sums[(row + lane / 4) * WARPS + warp] = sum;
         }
-        taken += slots;
         together();
     }
 
-    // A row's sum over its pieces.
-    __device__ float total(const Matrix& m, int local) const {
+    // A row's sum over all warps'.
+    __device__ float total(int local) const {
         float sum = 0.0f;
-        for (int i = 0; i < m.pieces; ++i) sum += s.sums[local * m.pieces + i];
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) sum += s.sums[local * WARPS + i];
         return sum;
     }
 

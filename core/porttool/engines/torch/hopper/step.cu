@@ -43,7 +43,7 @@ struct Step : Attention {
         if (stage == OUT) multiply<OUT>(OUT_MATRIX.rows());
         if (stage == UP) multiply<UP>(UP_MATRIX.rows());
         if (stage == DOWN) multiply<DOWN>(DOWN_MATRIX.rows());
-        const float y = total(m, local) + shift;
+        const float y = total(local) + shift;
         if (stage == UP) return leave_hidden(y);
         if (threadIdx.x >= m.rows()) return;
         if (stage == QKV) return tell(s.plan.qkv + row, y, flag());
@@ -74,7 +74,7 @@ struct Step : Attention {
             const int n = min(rows - batch, BATCH), row = HEAD_MATRIX.first() + batch + threadIdx.x;
             multiply<HEAD>(n);
             if (threadIdx.x < n) {
-                const float y = total(HEAD_MATRIX, threadIdx.x);
+                const float y = total(threadIdx.x);
                 if (logits) logits[row] = y;
                 prefer(top, where, y, row);
             }
@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
         barrier_init(shared_address(&shared.full[threadIdx.x]), FILLERS);
         barrier_init(shared_address(&shared.empty[threadIdx.x]), WARPS);
     }
-    if (threadIdx.x == 0) barrier_init(shared_address(&shared.chosen), 1), shared.opened = 0;
+    if (threadIdx.x == 0) barrier_init(shared_address(&shared.chosen), 1);
     __syncthreads();
     const long long slot = *plan->slots * static_cast<long long>(KV) * s.plan.capacity * DIM;
     for (int i = threadIdx.x; i < LAYERS; i += ALL_THREADS)

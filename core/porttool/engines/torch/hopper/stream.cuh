@@ -8,13 +8,14 @@
 //
 // Defined outside: D, HEADS, KV, DIM, FF, VOCAB, LAYERS (the model's sizes), ROTARY (rotated
 // elements of a head), GATED, RMS (0 or 1), ACT_name, EPS (of the norms), GRID (multiprocessors),
-// THREADS (that compute), FILLERS (warps that fill), MOST_STEPS, FLYING, SPLITS (see PersistentTile)
-// and PLAN_WORDS.
+// THREADS (that compute), FILLERS (warps that fill), MOST_STEPS, FLYING, SPLITS, SHARE (see
+// PersistentTile) and PLAN_WORDS.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int ALL_THREADS = THREADS + FILLERS * 32;
-constexpr int ROWS = 8;   // rows of a slot
-constexpr int STEP = 64;  // bytes of a row that one load of a warp covers, 32 elements
+constexpr int TEAMS = WARPS / SHARE;  // of warps that share a slot
+constexpr int ROWS = 8;               // rows of a slot
+constexpr int STEP = 64;              // bytes of a row that one load of a warp covers, 32 elements
 constexpr int ATTENDED = HEADS * DIM;
 constexpr int LANES = DIM / 8;  // lanes that hold a position's key, eight elements each
 
@@ -60,7 +61,7 @@ constexpr int PITCH = (LONGEST | 1) * STEP;
 constexpr int TOGETHER = THREADS / LANES;  // positions that the warps meet at once
 constexpr int CHUNK = most(ROWS * PITCH / (4 * DIM) / TOGETHER, 1) * TOGETHER;  // of a slot
 constexpr int SLOT = most(ROWS * PITCH, CHUNK * DIM * 4);                       // keys, then values
-constexpr int BATCH = THREADS;  // rows of the head between two reductions
+constexpr int BATCH = THREADS / 2;  // rows of the head between two reductions
 
 struct Layer {
     const char *qkv, *out, *up, *down;
@@ -86,18 +87,18 @@ struct Plan {
 
 static_assert(sizeof(Plan) == 8 * PLAN_WORDS, "the plan is laid out as plan_words does it");
 
-constexpr int INPUT_BYTES = most(most(most(D, ATTENDED) * 4 + STEP, FF * 2), WARPS*(DIM + 2) * 4);
-__device__ constexpr int sums_of(const Matrix& m, int rows) { return (rows + ROWS) * m.pieces; }
-constexpr int SUMS =
-    most_of(sums_of(QKV_MATRIX, QKV_MATRIX.most_rows()),
-            sums_of(OUT_MATRIX, OUT_MATRIX.most_rows()), sums_of(UP_MATRIX, UP_MATRIX.most_rows()),
-            sums_of(DOWN_MATRIX, DOWN_MATRIX.most_rows()), sums_of(HEAD_MATRIX, BATCH));
+constexpr int INPUT_BYTES =
+    most_of(D * 4 + STEP, ATTENDED * 4 + STEP, FF * 2, WARPS*(DIM + 2) * 4, 3 * DIM * 4);
+constexpr int SUMS = (most_of(QKV_MATRIX.most_rows(), OUT_MATRIX.most_rows(), UP_MATRIX.most_rows(),
+                              DOWN_MATRIX.most_rows(), BATCH) +
+                      ROWS) *
+                     WARPS;
 
 // A program's shared memory beside the rings.
 struct Desk {
     Plan plan;
     alignas(16) char input[INPUT_BYTES];     // activations of a stage; attention's parts
-    float sums[SUMS];                        // of each row, by pieces
+    alignas(16) float sums[SUMS];            // of each row, by warps
     float residual[OUT_MATRIX.most_rows()];  // this program's elements of the residual stream
     float2 square[WARPS];                    // sums and sums of squares of the norm's input
     float share[HEADS * SPLITS];             // logarithmic weights of attention's parts
@@ -111,6 +112,8 @@ struct Desk {
 constexpr int SLOTS = (SHARED - sizeof(Desk) - 256) / (SLOT + 16);
 static_assert(SLOTS >= 2, "too little shared memory for the ring");
 static_assert(FLYING >= 1 && FLYING <= SLOTS, "a filler waits for slots that it has asked for");
+static_assert(WARPS % SHARE == 0, "every warp is in a team");
+static_assert(TEAMS == 1 || SLOTS >= TEAMS + FLYING, "a team knows which turn its next slot is in");
 static_assert(FILLERS >= 2, "one warp asks for the keys, another for the values");
 static_assert(SPLITS >= 1 && HEADS * SPLITS <= GRID, "a program attends to one part of a head");
 static_assert(QKV_MATRIX.most_rows() <= THREADS && OUT_MATRIX.most_rows() <= THREADS &&
@@ -127,7 +130,6 @@ struct Shared {
     alignas(128) char ring[SLOTS][SLOT];
     alignas(8) u64 full[SLOTS];
     u64 empty[SLOTS], chosen;
-    u32 opened;  // slots that have been asked for since the start
     alignas(16) Desk desk;
 };
 static_assert(sizeof(Shared) <= SHARED, "more shared memory than there is");
@@ -173,7 +175,6 @@ struct Filler {
         const Place place(asked);
         barrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);
         barrier_expect(full(), bytes);
-        if (number == 0) *const_cast<volatile u32*>(&shared.opened) = asked + 1;
         return shared_address(shared.ring[place.slot]);
     }
     __device__ u32 full() const { return shared_address(&shared.full[Place(asked).slot]); }
