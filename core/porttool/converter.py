@@ -183,8 +183,11 @@ def convert(
         fingerprint=fingerprint(source_path),
         options=converter.options.model_dump(mode="json", exclude_none=True),
     )
-    scratch = scratch_folder(source_path, output)
-    with naming(source_path), converter.prepare(source_path, scratch, progress) as readable:
+    with (
+        scratch_folder(source_path, output) as scratch,
+        naming(source_path),
+        converter.prepare(source_path, scratch, progress) as readable,
+    ):
         source = converter.open(readable)
         weight_map = source.weight_map or converter.weight_map(source.config)
         jobs = plan_jobs(converter, source, weight_map, dtype, allow_nonfinite)

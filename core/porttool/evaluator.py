@@ -14,6 +14,7 @@ from porttool.component import Component
 from porttool.config import Closed, Limits
 from porttool.errors import CheckFailed
 from porttool.progress import SILENT, Progress
+from porttool.standing import made_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,10 +127,13 @@ def missing_side(port: Port, command: str) -> str:
 def evaluate(
     evaluator: Evaluator, port: Port, output: Path, *, progress: Progress = SILENT
 ) -> Report:
-    """Run an evaluator and keep its report as `report.json` in `output`."""
-    output.mkdir(parents=True, exist_ok=True)
-    report = evaluator.run(port, output, progress=progress)
-    write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
+    """Run an evaluator and keep its report as `report.json` in `output`.
+
+    One that is refused leaves no empty folder.
+    """
+    with made_folder(output):
+        report = evaluator.run(port, output, progress=progress)
+        write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
     return report
 
 

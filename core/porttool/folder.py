@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from porttool.config import Closed
 from porttool.errors import CheckpointError, PorttoolError, explain_os_error, intact
 from porttool.progress import format_bytes
-from porttool.standing import occupied, require_free
+from porttool.standing import made_folder, occupied, require_free
 
 JOURNAL = "journal.jsonl"
 BLOCK = 1 << 22
@@ -161,8 +161,7 @@ def pending_folder(
     require_free(target, replaces, sources)
     path = target.with_name(f".{target.name}.partial")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with locked(path, target):
+        with made_folder(path), locked(path, target):
             if occupied(target) and replaces is None:  # another process has finished it since
                 path.rmdir()
             require_free(target, replaces, sources)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from porttool.errors import UsageError
@@ -21,6 +22,21 @@ def require_place(target: Path) -> None:
     above = next(p for p in target.absolute().parents if os.path.lexists(p))
     if not above.is_dir():
         raise UsageError(f"{target}: {above} is not a folder; choose another place")
+
+
+@contextmanager
+def made_folder(path: Path) -> Iterator[Path]:
+    """Make a folder; work in it that fails and leaves nothing there takes away what was made."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # something is in it
+            for folder in new:
+                with suppress(FileNotFoundError):
+                    folder.rmdir()
+        raise
 
 
 def require_free(target: Path, replaces: str | None, sources: Sequence[Path]) -> None:

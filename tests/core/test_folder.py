@@ -63,9 +63,16 @@ def test_refused_work_leaves_only_what_can_be_taken_over(tmp_path):
     for names, left in (((), []), (("one",), [".o.partial"]), ((), [".o.partial"])):
         with pytest.raises(UsageError, match="no"):
             refused(*names)
-        assert [p.name for p in (tmp_path / "sub").iterdir()] == left
+        assert [p.name for p in tmp_path.glob("sub/.*")] == left
     with pending_folder(tmp_path / "sub" / "o", "w", replaces=None) as folder:
         assert list(folder.files) == ["one"]
+
+
+def test_refused_work_leaves_no_folder_that_it_made(tmp_path):
+    target = tmp_path / "new" / "sub" / "o"
+    with pytest.raises(UsageError), pending_folder(target, "w", replaces=None):
+        raise UsageError("no")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ class SummarizeEvaluator(Evaluator):
         notes = [*plan_notes(options, port, work)]
         for note in notes:
             progress.note(note)
-        write_pins(output / PINS, work.articles)
         engine, reference = run_sides(options, port, work, output, progress)
+        write_pins(output / PINS, work.articles)
         comparison = compare_sides(work.articles, engine, reference, bounds_of(options))
         notes += outcome_notes(comparison, output)
         wide = judge_wide(port, work, reference, output, progress)
