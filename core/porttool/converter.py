@@ -29,7 +29,7 @@ from porttool.folder import fingerprint, pending_folder, require_space
 from porttool.progress import SILENT, Progress
 from porttool.shards import MAX_SHARD_BYTES, TensorJob, digest, plan_shards, write_shards
 from porttool.sources.places import scratch_folder
-from porttool.sources.tokenizer_files import NO_TOKENIZER, check_tokenizer, is_tokenizer, read_files
+from porttool.sources.tokenizer_files import NO_TOKENIZER, read_tokenizer
 from porttool.weights import (
     Take,
     TensorInfo,
@@ -204,7 +204,9 @@ def convert(
             tensors={job.name: job.shape for job in jobs},
             files={},
         )
-        tokenizer = read_tokenizer(source)
+        tokenizer = read_tokenizer(
+            source.tokenizer, source.tokenizer_data, source.config.vocab_size
+        )
         if not tokenizer:
             progress.note(NO_TOKENIZER)
         require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
@@ -294,10 +296,3 @@ def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> No
                 f"{copy} in {infos[copy].file} differs from {original}, although the config says "
                 "that they are tied; set tie_word_embeddings to false if they are not"
             )
-
-
-def read_tokenizer(source: Source) -> dict[str, bytes]:
-    """Return the tokenizer's files, if they are one; more ids than the embedding are refused."""
-    files = {**read_files(source.tokenizer), **source.tokenizer_data}
-    check_tokenizer(files, source.config.vocab_size)
-    return files if is_tokenizer(files) else {}

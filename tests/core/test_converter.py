@@ -167,7 +167,7 @@ def test_safetensors_go_before_bin(tmp_path, copy):
 def test_a_source_that_changes_under_our_hands(tmp_path, copy, monkeypatch):
     from porttool import converter
 
-    def meddle(source):
+    def meddle(*source):
         os.utime(copy / "config.json", (1, 1))
         return {}
 

@@ -44,12 +44,9 @@ def orphan(tmp_path, source, engine_folder, monkeypatch):
         ("profile {} --prompt-len 4000", 2),
         ("profile {} --under nsys", 2),
         ("convert ../broken", 1),
-        ("export {}/../checkpoint --format fastertransformer --tp 5", 2),
     ],
 )
-def test_what_is_refused_leaves_no_folder(orphan, checkpoint, monkeypatch, capsys, command, status):
-    if "export" in command:
-        shutil.copytree(checkpoint.path, orphan.parent / "checkpoint")
+def test_what_is_refused_leaves_no_folder(orphan, monkeypatch, capsys, command, status):
     arguments = [*command.format(orphan).split(), "--output", "deep/out"]
     monkeypatch.setattr("sys.argv", ["porttool", *arguments])
     assert invoke(arguments) == status, capsys.readouterr().err
