@@ -227,6 +227,8 @@ def evaluate(
     subject = find_subject(space, engine, model, needed=needed)
     where = output or report_folder(space, engine, model, name)
     require_place(where / REPORT)
+    if runner_options and not test_engine:
+        raise UsageError("runner options (--runner-set) are the engine's, which does not run here")
     source = resolve_source(str(hf_model), None) if hf_model else None
     if subject is not None:
         refuse_dummy(subject, name)

@@ -153,6 +153,11 @@ def use_table(
     each: Sequence[str | None] = tasks or [None]
     each = each if len(each) == len(prompts) else [each[0]] * len(prompts)
     filled = [table.prompt(ids, task, vocab_size) for ids, task in zip(prompts, each, strict=True)]
+    if max(map(max, filter(None, filled)), default=vocab_size) < vocab_size:
+        raise UsageError(
+            f"{table.path} would change nothing: no prompt holds one of its virtual tokens; name "
+            f"a task, one of {', '.join(table.config.tasks)}"
+        )
     runner.load_prompt_table(table.tensor())
     return filled
 

@@ -386,6 +386,9 @@ def test_the_commands(tmp_path, roomy, capsys):
     assert both[:1] == run("virtual.csv", "--prompt-table", folder, "--tasks", "0")
     assert "need --prompt-table" in run("virtual.csv")
     assert "need --prompt-table" in run("ids.csv", "--task", "email")
+    assert "nothing: no prompt holds one of its virtual tokens" in run(
+        "ids.csv", "--prompt-table", folder
+    )
     assert "no task 'mail'" in run("ids.csv", "--prompt-table", folder, "--task", "mail")
 
 

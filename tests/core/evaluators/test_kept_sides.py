@@ -144,6 +144,12 @@ def test_a_reference_alone_whose_source_is_gone_is_to_be_named(summarize, engine
     assert "name it with --hf-model" in said
 
 
+def test_a_reference_alone_takes_no_options_of_the_runner(summarize, engine):
+    status, said = summarize(engine, "--test-hf", "--runner-set", "device", "cpu")
+    assert status == 2
+    assert "(--runner-set) are the engine's, which does not run here" in said
+
+
 def test_a_reference_alone_needs_no_engine(summarize, source, engine, tmp_path):
     output = ("--output", tmp_path / "kept")
     status, said = summarize("--hf-model", source, "--test-hf", *output)

@@ -10,6 +10,7 @@ import pytest
 
 import tiny
 from porttool.config import PromptTemplate
+from porttool.engine import Engine
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
 from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
@@ -245,6 +246,30 @@ def test_a_reference_of_another_shape_is_refused_before_it_runs(run, tmp_path):
     other = tiny.write_source(tmp_path / "other", tiny.gpt2(vocab_size=321))
     with pytest.raises(UsageError, match="is not the engine's model: it has vocab_size 321, not"):
         run(source=other, progress=Idle())
+
+
+@pytest.mark.parametrize(
+    ("idle", "said"),
+    [
+        ({"length_penalty": 2.0}, "set num_beams above 1"),
+        ({"early_stopping": False}, "set num_beams above 1"),
+        ({"article_ids": "ids.txt", "shuffle_seed": 0}, "leave shuffle_seed out"),
+        ({"instruction": "Say it."}, "instruction would change nothing: .* the prompt 'suffix'"),
+        ({"revision": "main"}, "articles.jsonl is local: revision would change nothing"),
+        ({"dataset_config": "1.0.0", "split": "train"}, "local: dataset_config, split would"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(run, idle, said):
+    with pytest.raises(UsageError, match=said):
+        run(progress=Idle(), **idle)
+
+
+def test_a_suffix_beside_a_template_would_change_nothing(run, writer_engine, tmp_path):
+    engine = shutil.copytree(writer_engine.path, tmp_path / "engine")
+    tiny.edit_manifest(engine / "engine.json", prompt=TEMPLATE.model_dump())
+    runner = TorchRunner(Engine.open(engine), CPU)
+    with pytest.raises(UsageError, match=r"suffix would change nothing: .* prompt 'instruction'"):
+        run(runner=runner, suffix=" In short: ", progress=Idle())
 
 
 def test_options_are_closed():
