@@ -239,6 +239,6 @@ def evaluate(
         if prompt_table is not None:
             port = with_table(port, prompt_table, registry)
     else:
-        source = source or recorded_source(space, engine, model, registry)
-        port = reference_port(source, subject, tokenizer, registry)
+        folder = source or recorded_source(space, engine, model, registry)
+        port = reference_port(folder, subject, tokenizer, registry, named=source is not None)
     return run_evaluator(evaluator, port, where, progress=progress)

@@ -67,10 +67,13 @@ def port_of(
     *,
     test_hf: bool,
 ) -> Port:
-    """Set an engine beside a Hugging Face folder, and beside what it was converted from."""
+    """Set an engine beside a Hugging Face folder, and beside what it was converted from.
+
+    That is the folder if it is one and no other is named.
+    """
     manifest = runner.engine.manifest
     origin = Path(manifest.source.path)
-    reference = source or (origin if origin.exists() else None)
+    reference = source or (origin if (origin / "config.json").is_file() else None)
     converter = registry.converter(manifest.converter.component, manifest.source.options)
     reads = reference is not None and converter.matches(reference)
     return Port(
@@ -79,21 +82,22 @@ def port_of(
         source=reference if test_hf else None,
         converter=converter if reads or origin.exists() else None,
         origin=origin if origin.exists() and not (reads and test_hf) else None,
-        kept_of=None if test_hf else source,
+        named=source,
         compare=test_hf,
     )
 
 
 def reference_port(
-    source: Path, subject: Path | None, tokenizer: Path | None, registry: Registry
+    source: Path, subject: Path | None, tokenizer: Path | None, registry: Registry, *, named: bool
 ) -> Port:
-    """Return a reference that runs alone, within the limits of the engine if that is built."""
+    """Return a reference that runs alone, for the engine if that is built."""
     built = subject is not None and subject.is_dir()
     return Port(
         tokenizer=load_tokenizer(tokenizer or source),
         source=source,
         converter=choose_converter(registry, source),
-        limits=Engine.open(subject, verify=False).manifest.limits if subject and built else None,
+        manifest=Engine.open(subject, verify=False).manifest if subject and built else None,
+        named=source if named else None,
     )
 
 

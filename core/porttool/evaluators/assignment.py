@@ -178,7 +178,7 @@ def beyond_limits(options: SummarizeOptions, limits: Limits | None) -> Iterator[
 
 def engine_limits(port: Port) -> Limits | None:
     """Return the engine's limits, also where it does not run itself."""
-    return port.runner.engine.manifest.limits if port.runner is not None else port.limits
+    return port.engine.limits if port.engine is not None else None
 
 
 def positions_of(port: Port, *, firm: bool = False) -> int | None:
