@@ -84,6 +84,7 @@ def convert_prompts(
     force: bool = False,
     options: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
+    progress: Progress = SILENT,
 ) -> PromptTable | None:
     """Turn a source of virtual tokens into a prompt table; None if the source is a model."""
     registry = registry or load_registry()
@@ -94,7 +95,9 @@ def convert_prompts(
     if output is None:
         raise UsageError("say with --output where the prompt table is to go")
     record = registry.record(registry.tables, converter.name)
-    return convert_table(converter, source, output, plugin=record, dtype=dtype, replace=force)
+    return convert_table(
+        converter, source, output, plugin=record, dtype=dtype, replace=force, progress=progress
+    )
 
 
 def build(
@@ -237,7 +240,7 @@ def evaluate(
                       workspace=space, registry=registry)  # fmt: skip
         port = port_of(loaded.runner, loaded.tokenizer, source, registry, test_hf=test_hf)
         if prompt_table is not None:
-            port = with_table(port, prompt_table, registry)
+            port = with_table(port, prompt_table, registry, progress)
     else:
         folder = source or recorded_source(space, engine, model, registry)
         port = reference_port(folder, subject, tokenizer, registry, named=source is not None)

@@ -12,7 +12,8 @@ from porttool.errors import UsageError
 from porttool.evaluator import Port
 from porttool.hub import resolve_source
 from porttool.plugins import Registry, choose_converter, named_converters
-from porttool.prompt_table import PromptTable
+from porttool.progress import Progress
+from porttool.prompt_table import PromptTable, read_tables
 from porttool.runner import Runner
 from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace
@@ -101,7 +102,7 @@ def reference_port(
     )
 
 
-def with_table(port: Port, path: Path, registry: Registry) -> Port:
+def with_table(port: Port, path: Path, registry: Registry, progress: Progress) -> Port:
     """Add a prompt table, and what it was made of, which must still be there."""
     table = PromptTable.open(path)
     made = table.manifest
@@ -109,7 +110,7 @@ def with_table(port: Port, path: Path, registry: Registry) -> Port:
     if not source.exists():
         raise UsageError(f"{path} was made of {source}, which is not there to compare it with")
     converter = registry.tables.get(made.plugin.component)(made.source.options)
-    return replace(port, prompt_table=table, taught=converter.open(source))
+    return replace(port, prompt_table=table, taught=read_tables(converter, source, progress))
 
 
 def recorded_source(

@@ -24,8 +24,9 @@ from porttool.config import Dtype, ModelConfig, PromptTableConfig
 from porttool.converter import FLOATS
 from porttool.errors import CheckpointError, SourceError, UsageError, naming
 from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
-from porttool.progress import SILENT
+from porttool.progress import SILENT, Progress
 from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.sources.archive import is_gzip
 from porttool.sources.places import require_outside
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.weights import cast
@@ -188,13 +189,26 @@ def convert_table(
     plugin: PluginRecord,
     dtype: Dtype | None = None,
     replace: bool = False,
+    progress: Progress = SILENT,
 ) -> PromptTable:
     """Turn a source into a prompt table folder; `dtype` defaults to the source's.
 
     Raises SourceError for tables that cannot be used, by task.
     """
     with naming(source):
-        return write_table(converter, source, output, plugin=plugin, dtype=dtype, replace=replace)
+        return write_table(
+            converter, source, output, plugin=plugin, dtype=dtype, replace=replace,
+            progress=progress,
+        )  # fmt: skip
+
+
+def read_tables(
+    converter: TableConverter, source: Path, progress: Progress
+) -> Mapping[str, Tensor]:
+    """Return every task's rows [length, d_model]; say what a compressed source costs."""
+    if source.is_file() and is_gzip(source):
+        progress.note(f"{source.name} is compressed: one pass finds its tables, one reads them")
+    return converter.open(source)
 
 
 def write_table(
@@ -205,11 +219,12 @@ def write_table(
     plugin: PluginRecord,
     dtype: Dtype | None,
     replace: bool,
+    progress: Progress,
 ) -> PromptTable:
     """Read every task's table, check it, and write them all."""
     require_outside(source, output)
     record = SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source))
-    tables = converter.open(source)
+    tables = read_tables(converter, source, progress)
     for task, table in tables.items():
         check_table(source, task, table)
     widths = {task: table.shape[1] for task, table in tables.items()}

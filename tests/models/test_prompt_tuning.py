@@ -392,6 +392,18 @@ def test_the_commands(tmp_path, roomy, capsys):
     assert "no task 'mail'" in run("ids.csv", "--prompt-table", folder, "--task", "mail")
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_compressed_archive_says_what_it_costs(tmp_path, roomy, source, capsys, mode):
+    archive = write_nemo(tmp_path / "p.nemo", nested(TABLES), mode=mode)
+    convert = ["convert", str(archive), "--output", str(tmp_path / "table")]
+    verify = ["verify", str(roomy), "--hf-model", str(source), "--set", "prompt_len", "6",
+              "--set", "new_tokens", "2", "--prompt-table", str(tmp_path / "table")]  # fmt: skip
+    for command in (["inspect", str(archive)], convert, verify):
+        assert run_cli(command) == 0
+        said = capsys.readouterr().err.count("p.nemo is compressed: one pass finds its tables")
+        assert said == (mode == "w:gz")
+
+
 needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")
 
 

@@ -70,6 +70,7 @@ def command(
         dtype=dtype,  # type: ignore[arg-type]
         force=force,
         options=options,
+        progress=console.ConsoleProgress(),
     )
     if table:
         show_table(table, as_json=as_json)

@@ -80,15 +80,15 @@ def examine_source(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     What has to be unpacked for that is unpacked into the system's temporary folder.
     """
     from porttool.plugins import choose_converter, load_registry
-    from porttool.prompt_table import choose_table_converter
+    from porttool.prompt_table import choose_table_converter, read_tables
 
-    registry = load_registry()
+    registry, progress = load_registry(), console.ConsoleProgress()
     if table := choose_table_converter(registry, path, None, options):
-        tasks = {task: list(rows.shape) for task, rows in table.open(path).items()}
+        found = read_tables(table, path, progress)
+        tasks = {task: list(rows.shape) for task, rows in found.items()}
         return {"is": f"source of {table.name}: {table.source_format}", "tasks": tasks}
     converter = choose_converter(registry, path, None, options)
     what = {"is": f"source of {converter.name}: {converter.source_format}"}
-    progress = console.ConsoleProgress()
     with naming(path), converter.prepare(path, Path(gettempdir()), progress) as readable:
         try:
             source = converter.open(readable)
