@@ -33,6 +33,7 @@ from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace, require_family_of
 
 if TYPE_CHECKING:
+    from porttool.converter import Converter
     from porttool.evaluator import Report
 
 
@@ -61,6 +62,11 @@ def convert(
     path = resolve_source(str(source) if source else None, default_hub_id(registry, model))
     with naming(path):
         converter = choose_converter(registry, path, model, options)
+        for finer in refinements(converter, path, registry):
+            progress.note(
+                f"{path} looks like {finer.family}, whose instruction template is lost when it is "
+                f"converted as {converter.family}: --model {finer.family} keeps it"
+            )
     target = output or (workspace or Workspace.choose(None)).checkpoint(converter.family)
     return convert_source(
         converter,
@@ -73,6 +79,16 @@ def convert(
         allow_nonfinite=allow_nonfinite,
         progress=progress,
     )
+
+
+def refinements(converter: Converter, source: Path, registry: Registry) -> list[Converter]:
+    """Return the converters that refine a chosen one, match too, and know a template beside it."""
+    names = [
+        c.name
+        for c in registry.converters
+        if c.refines == converter.name and c.prompt not in (None, converter.prompt)
+    ]
+    return registry.recognisers(source, names) if names else []
 
 
 def convert_prompts(
