@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from porttool.checkpoint import Checkpoint
 from porttool.config import Dtype
 from porttool.converter import convert as convert_source
+from porttool.engine import MANIFEST as ENGINE
 from porttool.engine import Engine, choose_limits
 from porttool.engine import build as build_engine
 from porttool.errors import UsageError, naming
@@ -28,7 +29,7 @@ from porttool.plugins import Registry, choose_converter, load_registry
 from porttool.progress import SILENT, Progress
 from porttool.prompt_table import PromptTable, choose_table_converter, convert_table
 from porttool.runner import Runner, load_verified
-from porttool.standing import require_place
+from porttool.standing import require_free, require_place
 from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace, require_family_of
 
@@ -146,6 +147,8 @@ def build(
         raise UsageError("name the checkpoint and --output, or a model with --model")
     if checkpoint is not None and model is not None:
         require_family_of(checkpoint, model)
+    target = output or space.engine(str(model))
+    require_free(target, ENGINE, replace=force)
     if isinstance(checkpoint, Checkpoint):
         opened = checkpoint
     else:
@@ -161,7 +164,7 @@ def build(
     return build_engine(
         opened,
         builder,
-        output or space.engine(str(model)),
+        target,
         plugin=registry.record(registry.builders, engine),
         limits=limits,
         dtype=dtype,

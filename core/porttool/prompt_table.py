@@ -249,8 +249,9 @@ def write_table(
     shape = (config.n_rows, config.d_model)
     job = TensorJob(TENSOR, shape, config.dtype, 0, partial(joined, tables, config.dtype))
     key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
-    replaces = MANIFEST if replace else None
-    with pending_folder(output, key, replaces=replaces, sources=[source]) as folder:
+    with pending_folder(
+        output, key, manifest=MANIFEST, replace=replace, sources=[source]
+    ) as folder:
         write_shards(folder, plan_shards([job], TENSOR), workers=1, progress=SILENT)
         if fingerprint(source) != record.fingerprint:
             raise SourceError(f"{source}: changed while it was read; convert it again")

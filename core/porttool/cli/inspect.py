@@ -49,9 +49,10 @@ def command(context: click.Context, /, path: Path, as_json: bool, **_: Any) -> N
 
 def examine(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of a folder, verified where it is ours; `options` are for a converter."""
-    from porttool.checkpoint import Checkpoint, kind_of
+    from porttool.checkpoint import Checkpoint
     from porttool.engine import Engine
     from porttool.prompt_table import PromptTable
+    from porttool.standing import kind_of
 
     kind = kind_of(path)
     if kind is None:
