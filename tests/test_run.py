@@ -104,6 +104,34 @@ def test_what_cannot_be_is_refused(run, arguments, says):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--top-p", "0.9"], "set --temperature above 0"),
+        (["--max-output-len", "0"], "--max-output-len: Input should be greater than 0"),
+        (["--min-output-len", "9", "--max-output-len", "8"], "--min-output-len 9 exceeds --max-"),
+        (["--min-output-len", "-1"], "--min-output-len: Input should be greater"),
+        (["--logprobs"], "--output-json alone"),
+    ],
+)
+def test_sampling_is_looked_at_before_anything_is_loaded(run, monkeypatch, arguments, says):
+    monkeypatch.setattr("porttool.api.load", None)
+    status, out, err = run(*PROMPT, *arguments)
+    assert (status, out) == (2, "")
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--min-output-len", "40"], "--min-output-len 40 exceeds --max-output-len 32"),
+     (["--bad-words", ""], "an empty bad word or stop string")],
+)  # fmt: skip
+def test_what_of_sampling_depends_on_the_engine(run, arguments, says):
+    status, out, err = run(*PROMPT, *arguments)
+    assert (status, out) == (2, "")
+    assert says in err
+
+
+@pytest.mark.parametrize(
     ("flag", "content", "says"),
     [
         ("--input-tokens", "5\n9,99999\n", "prompt 1 holds the id 99999; ids run from 0 to 319, "

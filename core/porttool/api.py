@@ -99,6 +99,7 @@ def convert_prompts(
     model: str | None = None,
     dtype: Dtype | None = None,
     force: bool = False,
+    allow_nonfinite: bool = False,
     options: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
     progress: Progress = SILENT,
@@ -113,8 +114,9 @@ def convert_prompts(
         raise UsageError("say with --output where the prompt table is to go")
     record = registry.record(registry.tables, converter.name)
     return convert_table(
-        converter, source, output, plugin=record, dtype=dtype, replace=force, progress=progress
-    )
+        converter, source, output, plugin=record, dtype=dtype, replace=force,
+        allow_nonfinite=allow_nonfinite, progress=progress,
+    )  # fmt: skip
 
 
 def build(

@@ -189,6 +189,7 @@ def convert_table(
     plugin: PluginRecord,
     dtype: Dtype | None = None,
     replace: bool = False,
+    allow_nonfinite: bool = False,
     progress: Progress = SILENT,
 ) -> PromptTable:
     """Turn a source into a prompt table folder; `dtype` defaults to the source's.
@@ -198,7 +199,7 @@ def convert_table(
     with naming(source):
         return write_table(
             converter, source, output, plugin=plugin, dtype=dtype, replace=replace,
-            progress=progress,
+            allow_nonfinite=allow_nonfinite, progress=progress,
         )  # fmt: skip
 
 
@@ -219,6 +220,7 @@ def write_table(
     plugin: PluginRecord,
     dtype: Dtype | None,
     replace: bool,
+    allow_nonfinite: bool,
     progress: Progress,
 ) -> PromptTable:
     """Read every task's table, check it, and write them all."""
@@ -247,7 +249,9 @@ def write_table(
         files={},
     )
     shape = (config.n_rows, config.d_model)
-    job = TensorJob(TENSOR, shape, config.dtype, 0, partial(joined, tables, config.dtype))
+    job = TensorJob(
+        TENSOR, shape, config.dtype, 0, partial(joined, tables, config.dtype, allow_nonfinite)
+    )
     key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     with pending_folder(
         output, key, manifest=MANIFEST, replace=replace, sources=[source]
@@ -282,8 +286,11 @@ def widest(tables: Mapping[str, Tensor]) -> Dtype:
     return next(dtype for dtype in reversed(FLOATS) if dtype in found)
 
 
-def joined(tables: Mapping[str, Tensor], dtype: Dtype) -> Tensor:
+def joined(tables: Mapping[str, Tensor], dtype: Dtype, allow_nonfinite: bool) -> Tensor:
     """Return all tables, task after task, in one type."""
     import torch
 
-    return torch.cat([cast(f"the table of {t!r}", x, dtype) for t, x in tables.items()])
+    return torch.cat([
+        cast(f"the table of {task!r}", rows, dtype, allow_nonfinite=allow_nonfinite)
+        for task, rows in tables.items()
+    ])  # fmt: skip

@@ -392,6 +392,17 @@ def test_the_commands(tmp_path, roomy, capsys):
     assert "no task 'mail'" in run("ids.csv", "--prompt-table", folder, "--task", "mail")
 
 
+def test_a_table_of_no_numbers_is_converted_where_that_is_allowed(tmp_path, capsys):
+    tables = {**TABLES, "boolq": drawn(7) / 0}
+    source = write_nemo(tmp_path / "p.nemo", nested(tables))
+    convert = ["convert", str(source), "--output", str(tmp_path / "table")]
+    assert run_cli(convert) == 1
+    assert "--allow-nonfinite converts it all the same" in " ".join(capsys.readouterr().err.split())
+    assert run_cli([*convert, "--allow-nonfinite"]) == 0
+    found = PromptTable.open(tmp_path / "table").tensor()
+    assert found.equal(torch.cat(list(tables.values())))
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_compressed_archive_says_what_it_costs(tmp_path, roomy, source, capsys, mode):
     archive = write_nemo(tmp_path / "p.nemo", nested(TABLES), mode=mode)

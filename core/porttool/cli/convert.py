@@ -69,6 +69,7 @@ def command(
         model=model,
         dtype=dtype,  # type: ignore[arg-type]
         force=force,
+        allow_nonfinite=allow_nonfinite,
         options=options,
         progress=console.ConsoleProgress(),
     )

@@ -99,6 +99,7 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     check_texts(asked)
     check_inputs(asked)
     check_places(asked)
+    read_sampling(asked)  # what is wrong with it is said before anything is loaded
     loaded = load(
         engine,
         model=asked["model"],
@@ -222,8 +223,8 @@ FLAGS |= {"max_new_tokens": "--max-output-len", "min_new_tokens": "--min-output-
 
 
 @spelling(FLAGS)
-def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
-    """Return the sampling that the options ask for."""
+def read_sampling(asked: dict[str, Any], loaded: LoadedEngine | None = None) -> Sampling:
+    """Return the sampling that the options ask for; without an engine, as far as that goes."""
     from pydantic import ValidationError
 
     from porttool.component import explain
@@ -231,13 +232,14 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
 
     names = {flag.strip("-").replace("-", "_") for flag, _ in SAMPLING}
     values = {k: v for k, v in asked.items() if k in names}
-    holds = loaded.engine.manifest.limits.max_output_len
-    most = values.pop("max_output_len")
-    values["max_new_tokens"] = min(64, holds) if most is None else most
-    values["min_new_tokens"] = values.pop("min_output_len")
-    if asked["bad_words"] and loaded.tokenizer is None:
-        raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
-    if loaded.tokenizer is not None:
+    least, most = values.pop("min_output_len"), values.pop("max_output_len")
+    values |= {"bad_words": (), "min_new_tokens": least, "max_new_tokens": most}
+    if most is None:
+        usual = min(64, loaded.engine.manifest.limits.max_output_len) if loaded else max(least, 1)
+        values["max_new_tokens"] = usual
+    if asked["bad_words"] and loaded:
+        if loaded.tokenizer is None:
+            raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
         values["bad_words"] = tuple(tuple(loaded.tokenizer.encode(w)) for w in asked["bad_words"])
     values["keep_logits"] = asked["output_logits_npy"] is not None
     try:
