@@ -116,20 +116,25 @@ def with_table(port: Port, path: Path, registry: Registry, progress: Progress) -
 def recorded_source(
     space: Workspace, engine: Path | None, model: str | None, registry: Registry
 ) -> Path:
-    """Return what an engine named by its path came from, which must still be there.
+    """Return the folder that an engine named by its path came from, which must still be there.
 
     Without one, what the model's engine or checkpoint did, else where the family is published.
+    UsageError for a source that transformers cannot run.
     """
     if engine is not None:
         recorded = Path(Engine.open(engine, verify=False).manifest.source.path)
         if not recorded.exists():
             raise UsageError(f"{recorded}, which {engine} was converted from, is no longer there: "
                              "name it with --hf-model")  # fmt: skip
-        return recorded
-    label = space.find_model(model)
-    found = (Path(record.path) for record in records_of(space, label))
-    there = next((path for path in found if path.exists()), None)
-    return there or resolve_source(None, default_hub_id(registry, label))
+    else:
+        label = space.find_model(model)
+        found = (Path(record.path) for record in records_of(space, label))
+        there = next((path for path in found if path.exists()), None)
+        recorded = there or resolve_source(None, default_hub_id(registry, label))
+    if not (recorded / "config.json").is_file():
+        raise UsageError(f"{recorded} has no config.json, so that transformers cannot run it: name "
+                         "the Hugging Face folder of this model with --hf-model")  # fmt: skip
+    return recorded
 
 
 def records_of(space: Workspace, model: str) -> Iterator[SourceRecord]:

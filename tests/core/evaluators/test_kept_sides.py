@@ -227,6 +227,9 @@ def test_a_reference_that_was_not_named_for_the_engine_is_to_be_named(
 
 
 def test_a_source_that_is_no_model_folder_says_that_one_is_to_be_named(summarize, foreign):
+    status, said = summarize(foreign, "--test-hf")
+    assert status == 2
+    assert "has no config.json, so that transformers cannot run it: name the Hugging" in said
     status, said = summarize(foreign, "--check-accuracy")
     assert status == 2
     assert "has no config.json, so that transformers cannot run it: summarize needs" in said
