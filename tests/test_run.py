@@ -80,6 +80,17 @@ def test_paths_and_titles_are_no_markup(tmp_path, capsys, source, monkeypatch):
         (["--bad-words", "a\udcff"], "--bad-words 'a\\udcff': not UTF-8 text"),
         (["--instruction", "\udcff"], "--instruction '\\udcff': not UTF-8 text"),
         (["--output-csv", "-"], "only --output-json writes to standard output"),
+        (["--top-p", "0.9"], "--top-p would change nothing; set --temperature above 0"),
+        (
+            ["--top-k", "5", "--min-p", "0.1", "--seed", "3"],
+            "--top-k, --min-p, --seed would change",
+        ),
+        (["--temperature", "0", "--top-k", "5"], "--top-k would change nothing"),
+        (["--num-beams", "2", "--top-p", "0.9"], "leave that out: beam search does not sample"),
+        (["--num-return-sequences", "2"], "--num-return-sequences needs a --temperature"),
+        (["--length-penalty", "2"], "--length-penalty would change nothing; set --num-beams above"),
+        (["--temperature", "1", "--early-stopping"], "--early-stopping would change nothing"),
+        (["--logprobs"], "--logprobs are written with --output-json alone: add it"),
         (["--max-output-len", "40"], "build with --max-output-len 40"),
         (["--max-output-len", "64"], "take another model: this one has 64 positions"),
         (["--input-text", "x" * 40, "--input-text", "y"], "build with --max-input-len 40"),
@@ -87,6 +98,34 @@ def test_paths_and_titles_are_no_markup(tmp_path, capsys, source, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused(run, arguments, says):
+    status, out, err = run(*PROMPT, *arguments)
+    assert (status, out) == (2, "")
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--top-p", "0.9"], "set --temperature above 0"),
+        (["--max-output-len", "0"], "--max-output-len: Input should be greater than 0"),
+        (["--min-output-len", "9", "--max-output-len", "8"], "--min-output-len 9 exceeds --max-"),
+        (["--min-output-len", "-1"], "--min-output-len: Input should be greater"),
+        (["--logprobs"], "--output-json alone"),
+    ],
+)
+def test_sampling_is_looked_at_before_anything_is_loaded(run, monkeypatch, arguments, says):
+    monkeypatch.setattr("porttool.api.load", None)
+    status, out, err = run(*PROMPT, *arguments)
+    assert (status, out) == (2, "")
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--min-output-len", "40"], "--min-output-len 40 exceeds --max-output-len 32"),
+     (["--bad-words", ""], "an empty bad word or stop string")],
+)  # fmt: skip
+def test_what_of_sampling_depends_on_the_engine(run, arguments, says):
     status, out, err = run(*PROMPT, *arguments)
     assert (status, out) == (2, "")
     assert says in err

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from porttool.checkpoint import Checkpoint
 from porttool.config import Dtype
 from porttool.converter import convert as convert_source
+from porttool.engine import MANIFEST as ENGINE
 from porttool.engine import Engine, choose_limits
 from porttool.engine import build as build_engine
 from porttool.errors import UsageError, naming
@@ -28,11 +29,12 @@ from porttool.plugins import Registry, choose_converter, load_registry
 from porttool.progress import SILENT, Progress
 from porttool.prompt_table import PromptTable, choose_table_converter, convert_table
 from porttool.runner import Runner, load_verified
-from porttool.standing import require_place
+from porttool.standing import require_free, require_place
 from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace, require_family_of
 
 if TYPE_CHECKING:
+    from porttool.converter import Converter
     from porttool.evaluator import Report
 
 
@@ -61,6 +63,11 @@ def convert(
     path = resolve_source(str(source) if source else None, default_hub_id(registry, model))
     with naming(path):
         converter = choose_converter(registry, path, model, options)
+        for finer in refinements(converter, path, registry):
+            progress.note(
+                f"{path} looks like {finer.family}, whose instruction template is lost when it is "
+                f"converted as {converter.family}: --model {finer.family} keeps it"
+            )
     target = output or (workspace or Workspace.choose(None)).checkpoint(converter.family)
     return convert_source(
         converter,
@@ -75,6 +82,16 @@ def convert(
     )
 
 
+def refinements(converter: Converter, source: Path, registry: Registry) -> list[Converter]:
+    """Return the converters that refine a chosen one, match too, and know a template beside it."""
+    names = [
+        c.name
+        for c in registry.converters
+        if c.refines == converter.name and c.prompt not in (None, converter.prompt)
+    ]
+    return registry.recognisers(source, names) if names else []
+
+
 def convert_prompts(
     source: Path,
     output: Path | None,
@@ -82,8 +99,10 @@ def convert_prompts(
     model: str | None = None,
     dtype: Dtype | None = None,
     force: bool = False,
+    allow_nonfinite: bool = False,
     options: Mapping[str, Any] | None = None,
     registry: Registry | None = None,
+    progress: Progress = SILENT,
 ) -> PromptTable | None:
     """Turn a source of virtual tokens into a prompt table; None if the source is a model."""
     registry = registry or load_registry()
@@ -94,7 +113,10 @@ def convert_prompts(
     if output is None:
         raise UsageError("say with --output where the prompt table is to go")
     record = registry.record(registry.tables, converter.name)
-    return convert_table(converter, source, output, plugin=record, dtype=dtype, replace=force)
+    return convert_table(
+        converter, source, output, plugin=record, dtype=dtype, replace=force,
+        allow_nonfinite=allow_nonfinite, progress=progress,
+    )  # fmt: skip
 
 
 def build(
@@ -127,6 +149,8 @@ def build(
         raise UsageError("name the checkpoint and --output, or a model with --model")
     if checkpoint is not None and model is not None:
         require_family_of(checkpoint, model)
+    target = output or space.engine(str(model))
+    require_free(target, ENGINE, replace=force)
     if isinstance(checkpoint, Checkpoint):
         opened = checkpoint
     else:
@@ -142,7 +166,7 @@ def build(
     return build_engine(
         opened,
         builder,
-        output or space.engine(str(model)),
+        target,
         plugin=registry.record(registry.builders, engine),
         limits=limits,
         dtype=dtype,
@@ -227,6 +251,8 @@ def evaluate(
     subject = find_subject(space, engine, model, needed=needed)
     where = output or report_folder(space, engine, model, name)
     require_place(where / REPORT)
+    if runner_options and not test_engine:
+        raise UsageError("runner options (--runner-set) are the engine's, which does not run here")
     source = resolve_source(str(hf_model), None) if hf_model else None
     if subject is not None:
         refuse_dummy(subject, name)
@@ -235,8 +261,8 @@ def evaluate(
                       workspace=space, registry=registry)  # fmt: skip
         port = port_of(loaded.runner, loaded.tokenizer, source, registry, test_hf=test_hf)
         if prompt_table is not None:
-            port = with_table(port, prompt_table, registry)
+            port = with_table(port, prompt_table, registry, progress)
     else:
-        source = source or recorded_source(space, engine, model, registry)
-        port = reference_port(source, subject, tokenizer, registry)
+        folder = source or recorded_source(space, engine, model, registry)
+        port = reference_port(folder, subject, tokenizer, registry, named=source is not None)
     return run_evaluator(evaluator, port, where, progress=progress)

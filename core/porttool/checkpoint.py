@@ -36,15 +36,10 @@ from porttool.errors import (
 )
 from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
+from porttool.standing import KINDS, kind_of
 
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
-KINDS = {
-    MANIFEST: "a checkpoint",
-    "engine.json": "an engine",
-    "prompt_table.json": "a prompt table",
-}
-"""Manifest → what a folder is that has it; the modules of that name write the other two."""
 MAX_MANIFEST = 1 << 26
 SEAL = re.compile(rb'"seal": "[0-9a-f]*"')
 UNSEALED = b'"seal": ""'
@@ -236,11 +231,6 @@ def read_manifest(path: Path, name: str, model: type[M]) -> M:
             "manifests were sealed, make the folder again"
         )
     return manifest
-
-
-def kind_of(folder: Path) -> str | None:
-    """Return what a folder of ours is, by its manifest's name; None for any other."""
-    return next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)
 
 
 def explain_missing(path: Path, name: str) -> PorttoolError:

@@ -202,7 +202,19 @@ class Sampling(Closed):
             raise ValueError("beam search does not end at stop strings: set num_beams to 1")
         if not all(self.bad_words) or not all(self.stop):
             raise ValueError("an empty bad word or stop string would match everywhere")
+        if not self.temperature and (idle := self._changed("top_k", "top_p", "min_p", "seed")):
+            cure = "leave that out: beam search does not sample"
+            if self.num_beams == 1:
+                cure = "set temperature above 0: without it the likeliest token is taken"
+            raise ValueError(f"{idle} would change nothing; {cure}")
+        if self.num_beams == 1 and (idle := self._changed("length_penalty", "early_stopping")):
+            raise ValueError(f"{idle} would change nothing; set num_beams above 1")
         return self
+
+    def _changed(self, *names: str) -> str:
+        """List those of the named fields that are not at their defaults."""
+        fields = type(self).model_fields
+        return ", ".join(n for n in names if getattr(self, n) != fields[n].default)
 
     @property
     def adjusts(self) -> bool:

@@ -29,7 +29,8 @@ from porttool.folder import fingerprint, pending_folder, require_space
 from porttool.progress import SILENT, Progress
 from porttool.shards import MAX_SHARD_BYTES, TensorJob, digest, plan_shards, write_shards
 from porttool.sources.places import scratch_folder
-from porttool.sources.tokenizer_files import NO_TOKENIZER, check_tokenizer, is_tokenizer, read_files
+from porttool.sources.tokenizer_files import NO_TOKENIZER, read_tokenizer
+from porttool.standing import require_free
 from porttool.weights import (
     Take,
     TensorInfo,
@@ -178,13 +179,17 @@ def convert(
     Peak resident memory stays within twice the largest tensor and a constant. `dtype` defaults to
     the source's own. Raises SourceError for anything wrong with the source, by tensor and file.
     """
+    require_free(output, MANIFEST, replace=replace, sources=[source_path])
     record = SourceRecord(
         path=str(source_path.absolute()),
         fingerprint=fingerprint(source_path),
         options=converter.options.model_dump(mode="json", exclude_none=True),
     )
-    scratch = scratch_folder(source_path, output)
-    with naming(source_path), converter.prepare(source_path, scratch, progress) as readable:
+    with (
+        scratch_folder(source_path, output) as scratch,
+        naming(source_path),
+        converter.prepare(source_path, scratch, progress) as readable,
+    ):
         source = converter.open(readable)
         weight_map = source.weight_map or converter.weight_map(source.config)
         jobs = plan_jobs(converter, source, weight_map, dtype, allow_nonfinite)
@@ -201,17 +206,18 @@ def convert(
             tensors={job.name: job.shape for job in jobs},
             files={},
         )
-        tokenizer = read_tokenizer(source)
-        if not tokenizer:
+        files = read_tokenizer(source.tokenizer, source.tokenizer_data, source.config.vocab_size)
+        if not files:
             progress.note(NO_TOKENIZER)
         require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
         shards = plan_shards(jobs, "model", max_shard_bytes)
         key = hashlib.sha256(f"{manifest.model_dump_json()}{max_shard_bytes}".encode()).hexdigest()
-        replaces = MANIFEST if replace else None
-        with pending_folder(output, key, replaces=replaces, sources=[source_path]) as folder:
+        with pending_folder(
+            output, key, manifest=MANIFEST, replace=replace, sources=[source_path]
+        ) as folder:
             progress.start(f"convert {converter.name}", sum(job.nbytes for job in jobs))
             write_shards(folder, shards, workers=workers, progress=progress)
-            for name, data in tokenizer.items():
+            for name, data in files.items():
                 folder.add_bytes(f"{TOKENIZER}/{name}", data)
             if fingerprint(source_path) != record.fingerprint:
                 raise SourceError(f"{source_path}: changed while it was read; convert it again")
@@ -291,10 +297,3 @@ def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> No
                 f"{copy} in {infos[copy].file} differs from {original}, although the config says "
                 "that they are tied; set tie_word_embeddings to false if they are not"
             )
-
-
-def read_tokenizer(source: Source) -> dict[str, bytes]:
-    """Return the tokenizer's files, if they are one; more ids than the embedding are refused."""
-    files = {**read_files(source.tokenizer), **source.tokenizer_data}
-    check_tokenizer(files, source.config.vocab_size)
-    return files if is_tokenizer(files) else {}

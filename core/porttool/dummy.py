@@ -28,6 +28,7 @@ from porttool.checkpoint import (
 )
 from porttool.component import explain
 from porttool.config import Activation, Closed, Dtype, ModelConfig, SpecialTokens
+from porttool.engine import MANIFEST as ENGINE
 from porttool.errors import UsageError
 from porttool.folder import pending_folder, require_space
 from porttool.gpt2_layout import ACTIVATIONS
@@ -36,7 +37,7 @@ from porttool.plugins import Registry, choose_converter, load_registry, named_co
 from porttool.progress import SILENT, Progress
 from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.sources.json_file import read_json
-from porttool.standing import require_place
+from porttool.standing import require_free
 from porttool.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -193,9 +194,7 @@ def dummy_checkpoint(
     if output is None and model is None:
         raise UsageError("name the engine's folder with --output, or a model with --model")
     target = output or (workspace or Workspace.choose(None)).engine(str(model))
-    require_place(target)
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists already; choose another --output, or add --force")
+    require_free(target, ENGINE, replace=force)
     base = find_shape(registry or load_registry(), model, config)
     shape = dummy_config(base, knobs or Knobs())
     with drawn_checkpoint(shape, target, dtype=dtype, seed=seed, family=model or DUMMY,
@@ -229,7 +228,7 @@ def drawn_checkpoint(
     require_space(target, n_bytes)
     manifest = describe(config, shapes, dtype, seed, family)
     key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
-    with pending_folder(target, key, replaces=MANIFEST) as folder:
+    with pending_folder(target, key, manifest=MANIFEST, replace=True) as folder:
         progress.start("random weights", n_bytes)
         workers = min(8, cpu_count() or 1)
         write_shards(folder, plan_shards(jobs, "model"), workers=workers, progress=progress)

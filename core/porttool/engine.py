@@ -170,8 +170,9 @@ def build(
     request = BuildRequest(dtype or made.dtype, limits, made.config)
     identity = repr((checkpoint.digest, request, world_size, plugin, builder.options))
     key = hashlib.sha256(identity.encode()).hexdigest()
-    replaces = MANIFEST if replace else None
-    with pending_folder(output, key, replaces=replaces, sources=[checkpoint.path]) as folder:
+    with pending_folder(
+        output, key, manifest=MANIFEST, replace=replace, sources=[checkpoint.path]
+    ) as folder:
         built = []
         for index in range(world_size):
             out = folder.path / f"rank{index}"

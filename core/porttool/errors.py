@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from porttool.weights import TensorSource
 
 
 class PorttoolError(Exception):
@@ -30,6 +34,20 @@ class MissingFolder(UsageError):
 
 class SourceError(PorttoolError):
     """A source checkpoint is missing, damaged, hostile or of another family."""
+
+
+class UntoldError(SourceError):
+    """A source does not say what an option has to.
+
+    `tensors` and `known`, fields of a model's config, are what it does say.
+    """
+
+    def __init__(
+        self, message: str, tensors: TensorSource, known: Mapping[str, int | float | str]
+    ) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+        self.known = known
 
 
 @contextmanager

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from porttool.component import Component
-from porttool.config import Closed, Limits
+from porttool.config import Closed
 from porttool.errors import CheckFailed
 from porttool.progress import SILENT, Progress
+from porttool.standing import made_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from porttool.converter import Converter
+    from porttool.engine import EngineManifest
     from porttool.prompt_table import PromptTable
     from porttool.runner import Runner
     from porttool.text import Tokenizer
@@ -81,10 +83,10 @@ class Port:
 
     `source` is the Hugging Face folder. `converter` reads it, or reads `origin` where the engine
     was converted from something that transformers cannot run, such as a .nemo archive.
-    `tokenizer` defaults to the source's own. `limits` are the engine's, also where it does not run
-    itself, so that a reference that runs alone cuts its prompts as the engine will. The virtual
-    tokens of a `prompt_table` precede every prompt; `taught` are each task's rows in its source.
-    `kept_of` is the folder that a kept reference must be of, where it was named and does not run.
+    `tokenizer` defaults to the source's own. `manifest` is that of an engine that does not run, so
+    that a reference that runs alone cuts its prompts as the engine will. The virtual tokens of a
+    `prompt_table` precede every prompt; `taught` are each task's rows in its source. `named` is the
+    Hugging Face folder that somebody said is the engine's model, also where it does not run.
     With `compare` both sides are wanted, so that an engine without a source is a mistake.
     """
 
@@ -93,11 +95,16 @@ class Port:
     source: Path | None = None
     converter: Converter | None = None
     origin: Path | None = None
-    limits: Limits | None = None
+    manifest: EngineManifest | None = None
     prompt_table: PromptTable | None = None
     taught: Mapping[str, Tensor] | None = None
-    kept_of: Path | None = None
+    named: Path | None = None
     compare: bool = False
+
+    @property
+    def engine(self) -> EngineManifest | None:
+        """The engine's manifest, also where it does not run."""
+        return self.runner.engine.manifest if self.runner else self.manifest
 
 
 class Evaluator(Component):
@@ -112,24 +119,31 @@ class Evaluator(Component):
 
 
 def missing_side(port: Port, command: str) -> str:
-    """Say what a command lacks, and that the recorded source is gone where it is."""
+    """Say what a command lacks, and why the recorded source is not it."""
     said = (
         f"{command} needs the engine and the Hugging Face folder that it came from; name the "
         "folder with --hf-model"
     )
     recorded = port.runner.engine.manifest.source.path if port.runner else None
-    if recorded is None or Path(recorded).exists():
+    if recorded is None or (Path(recorded) / "config.json").is_file():
         return said
-    return f"{recorded}, which the engine was converted from, is no longer there: {said}"
+    there = Path(recorded).exists()
+    why = (
+        "has no config.json, so that transformers cannot run it" if there else "is no longer there"
+    )
+    return f"{recorded}, which the engine was converted from, {why}: {said}"
 
 
 def evaluate(
     evaluator: Evaluator, port: Port, output: Path, *, progress: Progress = SILENT
 ) -> Report:
-    """Run an evaluator and keep its report as `report.json` in `output`."""
-    output.mkdir(parents=True, exist_ok=True)
-    report = evaluator.run(port, output, progress=progress)
-    write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
+    """Run an evaluator and keep its report as `report.json` in `output`.
+
+    One that is refused leaves no empty folder.
+    """
+    with made_folder(output):
+        report = evaluator.run(port, output, progress=progress)
+        write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
     return report
 
 

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from porttool.config import Closed
 from porttool.errors import CheckpointError, PorttoolError, explain_os_error, intact
 from porttool.progress import format_bytes
-from porttool.standing import occupied, require_free
+from porttool.standing import made_folder, occupied, require_free
 
 JOURNAL = "journal.jsonl"
 BLOCK = 1 << 22
@@ -147,25 +147,29 @@ def read_journal(path: Path, head: str) -> list[JournalEntry] | None:
 
 @contextmanager
 def pending_folder(
-    target: Path, fingerprint: str, *, replaces: str | None, sources: Sequence[Path] = ()
+    target: Path,
+    fingerprint: str,
+    *,
+    manifest: str,
+    replace: bool = False,
+    sources: Sequence[Path] = (),
 ) -> Iterator[PendingFolder]:
     """Open a folder for writing; `fingerprint` says what work it is, for resuming.
 
-    `replaces` names the manifest of a finished folder that may be replaced, None if none may;
-    `sources` are read meanwhile and may not lie there. Raises UsageError if something stands at the
+    One that was finished with the `manifest` may be replaced if `replace` says so; `sources` are
+    read meanwhile and may not lie there. Raises UsageError if something stands at the
     target that may not be replaced, and PorttoolError if another process writes there, the place
     cannot be written, or the disk fills up. A KeyboardInterrupt gets a note of what is left; work
     that is refused before a file is complete leaves nothing.
     """
     target = target if target.name.strip(".") else target.resolve()
-    require_free(target, replaces, sources)
+    require_free(target, manifest, replace=replace, sources=sources)
     path = target.with_name(f".{target.name}.partial")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with locked(path, target):
-            if occupied(target) and replaces is None:  # another process has finished it since
+        with made_folder(path), locked(path, target):
+            if occupied(target) and not replace:  # another process has finished it since
                 path.rmdir()
-            require_free(target, replaces, sources)
+            require_free(target, manifest, replace=replace, sources=sources)
             folder = PendingFolder(target, path)
             folder.resume(fingerprint)
             try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from porttool.checkpoint import kind_of
 from porttool.errors import MissingExtra, SourceError, UsageError
+from porttool.standing import kind_of
 
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.nemo", "*.jinja")
 """What a source can consist of: weights, configs and tokenizers, never code."""

@@ -7,11 +7,11 @@ Rows of query_key_value, by checkpoint version: 0 has queries | keys | values of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from porttool.config import Activation, ModelConfig
 from porttool.converter import validated
-from porttool.errors import SourceError
+from porttool.errors import SourceError, UntoldError
 from porttool.huggingface import SourceConfig
 from porttool.sources.megatron import MegatronCheckpoint
 from porttool.weights import WeightMap, as_is, concat, identity_rules, interleaved_qkv, take
@@ -38,7 +38,7 @@ def read_megatron_config(
     """Read the sizes from the tensors and the rest from the arguments, if the file has them.
 
     `n_head` is needed where it has none; `vocab_size` always, for the embedding is padded. Raises
-    SourceError where one is missing, or arguments and tensors disagree.
+    UntoldError where one is missing, SourceError where arguments and tensors disagree.
     """
     given = {name: value for name, value in (found.args or {}).items() if value is not None}
     args = SourceConfig(given, found.file)  # an argument that was not given is None
@@ -48,12 +48,24 @@ def read_megatron_config(
     check_layers(found, args, shapes)
     n_head = choose_heads(found, args, n_head)
     rows, d_model = shapes["embedding.weight"]
-    if vocab_size is None:
-        raise SourceError(
-            f"{found.file}: the embedding has {rows} rows, with padding, and nothing says how many "
-            "ids there are; give their number with --vocab-size (50257 for GPT-2's vocabulary), "
-            "or the tokenizer's folder with --set tokenizer DIR"
-        )
+    known: dict[str, Any] = {
+        "n_positions": shapes["position.weight"][0],
+        "n_layer": count_layers(shapes),
+        "d_model": d_model,
+        "d_ff": shapes["layers.0.mlp.up.weight"][0],
+        "activation": activation(args),
+        "norm_eps": args.number("norm_epsilon", args.number("layernorm_epsilon", 1e-5)),
+        "tied_head": not args.flag("untie_embeddings_and_output_weights", False),
+    }
+    known |= {k: v for k, v in {"n_head": n_head, "vocab_size": vocab_size}.items() if v}
+    if n_head is None or vocab_size is None:
+        untold = ["how many heads it has; give --n-head (16 for the 345M model)"] * (not n_head)
+        untold += [
+            f"how many ids there are, for the embedding's {rows} rows are padded; give "
+            "--vocab-size (50257 for GPT-2's), or the tokenizer's folder with --set tokenizer DIR"
+        ] * (not vocab_size)
+        said = "; nor ".join(untold)
+        raise UntoldError(f"{found.file}: does not say {said}", found.tensors, known)
     if vocab_size > rows:
         raise SourceError(
             f"{found.file}: the embedding has {rows} rows, fewer than the {vocab_size} ids of "
@@ -63,18 +75,10 @@ def read_megatron_config(
         raise SourceError(f"{found.file}: its width {d_model} is not a multiple of {n_head} heads")
     head_dim = d_model // n_head
     return validated(found.file, lambda: ModelConfig(
-        vocab_size=vocab_size,
-        n_positions=shapes["position.weight"][0],
-        n_layer=count_layers(shapes),
-        n_head=n_head,
         n_kv_head=(shapes["layers.0.attention.qkv.weight"][0] // head_dim - n_head) // 2,
         head_dim=head_dim,
-        d_model=d_model,
-        d_ff=shapes["layers.0.mlp.up.weight"][0],
-        activation=activation(args),
-        norm_eps=args.number("norm_epsilon", args.number("layernorm_epsilon", 1e-5)),
         attention_scale=head_dim**-0.5,
-        tied_head=not args.flag("untie_embeddings_and_output_weights", False),
+        **known,
     ))  # fmt: skip
 
 
@@ -113,18 +117,13 @@ def count_layers(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(name.endswith("attention.qkv.weight") for name in shapes)
 
 
-def choose_heads(found: MegatronCheckpoint, args: SourceConfig, asked: int | None) -> int:
+def choose_heads(found: MegatronCheckpoint, args: SourceConfig, asked: int | None) -> int | None:
     """Return the number of heads that the arguments or the user say; they may not disagree."""
     known = args.take("num_attention_heads", None) is not None
     stored = args.integer("num_attention_heads") if known else None
-    if asked is None and stored is None:
-        raise SourceError(
-            f"{found.file}: does not say how many heads it has; give `porttool convert` --n-head "
-            "(16 for the 345M model)"
-        )
     if None not in (asked, stored) and asked != stored:
         raise SourceError(f"{found.file}: has {stored} heads, not the {asked} of --n-head")
-    return int(asked or stored or 0)
+    return asked or stored
 
 
 def activation(args: SourceConfig) -> Activation:

@@ -12,7 +12,8 @@ from porttool.errors import UsageError
 from porttool.evaluator import Port
 from porttool.hub import resolve_source
 from porttool.plugins import Registry, choose_converter, named_converters
-from porttool.prompt_table import PromptTable
+from porttool.progress import Progress
+from porttool.prompt_table import PromptTable, read_tables
 from porttool.runner import Runner
 from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace
@@ -67,10 +68,13 @@ def port_of(
     *,
     test_hf: bool,
 ) -> Port:
-    """Set an engine beside a Hugging Face folder, and beside what it was converted from."""
+    """Set an engine beside a Hugging Face folder, and beside what it was converted from.
+
+    That is the folder if it is one and no other is named.
+    """
     manifest = runner.engine.manifest
     origin = Path(manifest.source.path)
-    reference = source or (origin if origin.exists() else None)
+    reference = source or (origin if (origin / "config.json").is_file() else None)
     converter = registry.converter(manifest.converter.component, manifest.source.options)
     reads = reference is not None and converter.matches(reference)
     return Port(
@@ -79,25 +83,26 @@ def port_of(
         source=reference if test_hf else None,
         converter=converter if reads or origin.exists() else None,
         origin=origin if origin.exists() and not (reads and test_hf) else None,
-        kept_of=None if test_hf else source,
+        named=source,
         compare=test_hf,
     )
 
 
 def reference_port(
-    source: Path, subject: Path | None, tokenizer: Path | None, registry: Registry
+    source: Path, subject: Path | None, tokenizer: Path | None, registry: Registry, *, named: bool
 ) -> Port:
-    """Return a reference that runs alone, within the limits of the engine if that is built."""
+    """Return a reference that runs alone, for the engine if that is built."""
     built = subject is not None and subject.is_dir()
     return Port(
         tokenizer=load_tokenizer(tokenizer or source),
         source=source,
         converter=choose_converter(registry, source),
-        limits=Engine.open(subject, verify=False).manifest.limits if subject and built else None,
+        manifest=Engine.open(subject, verify=False).manifest if subject and built else None,
+        named=source if named else None,
     )
 
 
-def with_table(port: Port, path: Path, registry: Registry) -> Port:
+def with_table(port: Port, path: Path, registry: Registry, progress: Progress) -> Port:
     """Add a prompt table, and what it was made of, which must still be there."""
     table = PromptTable.open(path)
     made = table.manifest
@@ -105,26 +110,31 @@ def with_table(port: Port, path: Path, registry: Registry) -> Port:
     if not source.exists():
         raise UsageError(f"{path} was made of {source}, which is not there to compare it with")
     converter = registry.tables.get(made.plugin.component)(made.source.options)
-    return replace(port, prompt_table=table, taught=converter.open(source))
+    return replace(port, prompt_table=table, taught=read_tables(converter, source, progress))
 
 
 def recorded_source(
     space: Workspace, engine: Path | None, model: str | None, registry: Registry
 ) -> Path:
-    """Return what an engine named by its path came from, which must still be there.
+    """Return the folder that an engine named by its path came from, which must still be there.
 
     Without one, what the model's engine or checkpoint did, else where the family is published.
+    UsageError for a source that transformers cannot run.
     """
     if engine is not None:
         recorded = Path(Engine.open(engine, verify=False).manifest.source.path)
         if not recorded.exists():
             raise UsageError(f"{recorded}, which {engine} was converted from, is no longer there: "
                              "name it with --hf-model")  # fmt: skip
-        return recorded
-    label = space.find_model(model)
-    found = (Path(record.path) for record in records_of(space, label))
-    there = next((path for path in found if path.exists()), None)
-    return there or resolve_source(None, default_hub_id(registry, label))
+    else:
+        label = space.find_model(model)
+        found = (Path(record.path) for record in records_of(space, label))
+        there = next((path for path in found if path.exists()), None)
+        recorded = there or resolve_source(None, default_hub_id(registry, label))
+    if not (recorded / "config.json").is_file():
+        raise UsageError(f"{recorded} has no config.json, so that transformers cannot run it: name "
+                         "the Hugging Face folder of this model with --hf-model")  # fmt: skip
+    return recorded
 
 
 def records_of(space: Workspace, model: str) -> Iterator[SourceRecord]:

@@ -24,8 +24,9 @@ from porttool.config import Dtype, ModelConfig, PromptTableConfig
 from porttool.converter import FLOATS
 from porttool.errors import CheckpointError, SourceError, UsageError, naming
 from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
-from porttool.progress import SILENT
+from porttool.progress import SILENT, Progress
 from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.sources.archive import is_gzip
 from porttool.sources.places import require_outside
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.weights import cast
@@ -153,6 +154,11 @@ def use_table(
     each: Sequence[str | None] = tasks or [None]
     each = each if len(each) == len(prompts) else [each[0]] * len(prompts)
     filled = [table.prompt(ids, task, vocab_size) for ids, task in zip(prompts, each, strict=True)]
+    if max(map(max, filter(None, filled)), default=vocab_size) < vocab_size:
+        raise UsageError(
+            f"{table.path} would change nothing: no prompt holds one of its virtual tokens; name "
+            f"a task, one of {', '.join(table.config.tasks)}"
+        )
     runner.load_prompt_table(table.tensor())
     return filled
 
@@ -183,13 +189,27 @@ def convert_table(
     plugin: PluginRecord,
     dtype: Dtype | None = None,
     replace: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = SILENT,
 ) -> PromptTable:
     """Turn a source into a prompt table folder; `dtype` defaults to the source's.
 
     Raises SourceError for tables that cannot be used, by task.
     """
     with naming(source):
-        return write_table(converter, source, output, plugin=plugin, dtype=dtype, replace=replace)
+        return write_table(
+            converter, source, output, plugin=plugin, dtype=dtype, replace=replace,
+            allow_nonfinite=allow_nonfinite, progress=progress,
+        )  # fmt: skip
+
+
+def read_tables(
+    converter: TableConverter, source: Path, progress: Progress
+) -> Mapping[str, Tensor]:
+    """Return every task's rows [length, d_model]; say what a compressed source costs."""
+    if source.is_file() and is_gzip(source):
+        progress.note(f"{source.name} is compressed: one pass finds its tables, one reads them")
+    return converter.open(source)
 
 
 def write_table(
@@ -200,11 +220,13 @@ def write_table(
     plugin: PluginRecord,
     dtype: Dtype | None,
     replace: bool,
+    allow_nonfinite: bool,
+    progress: Progress,
 ) -> PromptTable:
     """Read every task's table, check it, and write them all."""
     require_outside(source, output)
     record = SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source))
-    tables = converter.open(source)
+    tables = read_tables(converter, source, progress)
     for task, table in tables.items():
         check_table(source, task, table)
     widths = {task: table.shape[1] for task, table in tables.items()}
@@ -227,10 +249,13 @@ def write_table(
         files={},
     )
     shape = (config.n_rows, config.d_model)
-    job = TensorJob(TENSOR, shape, config.dtype, 0, partial(joined, tables, config.dtype))
+    job = TensorJob(
+        TENSOR, shape, config.dtype, 0, partial(joined, tables, config.dtype, allow_nonfinite)
+    )
     key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
-    replaces = MANIFEST if replace else None
-    with pending_folder(output, key, replaces=replaces, sources=[source]) as folder:
+    with pending_folder(
+        output, key, manifest=MANIFEST, replace=replace, sources=[source]
+    ) as folder:
         write_shards(folder, plan_shards([job], TENSOR), workers=1, progress=SILENT)
         if fingerprint(source) != record.fingerprint:
             raise SourceError(f"{source}: changed while it was read; convert it again")
@@ -261,8 +286,11 @@ def widest(tables: Mapping[str, Tensor]) -> Dtype:
     return next(dtype for dtype in reversed(FLOATS) if dtype in found)
 
 
-def joined(tables: Mapping[str, Tensor], dtype: Dtype) -> Tensor:
+def joined(tables: Mapping[str, Tensor], dtype: Dtype, allow_nonfinite: bool) -> Tensor:
     """Return all tables, task after task, in one type."""
     import torch
 
-    return torch.cat([cast(f"the table of {t!r}", x, dtype) for t, x in tables.items()])
+    return torch.cat([
+        cast(f"the table of {task!r}", rows, dtype, allow_nonfinite=allow_nonfinite)
+        for task, rows in tables.items()
+    ])  # fmt: skip

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from porttool.errors import UsageError
+
+KINDS = {
+    "checkpoint.json": "a checkpoint",
+    "engine.json": "an engine",
+    "prompt_table.json": "a prompt table",
+}
+"""Manifest → what a folder is that has it; the modules of these names write them."""
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return what a folder of ours is, by its manifest's name; None for any other."""
+    return next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)
+
+
+def described(folder: Path) -> str:
+    """Say what a finished folder of ours is and what it was made of; empty for any other."""
+    for name in (name for name in KINDS if (folder / name).is_file()):
+        kind = KINDS[name].split(" ", 1)[1]
+        with suppress(OSError, ValueError, KeyError, TypeError):  # it may be damaged
+            made = json.loads((folder / name).read_bytes())
+            dtype = made.get("dtype") or made["config"]["dtype"]
+            origin = made["source"]["path"]
+            return f"a finished {kind} of {made['family']} in {dtype}, from {origin}"
+        return f"a damaged {kind}"
+    return ""
 
 
 def occupied(target: Path) -> bool:
@@ -23,21 +50,41 @@ def require_place(target: Path) -> None:
         raise UsageError(f"{target}: {above} is not a folder; choose another place")
 
 
-def require_free(target: Path, replaces: str | None, sources: Sequence[Path]) -> None:
+@contextmanager
+def made_folder(path: Path) -> Iterator[Path]:
+    """Make a folder; work in it that fails and leaves nothing there takes away what was made."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # something is in it
+            for folder in new:
+                with suppress(FileNotFoundError):
+                    folder.rmdir()
+        raise
+
+
+def require_free(
+    target: Path, manifest: str, *, replace: bool, sources: Sequence[Path] = ()
+) -> None:
     """Raise UsageError if something stands at the target, or above it, that may not be replaced.
 
-    What may be is a folder that was finished with the manifest `replaces`: never what somebody else
-    put there, and never what is being read.
+    What may be, if it is to `replace` it, is a folder that was finished with the manifest: never
+    what somebody else put there, and never what is being read.
     """
     require_place(target)
     if not occupied(target):
         return
-    if replaces is None:
-        raise UsageError(f"{target} exists already; choose another --output, or add --force")
-    if target.is_symlink() or not (target / replaces).is_file():
+    found = f" ({said})" if (said := described(target)) else ""
+    replaceable = not target.is_symlink() and (target / manifest).is_file()
+    if not replace:
+        cure = ", or add --force to make it anew" if replaceable else ""
+        raise UsageError(f"{target} exists already{found}; choose another --output{cure}")
+    if not replaceable:
         raise UsageError(
-            f"{target} has no {replaces}, and --force replaces only what was finished with one; "
-            "choose another --output, or take away yourself what stands there"
+            f"{target}{found} has no {manifest}, and --force replaces only what was finished with "
+            "one; choose another --output, or take away yourself what stands there"
         )
     for source in sources:
         if source.resolve().is_relative_to(target.resolve()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from porttool.errors import CheckpointError, MissingExtra, UsageError
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import tokenizers
 
     from porttool.config import InfillTokens, PromptTemplate
+
+T = TypeVar("T")
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -27,27 +29,34 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return a text's ids; no special ids are added."""
+        """Return a text's ids, none of them added; CheckpointError if there are none for it."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids; special ids vanish."""
+        """Return the text of ids; special ids vanish, and those that the tokenizer lacks."""
 
 
 class BPETokenizer(Tokenizer):
-    """A tokenizer of the tokenizers library."""
+    """A tokenizer of the tokenizers library, whose vocabulary is in `file`."""
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, file: Path) -> None:
         self._inner = inner
+        self._file = file
 
     @property
     def n_tokens(self) -> int:
         """Ids with the added ones; a gap below the highest counts as ids."""
-        return 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
+        return 1 + max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
-        """Encode without special ids."""
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        """Encode without special ids; a vocabulary that lacks a piece may refuse that."""
+        try:
+            ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        except Exception as error:
+            raise CheckpointError(
+                f"{self._file}: the tokenizer cannot encode {text!r:.80}: {error}; give token ids "
+                "instead of text, or name a folder with --tokenizer"
+            ) from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -63,7 +72,7 @@ class SentencePieceTokenizer(Tokenizer):
             from sentencepiece import SentencePieceProcessor
         except ImportError as error:
             raise MissingExtra("gpt-next", "sentencepiece") from error
-        self._inner = SentencePieceProcessor(model_file=str(path))
+        self._inner = guarded(path, lambda file: SentencePieceProcessor(model_file=str(file)))
 
     @property
     def n_tokens(self) -> int:
@@ -75,16 +84,16 @@ class SentencePieceTokenizer(Tokenizer):
         return list(self._inner.encode_as_ids(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode pieces to text."""
-        return str(self._inner.decode_ids(list(ids)))
+        """Decode pieces to text; a padded embedding has ids that are none."""
+        return str(self._inner.decode_ids([i for i in ids if i < self.n_tokens]))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load whatever tokenizer a folder holds; CheckpointError if there is none or it is damaged."""
-    if (folder / "tokenizer.json").is_file():
-        return BPETokenizer(guarded(folder / "tokenizer.json", load_json_tokenizer))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return BPETokenizer(guarded(folder, load_byte_bpe))
+    if (file := folder / "tokenizer.json").is_file():
+        return BPETokenizer(guarded(file, load_json_tokenizer), file)
+    if (file := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return BPETokenizer(guarded(folder, load_byte_bpe), file)
     if (folder / "tokenizer.model").is_file():
         return SentencePieceTokenizer(folder / "tokenizer.model")
     raise CheckpointError(
@@ -93,8 +102,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def guarded(path: Path, load: Callable[[Path], tokenizers.Tokenizer]) -> tokenizers.Tokenizer:
-    """Turn the tokenizers library's bare exceptions into a CheckpointError naming the file."""
+def guarded(path: Path, load: Callable[[Path], T]) -> T:
+    """Turn a tokenizer library's bare exceptions into a CheckpointError naming the file."""
     try:
         return load(path)
     except Exception as error:

@@ -167,7 +167,7 @@ def test_safetensors_go_before_bin(tmp_path, copy):
 def test_a_source_that_changes_under_our_hands(tmp_path, copy, monkeypatch):
     from porttool import converter
 
-    def meddle(source):
+    def meddle(*source):
         os.utime(copy / "config.json", (1, 1))
         return {}
 
@@ -266,7 +266,8 @@ def test_other_settings_do_not_take_over_what_was_left(tmp_path, copy):
 
 def test_an_output_that_is_there_already(tmp_path, copy, checkpoint):
     found = tiny.converted(copy, tmp_path / "out")
-    with pytest.raises(UsageError, match="exists already; choose another --output, or add --force"):
+    said = rf"already \(a finished checkpoint of gpt2 in float32, from {copy}\).*add --force to"
+    with pytest.raises(UsageError, match=said):
         tiny.converted(copy, tmp_path / "out")
     again = tiny.converted(copy, tmp_path / "out", dtype="float16", replace=True)
     assert (found.manifest.dtype, again.manifest.dtype) == ("float32", "float16")

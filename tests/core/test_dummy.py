@@ -176,7 +176,6 @@ def test_ranks_and_other_engines(tmp_path):
         (["CKPT", "--n-layer", "2", "--output", "x"], "--n-layer: only a --dummy build"),
         (["--dummy", "--model", "gpt2", "--hidden-act", "tanh", "--output", "x"], "--hidden-act"),
         (["--dummy", "--model", "gpt3", "--output", "x"], "'gpt3'"),
-        (["--dummy", *TINY, "--output", "."], "exists already"),
     ],
 )
 def test_requests_that_contradict_themselves(arguments, message, capsys, tmp_path, monkeypatch):
@@ -184,3 +183,13 @@ def test_requests_that_contradict_themselves(arguments, message, capsys, tmp_pat
     assert invoke(["build", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_there_already(capsys, tmp_path):
+    command = ["build", "--dummy", *TINY, "--output", str(tmp_path / "taken")]
+    (tmp_path / "taken").mkdir()
+    assert invoke(command) == 0, "an empty folder is as good as none"
+    assert invoke(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "taken exists already (a finished engine of dummy in float16, from " in said
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]

@@ -179,7 +179,8 @@ def test_limits_that_no_engine_has(checkpoint, asked, flag):
 def test_an_output_that_is_there_already(tmp_path, checkpoint):
     limits = Limits(max_input_len=8, max_output_len=8)
     tiny.built(checkpoint, tmp_path / "engine")
-    with pytest.raises(UsageError, match="engine exists already; choose another --output, or add"):
+    said = r"engine exists already \(a finished engine of gpt2 in float32, from .*, or add --force"
+    with pytest.raises(UsageError, match=said):
         tiny.built(checkpoint, tmp_path / "engine", limits=limits)
     again = tiny.built(checkpoint, tmp_path / "engine", limits=limits, replace=True)
     assert Engine.open(again.path).manifest.limits == limits

@@ -24,9 +24,11 @@ from porttool.folder import (
 )
 from porttool.standing import occupied
 
+MANIFEST = "manifest.json"
 
-def fill(target, fingerprint="work", *, replaces=None, names=("one", "two")):
-    with pending_folder(target, fingerprint, replaces=replaces) as folder:
+
+def fill(target, fingerprint="work", *, replace=False, names=("one", "two")):
+    with pending_folder(target, fingerprint, manifest=MANIFEST, replace=replace) as folder:
         for name in names:
             if name not in folder.files:
                 folder.add_bytes(name, name.encode())
@@ -34,7 +36,7 @@ def fill(target, fingerprint="work", *, replaces=None, names=("one", "two")):
 
 
 def test_it_appears_whole(tmp_path):
-    with pending_folder(tmp_path / "out", "work", replaces=None) as folder:
+    with pending_folder(tmp_path / "out", "work", manifest=MANIFEST) as folder:
         folder.add_bytes("sub/one", b"1")
         assert not (tmp_path / "out").exists()
         folder.finish("manifest.json", "{}")
@@ -44,17 +46,20 @@ def test_it_appears_whole(tmp_path):
 
 
 def test_a_failed_run_leaves_no_target_and_the_next_goes_on(tmp_path):
-    with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replaces=None) as folder:
+    with (
+        pytest.raises(RuntimeError),
+        pending_folder(tmp_path / "o", "w", manifest=MANIFEST) as folder,
+    ):
         folder.add_bytes("one", b"1")
         raise RuntimeError
     assert not (tmp_path / "o").exists()
-    with pending_folder(tmp_path / "o", "w", replaces=None) as folder:
+    with pending_folder(tmp_path / "o", "w", manifest=MANIFEST) as folder:
         assert folder.files == {"one": FileRecord(bytes=1, sha256=hashlib.sha256(b"1").hexdigest())}
 
 
 def test_refused_work_leaves_only_what_can_be_taken_over(tmp_path):
     def refused(*names):
-        with pending_folder(tmp_path / "sub" / "o", "w", replaces=None) as folder:
+        with pending_folder(tmp_path / "sub" / "o", "w", manifest=MANIFEST) as folder:
             for name in names:
                 folder.add_bytes(name, b"1")
             (folder.path / "half").write_bytes(b"1")
@@ -63,9 +68,16 @@ def test_refused_work_leaves_only_what_can_be_taken_over(tmp_path):
     for names, left in (((), []), (("one",), [".o.partial"]), ((), [".o.partial"])):
         with pytest.raises(UsageError, match="no"):
             refused(*names)
-        assert [p.name for p in (tmp_path / "sub").iterdir()] == left
-    with pending_folder(tmp_path / "sub" / "o", "w", replaces=None) as folder:
+        assert [p.name for p in tmp_path.glob("sub/.*")] == left
+    with pending_folder(tmp_path / "sub" / "o", "w", manifest=MANIFEST) as folder:
         assert list(folder.files) == ["one"]
+
+
+def test_refused_work_leaves_no_folder_that_it_made(tmp_path):
+    target = tmp_path / "new" / "sub" / "o"
+    with pytest.raises(UsageError), pending_folder(target, "w", manifest=MANIFEST):
+        raise UsageError("no")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -74,7 +86,10 @@ def test_refused_work_leaves_only_what_can_be_taken_over(tmp_path):
      "journal of nonsense", "flipped journal"],
 )  # fmt: skip
 def test_what_is_not_the_same_work_is_not_taken_over(tmp_path, damage):
-    with pytest.raises(RuntimeError), pending_folder(tmp_path / "o", "w", replaces=None) as folder:
+    with (
+        pytest.raises(RuntimeError),
+        pending_folder(tmp_path / "o", "w", manifest=MANIFEST) as folder,
+    ):
         folder.add_bytes("one", b"1234")
         raise RuntimeError
     partial = tmp_path / ".o.partial"
@@ -95,7 +110,7 @@ def test_what_is_not_the_same_work_is_not_taken_over(tmp_path, damage):
     if damage == "lost file":
         (partial / "one").unlink()
     work = "x" if damage == "other work" else "w"
-    with pending_folder(tmp_path / "o", work, replaces=None) as folder:
+    with pending_folder(tmp_path / "o", work, manifest=MANIFEST) as folder:
         assert folder.files == {}
 
 
@@ -104,13 +119,13 @@ def test_a_journal_that_was_cut_off_is_mended(tmp_path):
     for name in ("one", "two", "three"):
         with (
             pytest.raises(RuntimeError),
-            pending_folder(tmp_path / "o", "w", replaces=None) as folder,
+            pending_folder(tmp_path / "o", "w", manifest=MANIFEST) as folder,
         ):
             folder.add_bytes(name, b"1234")
             with (tmp_path / ".o.partial" / "journal.jsonl").open("a") as journal:
                 journal.write('{"bytes":4,"sha')
             raise RuntimeError
-    with pending_folder(tmp_path / "o", "w", replaces=None) as folder:
+    with pending_folder(tmp_path / "o", "w", manifest=MANIFEST) as folder:
         assert list(folder.files) == ["one", "two", "three"]
 
 
@@ -154,7 +169,7 @@ def test_an_existing_target_is_not_touched_without_being_told(tmp_path):
     fill(tmp_path / "o")
     with pytest.raises(UsageError, match=r"o exists already; choose another --output, or add --f"):
         fill(tmp_path / "o")
-    fill(tmp_path / "o", names=("three",), replaces="manifest.json")
+    fill(tmp_path / "o", names=("three",), replace=True)
     assert {p.name for p in (tmp_path / "o").iterdir()} == {"three", "manifest.json"}
 
 
@@ -162,7 +177,7 @@ def test_two_writers(tmp_path):
     """Another process holds the folder: this one says so and touches nothing."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom porttool.folder import pending_folder\n"
-        "with pending_folder(Path(sys.argv[1]), 'w', replaces=None) as folder:\n"
+        "with pending_folder(Path(sys.argv[1]), 'w', manifest='m') as folder:\n"
         "    folder.add_bytes('one', b'1')\n    print('ready', flush=True)\n    input()\n"
     )
     pipe = subprocess.PIPE
@@ -197,14 +212,14 @@ def test_a_full_disk_and_a_read_only_one(tmp_path):
         pytest.skip("mounting is not allowed here")
     try:
         with pytest.raises(PorttoolError) as caught:  # noqa: SIM117
-            with pending_folder(disk / "o", "w", replaces=None) as folder:
+            with pending_folder(disk / "o", "w", manifest=MANIFEST) as folder:
                 folder.add_bytes("small", b"1")
                 folder.add_bytes("large", b"1" * 100_000)
         assert "the disk is full; the complete files are kept in" in str(caught.value)
         assert "run the same command again" in str(caught.value)
         assert not (disk / "o").exists()
         subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
-        with pending_folder(disk / "o", "w", replaces=None) as folder:
+        with pending_folder(disk / "o", "w", manifest=MANIFEST) as folder:
             assert list(folder.files) == ["small"]
             folder.finish("manifest.json", "{}")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -282,7 +297,7 @@ def test_force_takes_away_nothing_but_what_was_finished_there(tmp_path, what, mo
         monkeypatch.chdir(target)
         target = Path()
     with pytest.raises(UsageError, match=r"has no manifest\.json, and --force"):
-        fill(target, replaces="manifest.json")
+        fill(target, replace=True)
     assert kept.read_text() == "years of work"
 
 
@@ -292,7 +307,7 @@ def test_force_takes_away_nothing_that_is_being_read(tmp_path):
     source = target / "one"
     with (
         pytest.raises(UsageError, match="is being read"),
-        pending_folder(target, "w", replaces="manifest.json", sources=[source]),
+        pending_folder(target, "w", manifest=MANIFEST, replace=True, sources=[source]),
     ):
         pass
     assert source.is_file()

@@ -352,3 +352,28 @@ def test_a_result_below_a_file(said, engine_folder, flag):
     assert (status, message) == (
         2, f"error: file/x.png: there is no folder {Path('file').absolute()}"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["convert {source}", "build {checkpoint}"])
+@pytest.mark.parametrize("stands", ["checkpoint", "engine", "damaged", "other"])
+def test_what_stands_at_the_output_is_said_before_any_work(
+    said, source, checkpoint, engine_folder, monkeypatch, command, stands
+):
+    """And --force is advice only where it would do."""
+    if stands in ("checkpoint", "engine"):
+        shutil.copytree({"checkpoint": checkpoint.path, "engine": engine_folder}[stands], "out")
+    else:
+        Path("out").mkdir()
+        Path("out", "checkpoint.json" if stands == "damaged" else "a").write_text("{")
+    for work in ("porttool.converter.plan_jobs", "porttool.api.open_checkpoint"):
+        monkeypatch.setattr(work, None)
+    asked = command.format(source=source, checkpoint=checkpoint.path).split()
+    status, told = said(*asked, "-o", "out")
+    what = {"checkpoint": "(a finished checkpoint of gpt2 in float32, from ",
+            "engine": "(a finished engine of gpt2 in float64, from ",
+            "damaged": "(a damaged checkpoint); ", "other": "already; choose"}  # fmt: skip
+    made = "checkpoint" if "convert" in command else "engine"
+    replaceable = stands == made or (stands, made) == ("damaged", "checkpoint")
+    assert status == 2
+    assert told.startswith("error: out exists already") and what[stands] in told
+    assert ("add --force to make it anew" in told) is replaceable

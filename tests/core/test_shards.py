@@ -33,7 +33,7 @@ def test_the_library_reads_what_is_written(tmp_path):
     }
     jobs = [job(str(n), t) for n, t in tensors.items()]
     counter = Counter()
-    with pending_folder(tmp_path / "o", "w", replaces=None) as folder:
+    with pending_folder(tmp_path / "o", "w", manifest="manifest.json") as folder:
         write_shards(folder, plan_shards(jobs, "m", 10_000), workers=2, progress=counter)
         records = folder.files
         folder.finish("manifest.json", "{}")
@@ -66,11 +66,14 @@ def test_shards_that_are_there_are_not_made_again(tmp_path):
         raise AssertionError("made again")
 
     tensor = torch.ones(8)
-    with pytest.raises(KeyError), pending_folder(tmp_path / "o", "w", replaces=None) as folder:
+    with (
+        pytest.raises(KeyError),
+        pending_folder(tmp_path / "o", "w", manifest="manifest.json") as folder,
+    ):
         write_shards(folder, plan_shards([job("a", tensor)], "a"), workers=1, progress=Progress())
         raise KeyError
     counter = Counter()
-    with pending_folder(tmp_path / "o", "w", replaces=None) as folder:
+    with pending_folder(tmp_path / "o", "w", manifest="manifest.json") as folder:
         shards = {"a.safetensors": [job("a", tensor, never)], "b.safetensors": [job("b", tensor)]}
         write_shards(folder, shards, workers=1, progress=counter)
         assert sorted(folder.files) == ["a.safetensors", "b.safetensors"]
@@ -104,7 +107,7 @@ def test_an_error_while_making_is_raised_where_it_is_written(tmp_path):
     jobs = [job("t0", torch.ones(4)), job("t1", torch.ones(4), broken), job("t2", torch.ones(4))]
     with (
         pytest.raises(ValueError, match="t1"),
-        pending_folder(tmp_path / "o", "w", replaces=None) as folder,
+        pending_folder(tmp_path / "o", "w", manifest="manifest.json") as folder,
     ):
         write_shards(folder, plan_shards(jobs, "m"), workers=2, progress=Progress())
     assert not (tmp_path / "o").exists()

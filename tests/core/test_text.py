@@ -6,6 +6,7 @@ import shutil
 import pytest
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
+import nemo_writer
 from porttool.errors import CheckpointError
 from porttool.text import TextStream, load_tokenizer
 
@@ -105,3 +106,38 @@ def test_damaged_byte_bpe_names_its_folder(tmp_path, byte_bpe, damaged):
     (folder / damaged).write_text("one\ntwo three four\n{")
     with pytest.raises(CheckpointError, match=r"bpe.*: the tokenizer cannot be read"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"type": "BPE", "vocab": {"T": 0}, "merges": [], "unk_token": "?"}, "Unk token `\\?`"),
+        ({"type": "WordLevel", "vocab": {"T": 0}, "unk_token": "?"}, "Missing \\[UNK\\] token"),
+        ({"type": "Unigram", "vocab": [["T", 0.0]], "unk_id": None}, "`unk_id` is missing"),
+    ],
+)
+def test_a_vocabulary_without_a_piece_of_a_text_names_its_file(tmp_path, model, says):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    tokenizer = load_tokenizer(tmp_path)
+    said = rf"tokenizer\.json: the tokenizer cannot encode 'The mayor': .*{says}.*--tokenizer"
+    with pytest.raises(CheckpointError, match=said):
+        tokenizer.encode("The mayor")
+
+
+def test_a_vocabulary_of_nothing(tmp_path):
+    empty = {"type": "BPE", "vocab": {}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": empty}))
+    assert load_tokenizer(tmp_path).n_tokens == 0
+
+
+def test_a_damaged_sentencepiece_model_names_its_file(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: the tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_that_a_tokenizer_lacks_are_no_text(tmp_path, tokenizer_folder):
+    (tmp_path / "tokenizer.model").write_bytes(nemo_writer.sentencepiece_model(50))
+    for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tokenizer_folder)):
+        ids = tokenizer.encode("the cat")
+        assert tokenizer.decode([*ids, tokenizer.n_tokens]) == "the cat"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from porttool.cli import invoke
 from porttool.errors import SourceError, UsageError
 from porttool.plugins import choose_converter
 from porttool.text import fill_template
@@ -65,6 +66,18 @@ def test_the_template_travels_with_the_checkpoint(tmp_path, camel_source):
         "further context. Write a response that appropriately completes the request\n\n"
         "### Instruction:\nSum up.\n\n### Input:\nSome text {instruction}\n\n### Response:"
     )
+
+
+def test_another_family_says_that_it_loses_the_template(tmp_path, camel_source, source, capsys):
+    said = "looks like camel5b, whose instruction template is lost when it is converted as gpt2"
+    for i, (folder, told, expected) in enumerate((
+        (camel_source, ["--model", "gpt2"], True), (camel_source, ["--model", "camel5b"], False),
+        (camel_source, [], False), (source, ["--model", "gpt2"], False),
+    )):  # fmt: skip
+        assert invoke(["convert", str(folder), "-o", str(tmp_path / str(i)), *told]) == 0
+        shown = " ".join(capsys.readouterr().err.split())
+        assert (said in shown) is expected
+        assert ("--model camel5b keeps it" in shown) is expected
 
 
 def test_a_model_without_a_template_says_so():

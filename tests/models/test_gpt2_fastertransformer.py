@@ -205,11 +205,16 @@ def test_what_the_layout_cannot_express_is_refused(tmp_path, checkpoint):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command(tmp_path, checkpoint, capsys):
+def test_the_command(tmp_path, checkpoint, capsys, monkeypatch):
     arguments = ["export", str(checkpoint.path), "--format", "fastertransformer", "--tp", "3",
                  "--output", str(tmp_path / "out")]  # fmt: skip
     assert run_cli(arguments) == 0
     assert "3-gpu" in capsys.readouterr().out
     assert run_cli(arguments) == 2
     assert "exists already" in capsys.readouterr().err
+    for disabled, status in (("gpt2", 1), ("santacoder", 0)):
+        monkeypatch.setenv("PORTTOOL_DISABLE_PLUGINS", disabled)
+        assert run_cli([*arguments[:-1], str(tmp_path / "again")]) == status
+        assert (tmp_path / "again").exists() is (status == 0)
+        assert ("was converted by 'gpt2'" in capsys.readouterr().err) is (status == 1)
     assert open_folder(tmp_path / "out").config == checkpoint.config

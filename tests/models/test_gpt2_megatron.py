@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 
@@ -10,6 +11,7 @@ import torch
 
 import tiny
 from megatron_writer import arguments, as_saved, layer_of, model_tree, padded_rows, write_source
+from porttool.cli import invoke
 from porttool.converter import convert
 from porttool.errors import PorttoolError
 from porttool.plugins import choose_converter
@@ -119,13 +121,45 @@ def test_the_tokenizer_gives_the_ids(tmp_path, monkeypatch, model):
 
 def test_what_a_file_cannot_tell_is_asked_for(tmp_path, model):
     source = write_source(tmp_path / "megatron", model)
-    refused(source, tmp_path, r"model_optim_rng\.pt: does not say how many heads.*--n-head")
+    refused(source, tmp_path, "say how many heads.*--n-head.*; nor how many ids .*--vocab-size")
+    refused(source, tmp_path, r"model_optim_rng\.pt: does not say how many heads", vocab_size=67)
     refused(source, tmp_path, "72 rows.*--vocab-size.*tokenizer", n_head=4)
     refused(source, tmp_path, "72 rows, fewer than the 80 ids", n_head=4, vocab_size=80)
     refused(source, tmp_path, "32 is not a multiple of 5", n_head=5, vocab_size=67)
     refused(source, tmp_path, "options are: n_head, vocab_size", n_heads=4)
     known = write_source(tmp_path / "known", model, version=2)
     refused(known, tmp_path, "has 4 heads, not the 8 of --n-head", n_head=8, vocab_size=67)
+
+
+def test_what_a_file_cannot_tell_is_inspected_all_the_same(tmp_path, model, capsys):
+    def inspected(source, *told):
+        assert invoke(["inspect", str(source), "--json", *told]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    old, new = (write_source(tmp_path / f"v{v}", model, version=v) for v in (0, 3))
+    whole = inspected(old, "--n-head", "4", "--vocab-size", "67")
+    assert (whole["config"]["n_head"], whole["config"]["vocab_size"]) == (4, 67)
+    assert whole["config"] == inspected(new, "--set", "vocab_size", "67")["config"]
+    for source, told, missing in (
+        (old, (), ("n_head", "vocab_size")), (old, ("--vocab-size", "67"), ("n_head",)),
+        (old, ("--n-head", "4"), ("vocab_size",)), (new, (), ("vocab_size",)),
+    ):  # fmt: skip
+        found = inspected(source, *told)
+        assert found["is"] == "source of gpt2/megatron: Megatron-LM checkpoint"
+        assert {k: found[k] for k in ("tensors", "bytes", "types")}.items() <= whole.items()
+        assert found["config"].items() <= whole["config"].items()
+        assert found["config"].keys() >= {"n_layer", "d_model", "n_positions", "activation"}
+        assert not {*missing} & found["config"].keys()
+        flags = ("--n-head", "--vocab-size")
+        wanted = ["--" + name.replace("_", "-") for name in missing]
+        assert [f for f in flags if f in found["missing"]] == wanted
+    assert invoke(["inspect", str(old)]) == 0
+    assert "does not say how many heads" in " ".join(capsys.readouterr().out.split())
+    assert invoke(["inspect", str(new), "--set", "n_heads", "4"]) == 2
+    assert "n_heads is unknown" in capsys.readouterr().err
+    made = converted(new, tmp_path / "made", vocab_size=67)
+    assert invoke(["inspect", str(made.path), "--n-head", "4"]) == 2
+    assert "is a checkpoint: --n-head would change nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,33 @@ def test_the_commands(tmp_path, roomy, capsys):
     assert both[:1] == run("virtual.csv", "--prompt-table", folder, "--tasks", "0")
     assert "need --prompt-table" in run("virtual.csv")
     assert "need --prompt-table" in run("ids.csv", "--task", "email")
+    assert "nothing: no prompt holds one of its virtual tokens" in run(
+        "ids.csv", "--prompt-table", folder
+    )
     assert "no task 'mail'" in run("ids.csv", "--prompt-table", folder, "--task", "mail")
+
+
+def test_a_table_of_no_numbers_is_converted_where_that_is_allowed(tmp_path, capsys):
+    tables = {**TABLES, "boolq": drawn(7) / 0}
+    source = write_nemo(tmp_path / "p.nemo", nested(tables))
+    convert = ["convert", str(source), "--output", str(tmp_path / "table")]
+    assert run_cli(convert) == 1
+    assert "--allow-nonfinite converts it all the same" in " ".join(capsys.readouterr().err.split())
+    assert run_cli([*convert, "--allow-nonfinite"]) == 0
+    found = PromptTable.open(tmp_path / "table").tensor()
+    assert found.equal(torch.cat(list(tables.values())))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_compressed_archive_says_what_it_costs(tmp_path, roomy, source, capsys, mode):
+    archive = write_nemo(tmp_path / "p.nemo", nested(TABLES), mode=mode)
+    convert = ["convert", str(archive), "--output", str(tmp_path / "table")]
+    verify = ["verify", str(roomy), "--hf-model", str(source), "--set", "prompt_len", "6",
+              "--set", "new_tokens", "2", "--prompt-table", str(tmp_path / "table")]  # fmt: skip
+    for command in (["inspect", str(archive)], convert, verify):
+        assert run_cli(command) == 0
+        said = capsys.readouterr().err.count("p.nemo is compressed: one pass finds its tables")
+        assert said == (mode == "w:gz")
 
 
 needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")

@@ -11,11 +11,13 @@ from porttool.cli import console
 from porttool.cli.options import (
     DTYPES,
     FOLDER,
-    as_settings,
+    UNTOLD,
+    converter_options,
     json_option,
     model_options,
     set_option,
     spelling,
+    table_options,
 )
 from porttool.progress import format_bytes
 
@@ -30,9 +32,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of the weights [the source's].")
 @click.option("--processes", type=click.IntRange(1, 64), default=2, show_default=True,
               help="Tensors in preparation at a time.")  # fmt: skip
-@click.option("--n-head", type=click.IntRange(min=1), help="Heads, where the source cannot tell.")
-@click.option("--vocab-size", type=click.IntRange(min=1),
-              help="Ids without padding, where the source cannot tell.")  # fmt: skip
+@table_options(UNTOLD)
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that hold NaN or infinity.")
 @click.option("--force", is_flag=True,
               help="Replace the checkpoint or table that stands at the output.")  # fmt: skip
@@ -61,15 +61,17 @@ def command(
     from porttool.api import convert, convert_prompts
     from porttool.workspace import Workspace
 
-    asked = {"n_head": n_head, "vocab_size": vocab_size}
-    options = {k: v for k, v in asked.items() if v is not None} | as_settings(settings)
+    told = {"n_head": n_head, "vocab_size": vocab_size, "settings": settings}
+    options = converter_options(told)
     table = source and convert_prompts(
         Path(source),
         output,
         model=model,
         dtype=dtype,  # type: ignore[arg-type]
         force=force,
+        allow_nonfinite=allow_nonfinite,
         options=options,
+        progress=console.ConsoleProgress(),
     )
     if table:
         show_table(table, as_json=as_json)

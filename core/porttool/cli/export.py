@@ -30,11 +30,12 @@ def command(
     as_json: bool,
 ) -> None:
     """Write CHECKPOINT as FasterTransformer and early TensorRT-LLM read it."""
-    from porttool.checkpoint import Checkpoint
+    from porttool.api import open_checkpoint
     from porttool.fastertransformer import export
+    from porttool.plugins import load_registry
 
     folder = export(
-        Checkpoint.open(checkpoint),
+        open_checkpoint(checkpoint, load_registry()),
         output,
         tp=tp,
         dtype=dtype,  # type: ignore[arg-type]

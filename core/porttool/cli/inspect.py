@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from porttool.cli import console
-from porttool.cli.options import json_option
+from porttool.cli.options import (
+    UNTOLD,
+    converter_options,
+    json_option,
+    set_option,
+    spelling,
+    table_options,
+)
+from porttool.errors import UntoldError, UsageError, naming
 from porttool.progress import format_bytes
+
+if TYPE_CHECKING:
+    from porttool.weights import TensorSource
 
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
+@table_options(UNTOLD)
+@set_option
 @json_option
-def command(path: Path, as_json: bool) -> None:
+@click.pass_context
+@spelling({"n_head": "--n-head", "vocab_size": "--vocab-size"})
+def command(context: click.Context, /, path: Path, as_json: bool, **_: Any) -> None:
     """Say what PATH is: a checkpoint, an engine, or a source and who can read it.
 
     A gzipped archive of a model is unpacked for it, into the system's temporary folder ($TMPDIR).
     """
-    found = examine(path)
+    found = examine(path, converter_options(context.params))
     if as_json:
         console.say_json(found)
         return
@@ -31,15 +47,18 @@ def command(path: Path, as_json: bool) -> None:
     console.table(str(path), ("what", "value"), rows)
 
 
-def examine(path: Path) -> dict[str, Any]:
-    """Return the facts of a folder, verified where it is ours."""
-    from porttool.checkpoint import Checkpoint, kind_of
+def examine(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts of a folder, verified where it is ours; `options` are for a converter."""
+    from porttool.checkpoint import Checkpoint
     from porttool.engine import Engine
     from porttool.prompt_table import PromptTable
+    from porttool.standing import kind_of
 
     kind = kind_of(path)
     if kind is None:
-        return examine_source(path)
+        return examine_source(path, options)
+    if options:
+        raise UsageError(f"{path} is {kind}: {', '.join(options)} would change nothing")
     openers: dict[str, type[Checkpoint | Engine | PromptTable]] = {
         "a checkpoint": Checkpoint, "an engine": Engine, "a prompt table": PromptTable,
     }  # fmt: skip
@@ -56,30 +75,41 @@ def facts(kind: str, manifest: dict[str, Any]) -> dict[str, Any]:
     return {"is": f"porttool {kind}", "verified": verified, **manifest}
 
 
-def examine_source(path: Path) -> dict[str, Any]:
-    """Say which family reads a source, and its config and tensors.
+def examine_source(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Say which family reads a source, and its config and tensors, or what is missing for that.
 
     What has to be unpacked for that is unpacked into the system's temporary folder.
     """
-    from porttool.errors import naming
     from porttool.plugins import choose_converter, load_registry
-    from porttool.prompt_table import choose_table_converter
+    from porttool.prompt_table import choose_table_converter, read_tables
 
-    registry = load_registry()
-    if table := choose_table_converter(registry, path, None):
-        tasks = {task: list(rows.shape) for task, rows in table.open(path).items()}
+    registry, progress = load_registry(), console.ConsoleProgress()
+    if table := choose_table_converter(registry, path, None, options):
+        found = read_tables(table, path, progress)
+        tasks = {task: list(rows.shape) for task, rows in found.items()}
         return {"is": f"source of {table.name}: {table.source_format}", "tasks": tasks}
-    converter = choose_converter(registry, path)
-    progress = console.ConsoleProgress()
+    converter = choose_converter(registry, path, None, options)
+    what = {"is": f"source of {converter.name}: {converter.source_format}"}
     with naming(path), converter.prepare(path, Path(gettempdir()), progress) as readable:
-        source = converter.open(readable)
-        infos = source.tensors.infos()
+        try:
+            source = converter.open(readable)
+        except UntoldError as error:
+            known = {"config": dict(error.known), "missing": str(error)}
+            return {**what, **tensor_facts(error.tensors), **known}
         return {
-            "is": f"source of {converter.name}: {converter.source_format}",
-            "tensors": len(infos),
-            "bytes": sum(i.nbytes for i in infos.values()),
-            "types": sorted({i.dtype for i in infos.values()}),
+            **what,
+            **tensor_facts(source.tensors),
             "config": source.config.model_dump(mode="json"),
             "tokens": source.tokens.model_dump(mode="json"),
             "tokenizer": [*(f.name for f in source.tokenizer), *source.tokenizer_data],
         }
+
+
+def tensor_facts(tensors: TensorSource) -> dict[str, Any]:
+    """Return how many tensors a source has, their size and their types."""
+    infos = tensors.infos()
+    return {
+        "tensors": len(infos),
+        "bytes": sum(i.nbytes for i in infos.values()),
+        "types": sorted({i.dtype for i in infos.values()}),
+    }

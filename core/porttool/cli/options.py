@@ -100,6 +100,20 @@ def spelling(flags: Mapping[str, str]) -> Iterator[None]:
         raise UsageError(text) from error
 
 
+UNTOLD: OptionTable = (
+    ("--n-head", {"type": click.IntRange(min=1), "help": "Heads, where the source cannot tell."}),
+    ("--vocab-size", {"type": click.IntRange(min=1),
+                      "help": "Ids without padding, where the source cannot tell."}),
+)  # fmt: skip
+"""Options of converters that have flags of their own."""
+
+
+def converter_options(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a command was told for the converter."""
+    asked = {name: params[name] for name in ("n_head", "vocab_size") if params[name] is not None}
+    return asked | as_settings(params["settings"])
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 set_option = click.option(

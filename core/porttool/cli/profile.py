@@ -18,7 +18,7 @@ from porttool.cli.options import (
     model_options,
     set_option,
 )
-from porttool.standing import require_place
+from porttool.standing import made_folder, require_place
 
 if TYPE_CHECKING:
     from porttool.profiling import Profile
@@ -87,9 +87,9 @@ def run_under(tool: str, output: Path, *, as_json: bool) -> None:
     arguments = sys.argv[1:]
     at = next(i for i, a in enumerate(arguments) if a.startswith("--under"))
     rest = arguments[:at] + arguments[at + (1 if "=" in arguments[at] else 2) :]
-    output.mkdir(parents=True, exist_ok=True)
     run = [sys.executable, sys.argv[0], *rest, "--ranges-only"]
-    run_tool(tool_command(tool, run, output))  # type: ignore[arg-type]
+    with made_folder(output):
+        run_tool(tool_command(tool, run, output))  # type: ignore[arg-type]
     if tool == "ncu":
         tell_counters(output, as_json=as_json)
     elif as_json:

@@ -10,6 +10,7 @@ import click
 
 from porttool.cli import console
 from porttool.cli.bench import require_writable
+from porttool.cli.completions import Stream, write_results
 from porttool.cli.options import (
     FILE,
     FOLDER,
@@ -26,7 +27,6 @@ from porttool.errors import UsageError
 if TYPE_CHECKING:
     from porttool.api import LoadedEngine
     from porttool.config import Sampling
-    from porttool.generate import Completion
 
 SAMPLING: OptionTable = (
     ("--max-output-len", {"type": int,
@@ -99,6 +99,7 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     check_texts(asked)
     check_inputs(asked)
     check_places(asked)
+    read_sampling(asked)  # what is wrong with it is said before anything is loaded
     loaded = load(
         engine,
         model=asked["model"],
@@ -154,6 +155,8 @@ def check_places(asked: dict[str, Any]) -> None:
         if str(asked[name]) == "-":
             raise UsageError("only --output-json writes to standard output: name a file")
     require_writable(*(asked[name] for name in names))
+    if asked["logprobs"] and not asked["output_json"]:
+        raise UsageError("--logprobs are written with --output-json alone: add it; `-` prints them")
 
 
 def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]:
@@ -215,12 +218,13 @@ def read_lines(text: str) -> list[str]:
 
 
 FLAGS = {flag.strip("-").replace("-", "_"): flag for flag, _ in SAMPLING if "-" in flag[2:]}
+FLAGS |= {"temperature": "--temperature", "seed": "--seed"}
 FLAGS |= {"max_new_tokens": "--max-output-len", "min_new_tokens": "--min-output-len"}
 
 
 @spelling(FLAGS)
-def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
-    """Return the sampling that the options ask for."""
+def read_sampling(asked: dict[str, Any], loaded: LoadedEngine | None = None) -> Sampling:
+    """Return the sampling that the options ask for; without an engine, as far as that goes."""
     from pydantic import ValidationError
 
     from porttool.component import explain
@@ -228,73 +232,17 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine) -> Sampling:
 
     names = {flag.strip("-").replace("-", "_") for flag, _ in SAMPLING}
     values = {k: v for k, v in asked.items() if k in names}
-    holds = loaded.engine.manifest.limits.max_output_len
-    most = values.pop("max_output_len")
-    values["max_new_tokens"] = min(64, holds) if most is None else most
-    values["min_new_tokens"] = values.pop("min_output_len")
-    if asked["bad_words"] and loaded.tokenizer is None:
-        raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
-    if loaded.tokenizer is not None:
+    least, most = values.pop("min_output_len"), values.pop("max_output_len")
+    values |= {"bad_words": (), "min_new_tokens": least, "max_new_tokens": most}
+    if most is None:
+        usual = min(64, loaded.engine.manifest.limits.max_output_len) if loaded else max(least, 1)
+        values["max_new_tokens"] = usual
+    if asked["bad_words"] and loaded:
+        if loaded.tokenizer is None:
+            raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
         values["bad_words"] = tuple(tuple(loaded.tokenizer.encode(w)) for w in asked["bad_words"])
     values["keep_logits"] = asked["output_logits_npy"] is not None
     try:
         return Sampling.model_validate(values)
     except ValidationError as error:
         raise UsageError(explain(error)) from error
-
-
-class Stream:
-    """Shows one prompt's text while it is made, `beside` the results if those are printed."""
-
-    def __init__(
-        self, loaded: LoadedEngine, n_prompts: int, sampling: Sampling, *, beside: bool
-    ) -> None:
-        from porttool.text import TextStream
-
-        if n_prompts != 1 or loaded.tokenizer is None:
-            raise UsageError("--stream shows the text of one prompt; give one, and a tokenizer")
-        if sampling.num_beams > 1 or sampling.num_return_sequences > 1:
-            raise UsageError("--stream shows one completion as it is made: take it away, or "
-                             "--num-beams and --num-return-sequences")  # fmt: skip
-        self._text = TextStream(loaded.tokenizer, sampling.stop)
-        self._beside = beside
-
-    def push(self, index: int, token: int) -> None:
-        """Show what a token adds."""
-        console.write(self._text.push(token), beside=self._beside)
-
-    def finish(self) -> None:
-        """Show what was held back, and end the line."""
-        console.write(self._text.finish() + "\n", beside=self._beside)
-
-
-def write_results(
-    asked: dict[str, Any],
-    loaded: LoadedEngine,
-    prompts: list[list[int]],
-    results: list[list[Completion]],
-    *,
-    shown: bool,
-) -> None:
-    """Write every file that was asked for, and the text if none was."""
-    from porttool import token_files
-
-    records = [token_files.as_record(p, c) for p, c in zip(prompts, results, strict=True)]
-    rows = [[*p, *c.tokens] for p, beams in zip(prompts, results, strict=True) for c in beams]
-    tokens = loaded.engine.manifest.tokens
-    if asked["output_json"] and str(asked["output_json"]) != "-":
-        token_files.write_json_lines(asked["output_json"], records)
-    elif asked["output_json"]:
-        for record in records:
-            console.say_json(record, indent=None)
-    if asked["output_csv"]:
-        token_files.write_csv(asked["output_csv"], rows)
-    if asked["output_npy"]:
-        pad = tokens.pad if tokens.pad is not None else (*tokens.eos, 0)[0]
-        token_files.write_npy(asked["output_npy"], rows, pad)
-    if asked["output_logits_npy"]:
-        token_files.write_logits(asked["output_logits_npy"], [c for r in results for c in r])
-    if not shown and not any(asked[k] for k in ("output_json", "output_csv", "output_npy")):
-        for completion in (c for beams in results for c in beams):
-            text = completion.text
-            console.say(text if text is not None else " ".join(map(str, completion.tokens)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from porttool.component import Options
 from porttool.config import Dtype, Limits, PromptTemplate
@@ -68,6 +68,16 @@ class SummarizeOptions(Options):
     n_examples: int = Field(default=4, ge=0)
     parity_report: Path | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_beams == 1 and (self.length_penalty != 1 or not self.early_stopping):
+            raise ValueError(
+                "length_penalty and early_stopping would change nothing; set num_beams above 1"
+            )
+        if self.article_ids is not None and self.shuffle_seed is not None:
+            raise ValueError("article_ids are taken in their order; leave shuffle_seed out")
+        return self
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -127,7 +137,12 @@ def template_of(options: SummarizeOptions, port: Port) -> PromptTemplate | None:
         found = port.runner.engine.manifest.prompt
     if options.prompt == "instruction" and found is None:
         raise UsageError("this model has no instruction template; use the prompt 'suffix'")
-    return None if options.prompt == "suffix" else found
+    template = None if options.prompt == "suffix" else found
+    used, idle = ("instruction", "suffix") if template else ("suffix", "instruction")
+    if getattr(options, idle) != SummarizeOptions.model_fields[idle].default:
+        raise UsageError(f"{idle} would change nothing: articles are put to this model with the "
+                         f"prompt {used!r}")  # fmt: skip
+    return template
 
 
 def require_fit(options: SummarizeOptions, port: Port) -> None:
@@ -163,7 +178,7 @@ def beyond_limits(options: SummarizeOptions, limits: Limits | None) -> Iterator[
 
 def engine_limits(port: Port) -> Limits | None:
     """Return the engine's limits, also where it does not run itself."""
-    return port.runner.engine.manifest.limits if port.runner is not None else port.limits
+    return port.engine.limits if port.engine is not None else None
 
 
 def positions_of(port: Port, *, firm: bool = False) -> int | None:

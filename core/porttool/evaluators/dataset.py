@@ -65,6 +65,7 @@ def load_articles(request: DatasetRequest) -> list[Article]:
     """Return the wanted articles; UsageError if there are none, or not the ones pinned."""
     path = Path(request.name)
     if path.exists():
+        require_local(request)
         rows = open_local(path, request.split)
     elif path.suffix in (".jsonl", ".json", ".parquet") or not may_be_hub_id(request.name):
         raise UsageError(f"{path}: there is no such file or folder of articles")
@@ -80,6 +81,15 @@ def load_articles(request: DatasetRequest) -> list[Article]:
         order = np.random.default_rng(request.seed).permutation(len(rows)).tolist()
     chosen = list(order)[: request.max_articles]
     return [make_article(rows[i], request) for i in chosen]
+
+
+def require_local(request: DatasetRequest) -> None:
+    """Refuse what only a data set of the hub has, where a local one is read."""
+    usual = DatasetRequest()
+    given = [("dataset_config", request.config != usual.config), ("revision", request.revision)]
+    given += [("split", Path(request.name).is_file() and request.split != usual.split)]
+    if idle := ", ".join(name for name, asked in given if asked):
+        raise UsageError(f"{request.name} is local: {idle} would change nothing; leave that out")
 
 
 def may_be_hub_id(name: str) -> bool:
@@ -161,6 +171,10 @@ def open_local(path: Path, split: str) -> Rows:
         raise UsageError(
             f"{path}: there are no articles here; name a .jsonl or .parquet file, a folder of "
             "parquet files or one that datasets.save_to_disk wrote"
+        )
+    if not of_split and split != DatasetRequest.split:
+        raise UsageError(
+            f"{path}: no parquet file or folder in it is named after the split {split!r}"
         )
     return read_parquet(of_split or files)
 

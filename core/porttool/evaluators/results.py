@@ -95,6 +95,9 @@ class SideResult(Closed):
     """One side's continuations of a task. `model` fingerprints the source or the checkpoint.
 
     `source` is a reference's folder as a conversion records it, to be known when it is gone.
+    `counterpart` is the other side's model: an engine's, the Hugging Face folder; a reference's,
+    what the engine was converted from as its manifest has it, where only the user could say that
+    the two are one model. It is None where that is not known.
     `rounding` is the reference's own drift in narrower types: 99 % of its tokens'
     log-probabilities move by no more when it is run in them.
     """
@@ -105,6 +108,7 @@ class SideResult(Closed):
     description: str
     model: str
     source: str | None = None
+    counterpart: str | None = None
     dtype: Dtype
     task: Task
     speed: Speed
@@ -146,8 +150,8 @@ def require_same_task(saved: SideResult, task: Task, path: Path) -> None:
     if differing:
         raise UsageError(
             f"{path} was made with different {' and '.join(differing)}; use the same options "
-            "(max_input_len among them: its default depends on the engine), or run the "
-            f"{saved.side} again"
+            "(max_input_len among them: its default depends on the engine), run the "
+            f"{saved.side} again, or take that file away"
         )
     if len(saved.continuations) != len(task.articles):
         raise UsageError(f"{path} holds {len(saved.continuations)} results of "
@@ -157,26 +161,63 @@ def require_same_task(saved: SideResult, task: Task, path: Path) -> None:
 def require_same_model(saved: SideResult, port: Port, path: Path) -> None:
     """Refuse a reference of another model than the folder named, or than the engine's source.
 
-    A source that is gone is known by the fingerprint that its conversion recorded.
+    A source that is gone is known by the fingerprint that its conversion recorded. One that is no
+    Hugging Face folder is the reference's model where the user said so when that was made.
     """
-    from porttool.evaluators.reference import fingerprint_model
-
     if port.runner is None:
         return
     record = port.runner.engine.manifest.source
-    folder = port.kept_of or Path(record.path)
+    folder = port.named or Path(record.path)
+    ours, theirs = saved.model, model_in(folder) or "no config.json"
     if not folder.exists():
         ours, theirs = saved.source or "none recorded", record.fingerprint
-    elif (folder / "config.json").is_file():
-        ours, theirs = saved.model, fingerprint_model(folder)
-    else:
-        ours, theirs = saved.model, "no config.json"
-    if ours != theirs:
+    vouched = port.named is None and saved.counterpart == record.fingerprint
+    if ours != theirs and not (vouched and model_in(folder) is None):
         raise UsageError(
             f"{path} was made with another model (fingerprint {ours[:14]}, {folder}: "
             f"{theirs[:14]}); run --test-hf again, or name with --hf-model the folder that "
             "it was made with"
         )
+
+
+def require_same_engine(saved: SideResult, port: Port, path: Path) -> None:
+    """Refuse an engine's result of another model than the reference that is to run.
+
+    It must be of the engine that was named, else have been set beside the reference's folder.
+    """
+    if port.source is None or (port.engine and saved.model == port.engine.checkpoint_digest):
+        return
+    theirs, ours = saved.counterpart or "unknown", model_in(port.source) or "no config.json"
+    if ours != theirs:
+        raise UsageError(
+            f"{path} was made with an engine of another model (its source: {theirs[:14]}, "
+            f"{port.source}: {ours[:14]}); name the engine that it was made with, take that file "
+            "away, or choose another --output"
+        )
+
+
+def model_in(folder: Path) -> str | None:
+    """Return the fingerprint of the model in a Hugging Face folder, None if it is no such folder.
+
+    It is the same wherever the folder lies.
+    """
+    from porttool.evaluators.reference import fingerprint_model
+
+    return fingerprint_model(folder) if (folder / "config.json").is_file() else None
+
+
+def counterpart_of_reference(port: Port) -> str | None:
+    """Return the source of the engine that the user named a reference of, if no file can tell."""
+    if port.named is None or port.engine is None:
+        return None
+    record = port.engine.source
+    return None if model_in(Path(record.path)) else record.fingerprint
+
+
+def counterpart_of_engine(port: Port) -> str | None:
+    """Return the model of the folder that an engine is set beside; None if there is none."""
+    recorded = port.engine.source.path if port.engine else ""
+    return model_in(port.source or port.named or Path(recorded))
 
 
 def require_sides(port: Port, output: Path, command: str) -> None:

@@ -12,7 +12,10 @@ from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
 from porttool.evaluators.results import (
     SideResult,
     Task,
+    counterpart_of_engine,
+    counterpart_of_reference,
     load_result,
+    require_same_engine,
     require_same_model,
     require_same_task,
     require_sides,
@@ -72,8 +75,8 @@ class SummarizeEvaluator(Evaluator):
         notes = [*plan_notes(options, port, work)]
         for note in notes:
             progress.note(note)
-        write_pins(output / PINS, work.articles)
         engine, reference = run_sides(options, port, work, output, progress)
+        write_pins(output / PINS, work.articles)
         comparison = compare_sides(work.articles, engine, reference, bounds_of(options))
         notes += outcome_notes(comparison, output)
         wide = judge_wide(port, work, reference, output, progress)
@@ -171,11 +174,15 @@ def run_sides(
     """Return engine and reference, each run now or else as saved; saved ones are checked first."""
     saved_engine = None if port.runner else saved_side(output, "engine", work.task)
     saved_reference = None if port.source else saved_side(output, "reference", work.task)
+    if saved_engine:
+        require_same_engine(saved_engine, port, result_file(output, "engine"))
     if saved_reference:
         kept = result_file(output, "reference")
         require_same_model(saved_reference, port, kept)
-        if port.compare:
-            progress.note(f"what the engine was converted from is gone: {kept} is compared")
+        if port.compare and port.engine:
+            there = Path(port.engine.source.path).exists()
+            why = "is no Hugging Face folder" if there else "is gone"
+            progress.note(f"what the engine was converted from {why}: {kept} is compared")
     if saved_reference and options.reference_dtype not in (None, saved_reference.dtype):
         raise UsageError(
             f"{result_file(output, 'reference')} was made in {saved_reference.dtype}, not "
@@ -183,12 +190,14 @@ def run_sides(
         )
     reference, engine = saved_reference, saved_engine
     if port.source is not None:
-        reference = make_reference(options, port, port.source, work, progress)
+        made = make_reference(options, port, port.source, work, progress)
+        reference = made.model_copy(update={"counterpart": counterpart_of_reference(port)})
         reference.save(output)
     if port.runner is not None:
         from porttool.evaluators.sides import run_engine
 
-        engine = run_engine(port.runner, work.tokenizer, work.prompts, work.task, progress=progress)
+        done = run_engine(port.runner, work.tokenizer, work.prompts, work.task, progress=progress)
+        engine = done.model_copy(update={"counterpart": counterpart_of_engine(port)})
         engine.save(output)
     return engine, reference
 

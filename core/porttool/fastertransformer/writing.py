@@ -49,8 +49,9 @@ def export(
     total = sum(checkpoint.file_of(name).infos()[name].nbytes for name in names)
     require_space(target, total)
     key = hashlib.sha256(f"{checkpoint.digest}{text}".encode()).hexdigest()
-    replaces = CONFIG if replace else None
-    with pending_folder(target, key, replaces=replaces, sources=[checkpoint.path]) as folder:
+    with pending_folder(
+        target, key, manifest=CONFIG, replace=replace, sources=[checkpoint.path]
+    ) as folder:
         progress.start("export fastertransformer", total)
         for name in names:
             files = bin_files(name, checkpoint.config)

@@ -21,6 +21,7 @@ from porttool.profiling.costs import Cost, Peak, StepSize, total_cost
 from porttool.profiling.peak import measure_peak
 from porttool.profiling.table import Line, make_table
 from porttool.runner import Runner, TimedNode
+from porttool.standing import made_folder
 
 WARM = 2
 """Steps before what is counted: they pack weights, capture graphs, choose kernels."""
@@ -55,10 +56,9 @@ def profile(runner: Runner, shape: ProfileShape, output: Path) -> Profile:
     Raises UsageError for a shape that the engine does not hold.
     """
     require_fit(runner, shape)
-    output.mkdir(parents=True, exist_ok=True)
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as recorder:
+    with made_folder(output), torch.profiler.profile(activities=activities) as recorder:
         nodes = runner.profiled(lambda: run_steps(runner, shape))
     trace = export_trace(recorder)
     found = summarize(runner, shape, trace, nodes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from porttool.errors import SourceError, UsageError
-from porttool.standing import require_place
+from porttool.standing import made_folder, require_place
 
 POINTER = b"version https://git-lfs"
 """How a pointer file of Git LFS begins (its specification, version 1)."""
@@ -38,10 +40,10 @@ def require_outside(source: Path, output: Path) -> None:
         )
 
 
-def scratch_folder(source: Path, output: Path) -> Path:
-    """Make and return the folder that an output goes into, unless it lies in its source."""
+@contextmanager
+def scratch_folder(source: Path, output: Path) -> Iterator[Path]:
+    """Make the folder that an output goes into, unless it lies in its source."""
     require_outside(source, output)
     require_place(output)
-    folder = output.absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    with made_folder(output.absolute().parent) as folder:
+        yield folder

@@ -22,6 +22,15 @@ NO_TOKENIZER = (
 )
 
 
+def read_tokenizer(
+    paths: Iterable[Path], data: Mapping[str, bytes], vocab_size: int
+) -> dict[str, bytes]:
+    """Return the tokenizer's files, if they are one; more ids than the embedding are refused."""
+    files = {**read_files(paths), **data}
+    check_tokenizer(files, vocab_size)
+    return files if is_tokenizer(files) else {}
+
+
 def check_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> None:
     """Refuse a tokenizer with an id that the embedding has no row for, naming file and id."""
     for name, data in files.items():

@@ -129,3 +129,12 @@ def test_a_missing_path_is_not_sought_on_the_hub(name, monkeypatch):
     monkeypatch.setattr("porttool.evaluators.dataset.open_hub", Mock(side_effect=AssertionError))
     with pytest.raises(UsageError, match="there is no such file or folder of articles"):
         load_articles(DatasetRequest(name=name))
+
+
+def test_a_split_that_no_file_is_named_after(tmp_path, rows):
+    datasets = pytest.importorskip("datasets")
+
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    assert len(load_articles(DatasetRequest(name=str(tmp_path), split="train"))) == len(rows)
+    with pytest.raises(UsageError, match="is named after the split 'validation'"):
+        load_articles(DatasetRequest(name=str(tmp_path), split="validation"))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from porttool.cli import invoke
 from porttool.engine import choose_limits
+from porttool.folder import fingerprint
 from tiny_coder import write_coder
 
 SHORT = ["--max-new-tokens", "6", "--max-input-len", "40", "--set", "resamples", "200"]
@@ -144,6 +145,12 @@ def test_a_reference_alone_whose_source_is_gone_is_to_be_named(summarize, engine
     assert "name it with --hf-model" in said
 
 
+def test_a_reference_alone_takes_no_options_of_the_runner(summarize, engine):
+    status, said = summarize(engine, "--test-hf", "--runner-set", "device", "cpu")
+    assert status == 2
+    assert "(--runner-set) are the engine's, which does not run here" in said
+
+
 def test_a_reference_alone_needs_no_engine(summarize, source, engine, tmp_path):
     output = ("--output", tmp_path / "kept")
     status, said = summarize("--hf-model", source, "--test-hf", *output)
@@ -178,3 +185,92 @@ def test_infill_takes_no_other_models_reference_either(tmp_path, capsys):
     shutil.rmtree(tmp_path / "engine-reports")
     assert invoke(asked) == 2
     assert "is no longer there: infill needs the engine and" in capsys.readouterr().err
+
+
+@pytest.fixture
+def foreign(engine, tmp_path):
+    """An engine of the same model, converted from a file that transformers does not know."""
+    (tmp_path / "archive").write_bytes(b"weights")
+    copy = shutil.copytree(engine, tmp_path / "foreign")
+    record = {"path": str(tmp_path / "archive"), "fingerprint": fingerprint(tmp_path / "archive")}
+    tiny.edit_manifest(copy / "engine.json", source={**record, "options": {}})
+    return copy
+
+
+def test_a_reference_of_a_source_that_is_no_model_folder_is_named_once(
+    summarize, foreign, source, tmp_path
+):
+    assert summarize(foreign, "--hf-model", source, "--test-hf")[0] == 0
+    for gone in (False, True):
+        if gone:
+            (tmp_path / "archive").unlink()
+        for side in ((), ("--test-engine",)):
+            status, said = summarize(foreign, *side, "--check-accuracy")
+            assert status == 0, said
+            why = "is gone" if gone else "is no Hugging Face folder"
+            assert (f"was converted from {why}: " in said) is (side == ())
+    other = {"path": str(tmp_path / "archive"), "fingerprint": "of another file", "options": {}}
+    tiny.edit_manifest(foreign / "engine.json", source=other)
+    assert "was made with another model" in summarize(foreign, "--check-accuracy")[1]
+
+
+def test_a_reference_that_was_not_named_for_the_engine_is_to_be_named(
+    summarize, foreign, source, tmp_path
+):
+    output = ("--output", tmp_path / "kept")
+    assert summarize("--hf-model", source, "--test-hf", *output)[0] == 0
+    asked = (foreign, "--test-engine", "--check-accuracy", *output)
+    status, said = summarize(*asked)
+    assert status == 2
+    assert "archive: no config.json); run --test-hf again, or name with --hf-model" in said
+    assert summarize(*asked, "--hf-model", source)[0] == 0
+
+
+def test_a_source_that_is_no_model_folder_says_that_one_is_to_be_named(summarize, foreign):
+    status, said = summarize(foreign, "--test-hf")
+    assert status == 2
+    assert "has no config.json, so that transformers cannot run it: name the Hugging" in said
+    status, said = summarize(foreign, "--check-accuracy")
+    assert status == 2
+    assert "has no config.json, so that transformers cannot run it: summarize needs" in said
+
+
+def test_another_engines_kept_result_is_refused_before_the_reference_runs(
+    summarize, engine, source, tmp_path, monkeypatch
+):
+    output = ("--output", tmp_path / "kept")
+    other = scale(shutil.copytree(source, tmp_path / "other"), 1.5)
+    tiny.built(tiny.converted(other, tmp_path / "c2"), tmp_path / "second")
+    assert summarize(engine, "--test-engine", *output)[0] == 0
+    monkeypatch.setattr("porttool.evaluators.summarize.make_reference", None)
+    for asked in ((tmp_path / "second",), ("--hf-model", other)):
+        status, said = summarize(*asked, "--test-hf", *output)
+        assert status == 2
+        assert "engine-summaries.json was made with an engine of another model" in said
+
+
+def test_an_engines_kept_result_is_known_by_the_engine_or_by_the_folder(
+    summarize, engine, foreign, source, tmp_path
+):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    alone = ("--hf-model", copy, "--test-hf")
+    cases = ((engine, (), alone), (foreign, (), (foreign, *alone)),
+             (foreign, ("--hf-model", source), alone))  # fmt: skip
+    for i, (of, named, asked) in enumerate(cases):
+        output = ("--output", tmp_path / f"kept{i}")
+        assert summarize(of, *named, "--test-engine", *output)[0] == 0
+        status, said = summarize(*asked, *output)
+        assert status == 0, said
+        report = json.loads((tmp_path / f"kept{i}" / "report.json").read_text())
+        assert "not run" not in (report["engine"], report["reference"])
+
+
+def test_an_engines_kept_result_that_nobody_named_a_folder_of_is_refused(
+    summarize, foreign, source, tmp_path
+):
+    output = ("--output", tmp_path / "kept")
+    assert summarize(foreign, "--test-engine", *output)[0] == 0
+    status, said = summarize("--hf-model", source, "--test-hf", *output)
+    assert status == 2
+    assert "(its source: unknown, " in said
+    assert "name the engine that it was made with" in said

@@ -10,6 +10,7 @@ import pytest
 
 import tiny
 from porttool.config import PromptTemplate
+from porttool.engine import Engine
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
 from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
@@ -123,6 +124,14 @@ def test_a_saved_reference_of_another_task_is_refused(run, change, what):
         run(reference=False, **change)
 
 
+def test_a_refused_run_leaves_the_list_of_articles_of_the_kept_results(run, tmp_path):
+    run(engine=False)
+    listed = (tmp_path / "out" / "articles.txt").read_bytes()
+    with pytest.raises(UsageError, match="articles"):
+        run(reference=False, max_articles=5)
+    assert (tmp_path / "out" / "articles.txt").read_bytes() == listed
+
+
 def test_a_saved_reference_in_another_type_is_refused(run):
     run(engine=False)
     with pytest.raises(UsageError, match="was made in float32, not bfloat16"):
@@ -201,7 +210,7 @@ class Stopper(Progress):
 def test_an_interrupted_run_leaves_no_results(run, tmp_path, side):
     with pytest.raises(KeyboardInterrupt):
         run(progress=Stopper(), **side)
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["articles.txt"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_side_at_all(run):
@@ -237,6 +246,30 @@ def test_a_reference_of_another_shape_is_refused_before_it_runs(run, tmp_path):
     other = tiny.write_source(tmp_path / "other", tiny.gpt2(vocab_size=321))
     with pytest.raises(UsageError, match="is not the engine's model: it has vocab_size 321, not"):
         run(source=other, progress=Idle())
+
+
+@pytest.mark.parametrize(
+    ("idle", "said"),
+    [
+        ({"length_penalty": 2.0}, "set num_beams above 1"),
+        ({"early_stopping": False}, "set num_beams above 1"),
+        ({"article_ids": "ids.txt", "shuffle_seed": 0}, "leave shuffle_seed out"),
+        ({"instruction": "Say it."}, "instruction would change nothing: .* the prompt 'suffix'"),
+        ({"revision": "main"}, "articles.jsonl is local: revision would change nothing"),
+        ({"dataset_config": "1.0.0", "split": "train"}, "local: dataset_config, split would"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(run, idle, said):
+    with pytest.raises(UsageError, match=said):
+        run(progress=Idle(), **idle)
+
+
+def test_a_suffix_beside_a_template_would_change_nothing(run, writer_engine, tmp_path):
+    engine = shutil.copytree(writer_engine.path, tmp_path / "engine")
+    tiny.edit_manifest(engine / "engine.json", prompt=TEMPLATE.model_dump())
+    runner = TorchRunner(Engine.open(engine), CPU)
+    with pytest.raises(UsageError, match=r"suffix would change nothing: .* prompt 'instruction'"):
+        run(runner=runner, suffix=" In short: ", progress=Idle())
 
 
 def test_options_are_closed():
