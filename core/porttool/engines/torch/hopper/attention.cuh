@@ -148,7 +148,7 @@ struct Attention : Program {
     // Attention's result joined from its parts.
     __device__ void load_attended() {
         constexpr int EACH = (ATTENDED / 4 + THREADS - 1) / THREADS;
-        constexpr bool FEW = EACH <= 2;  // else parts are asked for when all have been told
+        constexpr bool FEW = EACH <= 4;  // else parts are asked for when all have been told
         if (!FEW) {
             if (threadIdx.x < HEADS * SPLITS)
                 s.share[threadIdx.x] = hear(s.plan.share + threadIdx.x, flag());

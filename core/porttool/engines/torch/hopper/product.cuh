@@ -149,7 +149,7 @@ struct Program {
     // is the flag of the words to hear; the first layer's input is an embedding.
     __device__ void load_normed(const float* scale, const float* shift, u32 before, bool first) {
         constexpr int EACH = (D / 2 + THREADS - 1) / THREADS;
-        constexpr bool AHEAD = EACH <= 4;  // scale and shift are read before the words come
+        constexpr bool AHEAD = EACH <= 12;  // scale and shift are read before the words come
         float2 g[EACH], b[EACH], x[EACH];
         float sum = 0.0f, square = 0.0f;
         if (AHEAD) load_constants(g, b, scale, shift);
@@ -159,6 +159,11 @@ struct Program {
                 const int at = min(i * THREADS + static_cast<int>(threadIdx.x), D / 2 - 1);
                 x[i] = token ? make_float2(embedding(2 * at), embedding(2 * at + 1))
                              : reinterpret_cast<const float2*>(s.plan.x)[at];
+            }
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const int at = min(i * THREADS + static_cast<int>(threadIdx.x), D / 2 - 1);
+                keep(2 * at, x[i].x), keep(2 * at + 1, x[i].y);
             }
         } else {
             Words heard[EACH];
@@ -193,10 +198,16 @@ struct Program {
         together();
     }
 
+    // An element of the residual stream, if it is this program's.
+    __device__ void keep(int at, float value) {
+        const u32 local = at - OUT_MATRIX.first();
+        if (local < OUT_MATRIX.rows()) s.residual[local] = value;
+    }
+
     // The MLP's inner activations, two to a word, as they are stored.
     __device__ void load_hidden() {
         constexpr int PAIRS = FF / 4, EACH = (PAIRS + THREADS - 1) / THREADS,
-                      AT_ONCE = EACH < 8 ? EACH : 8;
+                      AT_ONCE = EACH > 8 ? (EACH + 1) / 2 : EACH;
         for (int first = threadIdx.x; first < PAIRS; first += AT_ONCE * THREADS) {
             Words heard[AT_ONCE];
             hear(heard, s.plan.hidden, first, THREADS, PAIRS, flag());

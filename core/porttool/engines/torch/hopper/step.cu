@@ -126,11 +126,7 @@ struct Step : Attention {
         if (threadIdx.x == 0) barrier_arrive(shared_address(&shared.chosen), 1);
     }
 
-    __device__ void embed() {
-        ++position, ++token, layer = 0;
-        if (threadIdx.x < OUT_MATRIX.rows())
-            s.residual[threadIdx.x] = embedding(OUT_MATRIX.first() + threadIdx.x);
-    }
+    __device__ void advance() { ++position, ++token, layer = 0; }
 };
 
 // Decode `count` tokens of the row that the plan points to, from the residual stream x of the first
@@ -155,8 +151,6 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
     const long long slot = *plan->slots * static_cast<long long>(KV) * s.plan.capacity * DIM;
     for (int i = threadIdx.x; i < LAYERS; i += ALL_THREADS)
         s.plan.layers[i].keys += slot, s.plan.layers[i].values += slot;
-    if (threadIdx.x < OUT_MATRIX.rows())
-        s.residual[threadIdx.x] = s.plan.x[OUT_MATRIX.first() + threadIdx.x];
     fence_copies();
     __syncthreads();
     if (threadIdx.x >= THREADS) {
@@ -177,10 +171,11 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
         if (logits) return;
         step.choose();
         if (blockIdx.x == 0 && threadIdx.x == 0) s.plan.history[cursor + step.token] = s.token;
-        step.embed();
+        step.advance();
     }
     if (threadIdx.x < OUT_MATRIX.rows())
-        s.plan.x[OUT_MATRIX.first() + threadIdx.x] = s.residual[threadIdx.x];
+        s.plan.x[OUT_MATRIX.first() + threadIdx.x] =
+            step.embedding(OUT_MATRIX.first() + threadIdx.x);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         *s.plan.tokens = s.token;
         *s.plan.positions = start + count;
