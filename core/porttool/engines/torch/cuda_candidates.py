@@ -77,7 +77,7 @@ def persistent_candidates(config: ModelConfig, programs: int) -> Iterator[list[P
     yield [PersistentTile(0, 0, 0, 0, sharing) for sharing in (4, 2)]
     yield [PersistentTile(steps, flying, 0, 0, 0) for flying in (2, 4)]
     yield [PersistentTile(2 * steps, flying, 0, 0, 0) for flying in (2, 3)]
-    yield [PersistentTile(0, 0, 0, 2, 0)]
+    yield [PersistentTile(0, 0, 0, fillers, 0) for fillers in (2, 3)]
 
 
 def cluster_candidates(
