@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def shape_of(case: str, **changes: object) -> ModelConfig:
 
 @pytest.mark.parametrize("case", list(SHAPES))
 def test_it_compiles_for_every_kind_of_model(case: str, compiler) -> None:
-    for dtype, tile in zip((torch.float16, torch.bfloat16), TILES, strict=False):
+    for dtype, tile in zip((torch.float16, torch.bfloat16, torch.float16), TILES, strict=True):
         cubin = compile_row(shape_of(case), dtype, tile, HOPPER)
         assert cubin[:4] == b"\x7fELF"
         assert b"decode_row" in cubin
@@ -71,6 +71,7 @@ def test_a_refused_source_says_why(compiler) -> None:
         (PersistentTile(24, 40, 1), "that it has asked for"),
         (PersistentTile(24, 3, 67), "one part of a head"),
         (PersistentTile(24, 3, 1, 1), "keys, another for the values"),
+        (PersistentTile(50, 2, 1, 4, 1), "which turn its next slot is in"),
     ],
 )
 def test_tiles_that_would_hang_are_refused(compiler, tile: PersistentTile, reason: str) -> None:
@@ -114,22 +115,29 @@ def test_the_plan_has_as_many_words_as_the_kernel_is_told() -> None:
     assert len(words) == macros(shape, torch.float16, TILES[0], HOPPER)["PLAN_WORDS"]
 
 
+@pytest.mark.parametrize("numbers", [(0, 3, 4), (24, 3, 4, 0), (24, 3, 4, 4, 3), (24, 3, 4, 4, 16)])
+def test_a_tile_of_nothing_is_refused(numbers: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="no row is decoded in PersistentTile"):
+        PersistentTile(*numbers)
+
+
 def test_a_tile_travels_with_the_tuning() -> None:
     plain = default_tuning(shape_of("learned"), "cpu")
     tuned = replace(plain, persistent=TILES[0])
     assert plain.persistent is None
     assert Tuning.from_dict(tuned.as_dict()) == tuned
     assert "one persistent kernel" in tuned.described(1)
+    assert "shared by 8 warps" in tuned.described(1)
     assert "persistent" not in tuned.described(2)
 
 
 def test_candidates_vary_what_was_fastest() -> None:
     shape = shape_of("multi-query")
     lists = list(persistent_candidates(shape, HOPPER))
-    assert {tile.splits for tile in lists[0]} == {1, 2, 3, 4, 5, 6, 8}
-    assert [astuple(t) for t in lists[1]] == [(0, 0, 0, 0, 4), (0, 0, 0, 0, 2)]
-    assert [astuple(t) for t in lists[2]] == [(25, 2, 0, 0, 0), (25, 4, 0, 0, 0)]
-    assert all(tile.splits <= 2 for tile in next(persistent_candidates(shape, 17)))
+    assert {tile["splits"] for tile in lists[0]} == {1, 2, 3, 4, 5, 6, 8}
+    assert lists[1] == [{"sharing": 4}, {"sharing": 2}]
+    assert lists[2] == [{"steps": 25, "flying": 2}, {"steps": 25, "flying": 4}]
+    assert all(tile["splits"] <= 2 for tile in next(persistent_candidates(shape, 17)))
 
 
 def test_a_row_alone_goes_to_the_kernel_in_one_launch(monkeypatch) -> None:
@@ -172,7 +180,8 @@ class Decoder(cases.TunedDecoder):
         if tile is None:
             return 1.0
         off = abs(tile.splits - 5), abs(tile.flying - 2), tile.steps > 32, tile.fillers != 2
-        return 0.5 + 0.1 * off[0] + 0.05 * off[1] + 0.2 * off[2] + 0.01 * off[3]
+        slow = 0.03 * (tile.sharing != 4)
+        return 0.5 + 0.1 * off[0] + 0.05 * off[1] + 0.2 * off[2] + 0.01 * off[3] + slow
 
 
 @pytest.fixture
@@ -191,7 +200,7 @@ def test_the_tuner_varies_one_number_after_the_other(measured) -> None:
     assert measured.refine(decoder, {}, 1, 512) == pytest.approx(0.6)
     best = decoder.tuning.persistent
     assert best.splits in (4, 6)  # 5 is faster, and does not compile
-    assert (best.flying, best.steps, best.fillers) == (2, 25, 2)
+    assert (best.flying, best.steps, best.fillers, best.sharing) == (2, 25, 2, 4)
 
 
 def test_several_rows_keep_the_single_row_s_tile_and_never_build_it(measured) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import cuda_cases as cases
 from hopper_emulation import NOT_BROKEN, emulated, needs_compiler
-from porttool.engines.torch import cuda_hopper, cuda_persistent
+from porttool.engines.torch import cuda, cuda_hopper, cuda_persistent
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_tuning import PersistentTile, default_tuning
 from porttool.nn import KVCache, Step
@@ -43,19 +43,27 @@ class Emulated:
         self.seed = 0
 
     def launch_together(self, programs: int, stream: int, values: Any, kinds: Any) -> None:
-        assert programs == PROGRAMS
+        assert programs == cuda_persistent.programs_of("cpu")
         self.seed += 1
         plan, tokens, told, logits = values
         pointers = ctypes.c_void_p(plan), tokens, told, ctypes.c_void_p(logits)
         Emulated.hung += self.library.run(*pointers, self.seed)
 
 
+def use_machine(
+    monkeypatch, programs: int = PROGRAMS, threads: int = THREADS, shared: int = 14 << 10
+) -> None:
+    """Emulate so many multiprocessors; their shared memory is small, so that slots come round."""
+    monkeypatch.setattr(cuda_persistent, "programs_of", lambda device: programs)
+    monkeypatch.setattr(cuda_persistent, "_COMPUTING", threads)
+    monkeypatch.setattr(cuda_persistent, "SHARED", shared)
+
+
 @pytest.fixture
 def emulation(monkeypatch):
+    use_machine(monkeypatch)
+    monkeypatch.setattr(cuda, "HISTORY", 2)  # so that a launch begins where one has ended
     monkeypatch.setattr(cuda_persistent, "unsuited", lambda *a: None)
-    monkeypatch.setattr(cuda_persistent, "programs_of", lambda device: PROGRAMS)
-    monkeypatch.setattr(cuda_persistent, "_COMPUTING", THREADS)
-    monkeypatch.setattr(cuda_persistent, "SHARED", 14 << 10)  # so that slots come round
     monkeypatch.setattr(cuda_persistent, "compile_row", cuda_persistent.macros)
     monkeypatch.setattr(cuda_persistent, "CompiledKernel", Emulated)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -67,7 +75,7 @@ def emulation(monkeypatch):
 def made_with(case: str, dtype: torch.dtype, tile: PersistentTile, **changes: Any) -> Any:
     """Return a decoder whose row 1 runs emulated, the reference and its cache."""
     shape = cases.config(case, **{"d_model": 64, "d_ff": 96, "head_dim": 32, **changes})
-    assert cuda_persistent.unfit(shape, PROGRAMS) is None
+    assert cuda_persistent.unfit(shape, cuda_persistent.programs_of("cpu")) is None
     plain = cases.drawn(shape, dtype)
     made = CudaDecoder(shape, plain.state_dict(), dtype=dtype, limits=cases.limits(2, 40),
                        device="cpu")  # fmt: skip
@@ -79,10 +87,11 @@ def made_with(case: str, dtype: torch.dtype, tile: PersistentTile, **changes: An
 
 
 MODELS = [
-    ("learned", torch.float16, PersistentTile(2, 2, 2, 2), {"n_head": 2, "n_kv_head": 2}),
+    ("learned", torch.float16, PersistentTile(2, 2, 2, 2, sharing=2),
+     {"n_head": 2, "n_kv_head": 2, "vocab_size": 331}),  # the head takes several batches
     ("gated rotary", torch.bfloat16, PersistentTile(1, 3, 1, 2, sharing=1),
      {"n_head": 2, "n_kv_head": 2, "activation": "silu"}),
-    ("grouped rms", torch.float16, PersistentTile(3, 2, 1, 3),
+    ("grouped rms", torch.float16, PersistentTile(3, 2, 1, 3, sharing=2),
      {"n_head": 4, "n_kv_head": 2, "head_dim": 16}),
     ("grouped rms", torch.float16, PersistentTile(1, 2, 1, 3, sharing=1),
      {"n_head": 4, "n_kv_head": 2, "head_dim": 16}),
@@ -120,6 +129,23 @@ def test_logits_and_tokens(case, dtype, tile, changes, emulation) -> None:
     assert emulation.hung == 0
 
 
+WIDE = {"d_model": 800, "d_ff": 1120, "n_head": 10, "n_kv_head": 1, "head_dim": 64, "n_layer": 1}
+
+
+@pytest.mark.parametrize(
+    ("machine", "tile", "changes"),
+    [  # more words a thread than it asks for at once or ahead; two teams of two
+        ({"programs": 40, "threads": 32, "shared": 40 << 10}, PersistentTile(5, 2, 3, 2, 1), WIDE),
+        ({"threads": 128, "shared": 19 << 10}, PersistentTile(1, 2, 2, 2, 2),
+         {"n_head": 2, "n_kv_head": 2}),
+    ],
+)  # fmt: skip
+def test_other_machines(machine, tile, changes, emulation, monkeypatch) -> None:
+    use_machine(monkeypatch, **machine)
+    case = "multi-query" if changes is WIDE else "learned"
+    test_logits_and_tokens(case, torch.float16, tile, changes, emulation)
+
+
 BROKEN = {
     "a slot is read before it is full": (
         "barrier_wait(shared_address(&shared.full[place.slot]), place.parity);\n        return",
@@ -130,6 +156,8 @@ BROKEN = {
         "barrier_wait(shared_address(&shared.empty[place.slot]), place.parity ^ 1);", ""),
     "sums are read before all are there": (
         "WARPS + warp] = sum;\n        }\n        together();", "WARPS + warp] = sum;\n        }"),
+    "each batch of the head is the first": (
+        "HEAD_MATRIX.first() + batch + threadIdx.x", "HEAD_MATRIX.first() + threadIdx.x"),
     "a team takes another's slots": ("others = TEAMS - 1;", "others = 0;"),
     "a pair is rotated before both are there": (
         "= heard[j];\n            together();", "= heard[j];"),

@@ -14,7 +14,6 @@ from porttool.engines.torch.cuda_tuning import (
     SMALL_ROWS,
     AttentionTile,
     ClusterTile,
-    PersistentTile,
     StreamTile,
     WideTile,
     default_stream,
@@ -65,19 +64,20 @@ def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
             yield StreamTile(block_n, block_k, warps, held)
 
 
-def persistent_candidates(config: ModelConfig, programs: int) -> Iterator[list[PersistentTile]]:
-    """Lists of persistent tiles to measure in turn; their zeros are the fastest's so far.
+def persistent_candidates(config: ModelConfig, programs: int) -> Iterator[list[dict[str, int]]]:
+    """Lists of a persistent tile's numbers to measure in turn; others are the fastest's so far.
 
     programs: the GPU's multiprocessors, each of which runs one.
     """
     row = config.d_model // 32
     steps = -(-row // -(-row // 32))
     most = min(programs // config.n_head, 8)
-    yield [PersistentTile(steps, 3, splits) for splits in (1, 2, 3, 4, 5, 6, 8) if splits <= most]
-    yield [PersistentTile(0, 0, 0, 0, sharing) for sharing in (4, 2)]
-    yield [PersistentTile(steps, flying, 0, 0, 0) for flying in (2, 4)]
-    yield [PersistentTile(2 * steps, flying, 0, 0, 0) for flying in (2, 3)]
-    yield [PersistentTile(0, 0, 0, fillers, 0) for fillers in (2, 3)]
+    first = {"steps": steps, "flying": 3}
+    yield [first | {"splits": splits} for splits in (1, 2, 3, 4, 5, 6, 8) if splits <= most]
+    yield [{"sharing": sharing} for sharing in (4, 2)]
+    yield [{"steps": steps, "flying": flying} for flying in (2, 4)]
+    yield [{"steps": 2 * steps, "flying": flying} for flying in (2, 3)]
+    yield [{"fillers": fillers} for fillers in (2, 3)]
 
 
 def cluster_candidates(

@@ -66,7 +66,7 @@ def macros(
         "BF16": int(dtype == torch.bfloat16), "GRID": programs, "SHARED": SHARED,
         "PLAN_WORDS": 21 + 15 * c.n_layer, "MOST_STEPS": tile.steps, "FLYING": tile.flying,
         "SPLITS": tile.splits, "FILLERS": tile.fillers, "THREADS": _COMPUTING,
-        "SHARE": min(tile.sharing, _COMPUTING // 32),
+        "TEAM": tile.sharing,
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -171,8 +171,7 @@ class _Search:
         for tiles in persistent_candidates(d.config, programs_of(d.device)):
             best = min(times, key=times.__getitem__, default=None)
             for tile in tiles:
-                given = {k: v for k, v in asdict(tile).items() if v}
-                whole = tile if best is None else replace(best, **given)
+                whole = PersistentTile(**tile) if best is None else replace(best, **tile)
                 times[whole] = self.offer(replace(self.best, persistent=whole))
 
     def offer_clusters(self, found: Mapping[str, list[ClusterTile]]) -> None:

@@ -140,6 +140,11 @@ class PersistentTile:
     fillers: int = 4
     sharing: int = 8
 
+    def __post_init__(self) -> None:
+        """Refuse a tile of nothing, with a ValueError: tiles are read from files."""
+        if min(asdict(self).values()) < 1 or self.sharing not in (1, 2, 4, 8):
+            raise ValueError(f"no row is decoded in {self!r}")
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -184,7 +189,7 @@ class Tuning:
             tile = self.persistent
             return (
                 f"one persistent kernel, pieces of {64 * tile.steps} bytes, {tile.flying} slots on "
-                f"their way, attention in {tile.splits} parts"
+                f"their way, each shared by {tile.sharing} warps, attention in {tile.splits} parts"
             )
         rows = str(tile_rows(n))
         tiles: dict[str, Any] = {**(self.stream if n == 1 else self.wide[rows])}

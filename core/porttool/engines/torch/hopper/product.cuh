@@ -11,16 +11,16 @@ __device__ __forceinline__ void together() { meet<1, THREADS>(); }
 struct Product {
     float acc[4][4] = {};
 
-    // Every SHARE-th of `n` steps, N of them at most.
+    // Every TEAM-th of `n` steps, N of them at most.
     template <int N>
     __device__ void piece(const char* weights, const char* input, int n) {
         uint4 w[N] = {};
         uint2 x[N] = {};
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-            if (j * SHARE >= n) break;
-            w[j] = *reinterpret_cast<const uint4*>(weights + j * SHARE * STEP);
-            x[j] = *reinterpret_cast<const uint2*>(input + j * SHARE * STEP);
+            if (j * TEAM >= n) break;
+            w[j] = *reinterpret_cast<const uint4*>(weights + j * TEAM * STEP);
+            x[j] = *reinterpret_cast<const uint2*>(input + j * TEAM * STEP);
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) multiply_add(acc[j % 4], w[j], x[j]);
@@ -49,24 +49,24 @@ struct Program {
     // The flag of this layer's words; the stream is told twice, then with the next flag.
     __device__ u32 flag() const { return base + 2 * (token * LAYERS + layer) + 1; }
 
-    // The next slot, once it is full. A barrier's parity is the same every second turn, so this
-    // warp must know that the turn before is over. It has seen that itself, or it has seen a slot
-    // that was asked for after it: fillers ask in order, and for none before all but the last
-    // FLYING are full.
+    // The next slot, once it is full. A barrier's parity is the same every second turn, so the turn
+    // before must be over: when a stage begins, some warp has seen every slot before it full, and
+    // all have met since; within it, this warp has seen the slot TEAMS before this one full, and
+    // fillers ask for a slot once all up to FLYING before it are full.
     __device__ const char* slot() const {
         const Place place(taken);
         barrier_wait(shared_address(&shared.full[place.slot]), place.parity);
         return shared.ring[place.slot];
     }
 
-    // This warp has done with it, and so have those that it counts for.
+    // This warp has done with it. It arrives for `warps`: those of other teams do not read it.
     __device__ void release(u32 warps = 1) {
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&shared.empty[Place(taken).slot]), warps);
         ++taken;
     }
 
-    // Rows of a stage's matrix. The warps of a team share a slot, each has every SHARE-th step of
+    // Rows of a stage's matrix. The warps of a team share a slot, each has every TEAM-th step of
     // its rows, so that the first slots are soon free and the last soon done; teams take slots in
     // turn. Each warp leaves its own sums, complete after the barrier. The rest of the input's
     // elements lies behind their first 16 bits; the MLP's inner ones have none.
@@ -74,10 +74,10 @@ struct Program {
     __device__ void multiply(int rows) {
         constexpr Matrix m = MATRICES[STAGE];
         constexpr int rest = STAGE == DOWN ? 0 : m.steps * STEP + STEP;
-        constexpr int EACH = (m.span + SHARE - 1) / SHARE;
-        const int member = warp % SHARE, first = member * STEP + lane % 4 * UNIT;
+        constexpr int EACH = (m.span + TEAM - 1) / TEAM;
+        const int member = warp % TEAM, first = member * STEP + lane % 4 * UNIT;
         const int offset = first + lane / 4 * PITCH;
-        int others = warp / SHARE;  // slots until this team's next
+        int others = warp / TEAM;  // slots until this team's next
         const char* input = s.input + first + lane / 4 % 2 * 8 + lane / 8 % 2 * rest;
         for (int row = 0; row < rows; row += ROWS) {
             Product product;
@@ -207,7 +207,7 @@ struct Program {
     // The MLP's inner activations, two to a word, as they are stored.
     __device__ void load_hidden() {
         constexpr int PAIRS = FF / 4, EACH = (PAIRS + THREADS - 1) / THREADS,
-                      AT_ONCE = EACH > 8 ? (EACH + 1) / 2 : EACH;
+                      AT_ONCE = EACH > 8 ? (EACH + 1) / 2 : EACH;  // more arrive later
         for (int first = threadIdx.x; first < PAIRS; first += AT_ONCE * THREADS) {
             Words heard[AT_ONCE];
             hear(heard, s.plan.hidden, first, THREADS, PAIRS, flag());

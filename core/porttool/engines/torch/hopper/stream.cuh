@@ -8,14 +8,14 @@
 //
 // Defined outside: D, HEADS, KV, DIM, FF, VOCAB, LAYERS (the model's sizes), ROTARY (rotated
 // elements of a head), GATED, RMS (0 or 1), ACT_name, EPS (of the norms), GRID (multiprocessors),
-// THREADS (that compute), FILLERS (warps that fill), MOST_STEPS, FLYING, SPLITS, SHARE (see
-// PersistentTile) and PLAN_WORDS.
+// THREADS (that compute), FILLERS (warps that fill), TEAM (warps that share a slot), MOST_STEPS,
+// FLYING, SPLITS (see PersistentTile) and PLAN_WORDS.
 
 constexpr int WARPS = THREADS / 32;
 constexpr int ALL_THREADS = THREADS + FILLERS * 32;
-constexpr int TEAMS = WARPS / SHARE;  // of warps that share a slot
-constexpr int ROWS = 8;               // rows of a slot
-constexpr int STEP = 64;              // bytes of a row that one load of a warp covers, 32 elements
+constexpr int TEAMS = WARPS / TEAM;
+constexpr int ROWS = 8;   // rows of a slot
+constexpr int STEP = 64;  // bytes of a row that one load of a warp covers, 32 elements
 constexpr int ATTENDED = HEADS * DIM;
 constexpr int LANES = DIM / 8;  // lanes that hold a position's key, eight elements each
 
@@ -112,10 +112,11 @@ struct Desk {
 constexpr int SLOTS = (SHARED - sizeof(Desk) - 256) / (SLOT + 16);
 static_assert(SLOTS >= 2, "too little shared memory for the ring");
 static_assert(FLYING >= 1 && FLYING <= SLOTS, "a filler waits for slots that it has asked for");
-static_assert(WARPS % SHARE == 0, "every warp is in a team");
+static_assert(WARPS % TEAM == 0, "every warp is in a team");
 static_assert(TEAMS == 1 || SLOTS >= TEAMS + FLYING, "a team knows which turn its next slot is in");
 static_assert(FILLERS >= 2, "one warp asks for the keys, another for the values");
-static_assert(SPLITS >= 1 && HEADS * SPLITS <= GRID, "a program attends to one part of a head");
+static_assert(SPLITS >= 1 && HEADS * SPLITS <= GRID && HEADS * SPLITS <= THREADS,
+              "a program attends to one part of a head, a thread joins it");
 static_assert(QKV_MATRIX.most_rows() <= THREADS && OUT_MATRIX.most_rows() <= THREADS &&
                   UP_MATRIX.most_rows() <= THREADS,
               "a thread tells of each row");
