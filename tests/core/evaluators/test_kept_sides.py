@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,7 +13,9 @@ from safetensors.torch import load_file, save_file
 import tiny
 from porttool.cli import invoke
 from porttool.engine import choose_limits
+from porttool.evaluators.accounting import derived
 from porttool.folder import fingerprint
+from porttool.progress import SILENT
 from tiny_coder import write_coder
 
 SHORT = ["--max-new-tokens", "6", "--max-input-len", "40", "--set", "resamples", "200"]
@@ -96,6 +100,47 @@ def test_a_reference_of_the_weights_before_is_refused(summarize, engine, source,
     status, said = summarize(engine, "--test-engine", "--check-accuracy", "--output", kept)
     assert status == 2
     assert "was made with another model" in said
+
+
+def test_a_folder_that_another_run_takes_away_meanwhile_is_made_again(
+    summarize, engine, source, tmp_path, monkeypatch
+):
+    output = tmp_path / "deep" / "kept"
+
+    def bereft(work):
+        def run(*args, **named):
+            output.rmdir()
+            output.parent.rmdir()
+            return work(*args, **named)
+
+        return run
+
+    for place, asked, file in (
+        ("summarize.make_reference", ("--hf-model", source, "--test-hf"), "reference.json"),
+        ("sides.run_engine", (engine, "--test-engine"), "engine-summaries.json"),
+    ):
+        module, _, name = place.partition(".")
+        module = import_module(f"porttool.evaluators.{module}")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, bereft(getattr(module, name)))
+            status, said = summarize(*asked, "--output", output)
+        assert status == 0, said
+        assert (output / file).is_file()
+        shutil.rmtree(output)
+        output.mkdir()
+
+
+def test_a_source_is_unpacked_where_the_folder_was_taken_away(source, registry, tmp_path):
+    scratch = tmp_path / "deep" / "kept"
+
+    class Unpacking(registry.converters.get("gpt2")):
+        @contextmanager
+        def prepare(self, source, output, progress):
+            (output / "unpacked").touch()
+            yield source
+
+    with derived(Unpacking(), source, scratch, SILENT) as derivation:
+        assert derivation.shapes
 
 
 def test_where_the_source_is_gone_its_own_reference_is_taken(summarize, engine, source, kept):
