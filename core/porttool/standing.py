@@ -16,6 +16,8 @@ KINDS = {
     "prompt_table.json": "a prompt table",
 }
 """Manifest → what a folder is that has it; the modules of these names write them."""
+MAX_MANIFEST = 1 << 26
+"""Bytes of a manifest that are read; there is none so large."""
 
 
 def kind_of(folder: Path) -> str | None:
@@ -27,8 +29,10 @@ def described(folder: Path) -> str:
     """Say what a finished folder of ours is and what it was made of; empty for any other."""
     for name in (name for name in KINDS if (folder / name).is_file()):
         kind = KINDS[name].split(" ", 1)[1]
-        with suppress(OSError, ValueError, KeyError, TypeError):  # it may be damaged
-            made = json.loads((folder / name).read_bytes())
+        # It may be damaged, or not even an object.
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            with (folder / name).open("rb") as file:
+                made = dict(json.loads(file.read(MAX_MANIFEST)))
             dtype = made.get("dtype") or made["config"]["dtype"]
             origin = made["source"]["path"]
             return f"a finished {kind} of {made['family']} in {dtype}, from {origin}"
