@@ -80,8 +80,13 @@ def require_free(
     require_place(target)
     if not occupied(target):
         return
+    if target.is_symlink():
+        raise UsageError(
+            f"{target} is a symbolic link to {os.path.realpath(target)}, and no link is replaced, "
+            "with --force neither; name that folder, or choose another --output"
+        )
     found = f" ({said})" if (said := described(target)) else ""
-    replaceable = not target.is_symlink() and (target / manifest).is_file()
+    replaceable = (target / manifest).is_file()
     if not replace:
         cure = ", or add --force to make it anew" if replaceable else ""
         raise UsageError(f"{target} exists already{found}; choose another --output{cure}")

@@ -379,3 +379,16 @@ def test_what_stands_at_the_output_is_said_before_any_work(
     assert what.get(stands, "(a damaged checkpoint); ") in told
     replaceable = kind == made
     assert ("add --force to make it anew" in told) is replaceable
+
+
+@pytest.mark.parametrize("target", ["checkpoint", "gone"])
+@pytest.mark.parametrize("flags", [(), ("--force",)])
+def test_a_link_at_the_output_is_called_one(said, source, checkpoint, target, flags):
+    if target == "checkpoint":
+        shutil.copytree(checkpoint.path, target)
+    Path("link").symlink_to(target)
+    status, told = said("convert", source, "-o", "link", *flags)
+    assert status == 2
+    place = Path(target).absolute()
+    assert told.startswith(f"error: link is a symbolic link to {place}, and no link is replaced")
+    assert Path("link").is_symlink() and Path(target).exists() is (target == "checkpoint")
