@@ -58,14 +58,13 @@ def require_place(target: Path) -> None:
 def made_folder(path: Path) -> Iterator[Path]:
     """Make a folder; work in it that fails and leaves nothing there takes away what was made."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
     try:
+        path.mkdir(parents=True, exist_ok=True)
         yield path
     except BaseException:
         with suppress(OSError):  # something is in it
-            for folder in new:
-                with suppress(FileNotFoundError):
-                    folder.rmdir()
+            for folder in filter(os.path.isdir, new):
+                folder.rmdir()
         raise
 
 
