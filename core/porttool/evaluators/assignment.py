@@ -133,8 +133,8 @@ def request_of(options: SummarizeOptions) -> DatasetRequest:
 def template_of(options: SummarizeOptions, port: Port) -> PromptTemplate | None:
     """Return the model's instruction template if it is to be used."""
     found = port.converter.prompt if port.converter else None
-    if port.runner is not None:
-        found = port.runner.engine.manifest.prompt
+    if port.engine is not None:
+        found = port.engine.prompt
     if options.prompt == "instruction" and found is None:
         raise UsageError("this model has no instruction template; use the prompt 'suffix'")
     template = None if options.prompt == "suffix" else found
@@ -188,8 +188,8 @@ def positions_of(port: Port, *, firm: bool = False) -> int | None:
     """
     from porttool.huggingface import read_config
 
-    if port.runner is not None:
-        config = port.runner.config
+    if port.engine is not None:
+        config = port.engine.config
         return None if firm and config.position != "learned" else config.n_positions
     if port.source is None:
         return None
@@ -213,8 +213,8 @@ def end_tokens(port: Port) -> tuple[int, ...]:
     """Return the ids that end a text: the engine's, or else the source's."""
     from porttool.huggingface import check_special_ids, read_config, special_ids
 
-    if port.runner is not None:
-        return port.runner.engine.manifest.tokens.eos
+    if port.engine is not None:
+        return port.engine.tokens.eos
     source = port.source or Path()
     if port.converter is not None:
         return port.converter.open(port.origin or source).tokens.eos

@@ -214,17 +214,53 @@ def test_without_source_and_reference_nothing_runs(summarize, engine, source, tm
     assert not list(tmp_path.rglob("engine-summaries.json"))
 
 
-def test_infill_takes_no_other_models_reference_either(tmp_path, capsys):
+def test_a_reference_alone_is_asked_as_the_engine_that_is_named_will_be(
+    summarize, engine, source, tmp_path
+):
+    """With its template and its end tokens, whatever family its source is taken for now."""
+    template = {"plain": "Q: {instruction} A:", "with_input": "Q: {instruction} {input} A:",
+                "answer_marker": "A:"}  # fmt: skip
+    tokens = {"bos": 0, "eos": [0, *range(200, 260)], "pad": None}
+    tiny.edit_manifest(engine / "engine.json", prompt=template, tokens=tokens)
+    for side in ("--test-hf", "--test-engine"):
+        status, said = summarize(engine, side, "--set", "instruction", "Why?")
+        assert status == 0, said
+    report = json.loads((tmp_path / "gpt2-reports" / "summarize" / "report.json").read_text())
+    assert "not run" not in (report["engine"], report["reference"])
+
+
+def test_infill_asks_a_reference_alone_with_the_engines_tokens(coder_engine, problems, capsys):
+    tokens = {"prefix": "<fim_suffix>", "middle": "<fim_middle>", "suffix": "<fim_prefix>"}
+    tiny.edit_manifest(coder_engine / "engine.json", infill=tokens)
+    for side in ("--test-hf", "--test-engine"):
+        asked = ["infill", str(coder_engine), side, *problems]
+        assert invoke(asked) == 0, capsys.readouterr().err
+    report = coder_engine.with_name("engine-reports") / "infill" / "report.json"
+    assert "not run" not in json.loads(report.read_text())["reference"]
+
+
+@pytest.fixture
+def coder_engine(tmp_path):
+    """An engine that fills in, converted from tmp_path/source."""
     coder = write_coder(tmp_path / "source")
-    engine = tiny.built(tiny.converted(coder, tmp_path / "checkpoint"), tmp_path / "engine")
-    other = write_coder(tmp_path / "other", seed=1)
+    return tiny.built(tiny.converted(coder, tmp_path / "checkpoint"), tmp_path / "engine").path
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Options of `infill` for one short problem."""
     problem = {"task_id": "Test/0", "prompt": "def add(xs):\n", "entry_point": "add", "test": "",
                "canonical_solution": "    total = sum(xs)\n    return total\n"}  # fmt: skip
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
-    asked = ["infill", str(engine.path), "--dataset", str(tmp_path / "problems.jsonl"),
-             "--max-new-tokens", "4", "--set", "resamples", "200"]  # fmt: skip
+    return ["--dataset", str(tmp_path / "problems.jsonl"), "--max-new-tokens", "4",
+            "--set", "resamples", "200"]  # fmt: skip
+
+
+def test_infill_takes_no_other_models_reference_either(coder_engine, problems, tmp_path, capsys):
+    other = write_coder(tmp_path / "other", seed=1)
+    asked = ["infill", str(coder_engine), *problems]
     assert invoke([*asked, "--hf-model", str(other), "--test-hf"]) == 0, capsys.readouterr().err
-    shutil.rmtree(coder)
+    shutil.rmtree(tmp_path / "source")
     assert invoke([*asked, "--check-accuracy"]) == 2
     assert "was made with another model" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "engine-reports")
