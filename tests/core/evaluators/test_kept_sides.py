@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
+from porttool.checkpoint import Checkpoint
 from porttool.cli import invoke
 from porttool.engine import choose_limits
 from porttool.evaluators.accounting import derived
@@ -324,10 +325,11 @@ def test_another_engines_kept_result_is_refused_before_the_reference_runs(
     tiny.built(tiny.converted(other, tmp_path / "c2"), tmp_path / "second")
     assert summarize(engine, "--test-engine", *output)[0] == 0
     monkeypatch.setattr("porttool.evaluators.summarize.make_reference", None)
-    for asked in ((tmp_path / "second",), ("--hf-model", other)):
+    for asked, what in (((tmp_path / "second",), "another engine (torch, "),
+                        (("--hf-model", other), "an engine of another model (its")):  # fmt: skip
         status, said = summarize(*asked, "--test-hf", *output)
         assert status == 2
-        assert "engine-summaries.json was made with an engine of another model" in said
+        assert f"engine-summaries.json was made with {what}" in said
 
 
 def test_an_engines_kept_result_is_known_by_the_engine_or_by_the_folder(
@@ -353,5 +355,42 @@ def test_an_engines_kept_result_that_nobody_named_a_folder_of_is_refused(
     assert summarize(foreign, "--test-engine", *output)[0] == 0
     status, said = summarize("--hf-model", source, "--test-hf", *output)
     assert status == 2
-    assert "(its source: unknown, " in said
-    assert "name the engine that it was made with" in said
+    assert "json does not say of which Hugging Face folder its engine was made; name the" in said
+
+
+def test_an_engine_of_the_same_checkpoint_in_another_type_is_another_engine(
+    summarize, engine, source, tmp_path
+):
+    output = ("--output", tmp_path / "kept")
+    half = tiny.built(Checkpoint.open(tmp_path / "checkpoint"), tmp_path / "half", dtype="float16")
+    assert summarize(engine, "--test-engine", *output)[0] == 0
+    status, said = summarize(half.path, "--test-hf", *output)
+    assert status == 2
+    assert "was made with another engine (torch, " in said and "float32); name the engine" in said
+    assert summarize(engine, "--test-hf", *output)[0] == 0
+
+
+def test_a_result_that_an_earlier_version_kept_is_made_again(summarize, engine, source, tmp_path):
+    output = ("--output", tmp_path / "kept")
+    assert summarize(engine, "--test-engine", *output)[0] == 0
+    file = tmp_path / "kept" / "engine-summaries.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"engine": None, "counterpart": None}))
+    folder = "of which Hugging Face folder its engine"
+    for asked, what in ((engine,), "which engine it"), (("--hf-model", source), folder):
+        status, said = summarize(*asked, "--test-hf", *output)
+        assert status == 2
+        assert (
+            f"engine-summaries.json does not say {what} was made; run --test-engine again" in said
+        )
+
+
+def test_an_engine_that_nobody_named_says_nothing_of_a_reference(
+    summarize, engine, source, tmp_path
+):
+    other = shutil.copytree(engine, tmp_path / "home" / "gpt2" / "engine")
+    tiny.edit_manifest(other / "engine.json", tokens={"bos": 0, "eos": [9], "pad": None})
+    output = ("--output", tmp_path / "kept")
+    status, said = summarize("--hf-model", source, "--test-hf", *output)
+    assert status == 0, said
+    assert summarize(engine, "--test-engine", "--check-accuracy", *output)[0] == 0
