@@ -17,7 +17,9 @@ from porttool.cli.options import (
     ModelCommand,
     OptionTable,
     as_settings,
+    flags_in,
     model_options,
+    names_in,
     set_option,
     spelling,
     table_options,
@@ -150,7 +152,7 @@ def check_inputs(asked: dict[str, Any]) -> None:
 
 def check_places(asked: dict[str, Any]) -> None:
     """Refuse places that no result can be written to, before anything runs."""
-    names = [flag.removeprefix("--").replace("-", "_") for flag, _ in OUTPUTS[1:]]
+    names = list(names_in(OUTPUTS[1:]))
     for name in names[1:]:
         if str(asked[name]) == "-":
             raise UsageError("only --output-json writes to standard output: name a file")
@@ -217,8 +219,7 @@ def read_lines(text: str) -> list[str]:
     return kept
 
 
-FLAGS = {flag.strip("-").replace("-", "_"): flag for flag, _ in SAMPLING if "-" in flag[2:]}
-FLAGS |= {"temperature": "--temperature", "seed": "--seed"}
+FLAGS = flags_in(SAMPLING) | {"temperature": "--temperature", "seed": "--seed"}
 FLAGS |= {"max_new_tokens": "--max-output-len", "min_new_tokens": "--min-output-len"}
 
 
@@ -230,8 +231,7 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine | None = None) -> 
     from porttool.component import explain
     from porttool.config import Sampling
 
-    names = {flag.strip("-").replace("-", "_") for flag, _ in SAMPLING}
-    values = {k: v for k, v in asked.items() if k in names}
+    values = {name: asked[name] for name in names_in(SAMPLING)}
     least, most = values.pop("min_output_len"), values.pop("max_output_len")
     values |= {"bad_words": (), "min_new_tokens": least, "max_new_tokens": most}
     if most is None:

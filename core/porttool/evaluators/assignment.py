@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from porttool.component import Options
-from porttool.config import Dtype, Limits, PromptTemplate
+from porttool.config import BEAM_OPTIONS, Dtype, Limits, PromptTemplate, refuse_idle
 from porttool.errors import UsageError
 from porttool.evaluator import Port
 from porttool.evaluators.results import Decoding, Task
@@ -70,10 +70,8 @@ class SummarizeOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.num_beams == 1 and (self.length_penalty != 1 or not self.early_stopping):
-            raise ValueError(
-                "length_penalty and early_stopping would change nothing; set num_beams above 1"
-            )
+        if self.num_beams == 1:
+            refuse_idle(self, BEAM_OPTIONS, "set num_beams above 1")
         if self.article_ids is not None and self.shuffle_seed is not None:
             raise ValueError("article_ids are taken in their order; leave shuffle_seed out")
         return self

@@ -197,6 +197,14 @@ def test_a_reference_alone_takes_no_options_of_the_runner(summarize, engine):
     assert "(--runner-set) are the engine's, which does not run here" in said
 
 
+def test_options_are_told_by_their_flags(summarize, engine):
+    said = "--article-ids are taken in their order; leave --shuffle-seed out"
+    asked = ("--article-ids", "max_articles/article_ids", "--shuffle-seed", "3")
+    assert summarize(engine, *asked)[1].splitlines()[-1].endswith(said)
+    said = summarize(engine, *asked[:2])[1]
+    assert " max_articles/article_ids: there is no such file of article ids" in said
+
+
 def test_a_reference_alone_needs_no_engine(summarize, source, engine, tmp_path):
     output = ("--output", tmp_path / "kept")
     status, said = summarize("--hf-model", source, "--test-hf", *output)
