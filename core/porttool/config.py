@@ -173,7 +173,7 @@ class Sampling(Closed):
     With `temperature` 0 (the default) decoding is greedy. `num_beams` above 1 selects beam
     search, whose score is the sum of log-probabilities divided by length ** `length_penalty`.
     `stop` are strings, `bad_words` token sequences that must not appear. `seed` is a signed 64-bit
-    number, other numbers are finite.
+    number, of which greedy decoding and beams draw nothing; other numbers are finite.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -204,8 +204,6 @@ class Sampling(Closed):
             raise ValueError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
             )
-        if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError("beam search does not sample: set temperature to 0")
         if self.num_beams == 1 and self.num_return_sequences > 1 and not self.temperature:
             raise ValueError("num_return_sequences needs a temperature: greedy results are equal")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
@@ -214,13 +212,15 @@ class Sampling(Closed):
             raise ValueError("beam search does not end at stop strings: set num_beams to 1")
         if not all(self.bad_words) or not all(self.stop):
             raise ValueError("an empty bad word or stop string would match everywhere")
-        if not self.temperature:
+        of_sampling = ("top_k", "top_p", "min_p")
+        if self.num_beams > 1:
             cure = "leave that out: beam search does not sample"
-            if self.num_beams == 1:
-                cure = "set temperature above 0: without it the likeliest token is taken"
-            refuse_idle(self, ("top_k", "top_p", "min_p", "seed"), cure)
-        if self.num_beams == 1:
+            refuse_idle(self, ("temperature", *of_sampling), cure)
+        else:
             refuse_idle(self, BEAM_OPTIONS, "set num_beams above 1")
+        if not self.temperature:
+            cure = "set temperature above 0: without it the likeliest token is taken"
+            refuse_idle(self, of_sampling, cure)
         return self
 
     @property

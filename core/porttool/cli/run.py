@@ -36,10 +36,14 @@ SAMPLING: OptionTable = (
     ("--min-output-len", {"type": int, "default": 0, "help": "Fewest new tokens."}),
     ("--ignore-eos", {"is_flag": True, "help": "Go on after an end token."}),
     ("--temperature", {"type": float, "default": 0.0, "help": "Sample; 0 is greedy."}),
-    ("--top-k", {"type": int, "default": 0, "help": "Sample among the k likeliest."}),
-    ("--top-p", {"type": float, "default": 1.0, "help": "Sample in this much probability."}),
-    ("--min-p", {"type": float, "default": 0.0, "help": "Least share of the likeliest's."}),
-    ("--seed", {"type": int, "default": 0, "help": "Seed of the first prompt."}),
+    ("--top-k", {"type": int, "default": 0,
+                 "help": "With a temperature: sample among the k likeliest."}),
+    ("--top-p", {"type": float, "default": 1.0,
+                 "help": "With a temperature: sample in this much probability."}),
+    ("--min-p", {"type": float, "default": 0.0,
+                 "help": "With a temperature: least share of the likeliest."}),
+    ("--seed", {"type": int, "default": 0,
+                "help": "Seed of the first prompt's sampling; greedy decoding draws nothing."}),
     ("--repetition-penalty", {"type": float, "default": 1.0, "help": "Divides seen logits."}),
     ("--presence-penalty", {"type": float, "default": 0.0, "help": "Off a logit seen once."}),
     ("--frequency-penalty", {"type": float, "default": 0.0, "help": "Off for every time seen."}),
@@ -47,9 +51,10 @@ SAMPLING: OptionTable = (
     ("--stop", {"multiple": True, "help": "Text to stop before, repeatable; not with beams."}),
     ("--num-beams", {"type": int, "default": 1, "help": "Beam search with so many beams."}),
     ("--num-return-sequences", {"type": int, "default": 1, "help": "Completions a prompt."}),
-    ("--length-penalty", {"type": float, "default": 1.0, "help": "Exponent of a beam's length."}),
-    ("--early-stopping", {"is_flag": True, "help": "End when enough beams have ended."}),
-    ("--logprobs", {"is_flag": True, "help": "Log-probability of every token (JSON)."}),
+    ("--length-penalty", {"type": float, "default": 1.0,
+                          "help": "With beams: exponent of their length."}),
+    ("--early-stopping", {"is_flag": True, "help": "With beams: end when enough have ended."}),
+    ("--logprobs", {"is_flag": True, "help": "With --output-json: every token's log-probability."}),
 )  # fmt: skip
 
 INPUTS: OptionTable = (
@@ -233,14 +238,15 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine | None = None) -> 
 
     values = {name: asked[name] for name in names_in(SAMPLING)}
     least, most = values.pop("min_output_len"), values.pop("max_output_len")
-    values |= {"bad_words": (), "min_new_tokens": least, "max_new_tokens": most}
+    values |= {"min_new_tokens": least, "max_new_tokens": most}
     if most is None:
         usual = min(64, loaded.engine.manifest.limits.max_output_len) if loaded else max(least, 1)
         values["max_new_tokens"] = usual
-    if asked["bad_words"] and loaded:
-        if loaded.tokenizer is None:
-            raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
-        values["bad_words"] = tuple(tuple(loaded.tokenizer.encode(w)) for w in asked["bad_words"])
+    if asked["bad_words"] and loaded and loaded.tokenizer is None:
+        raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
+    # Without an engine the bytes of a word stand for its ids: an empty one is found at once.
+    encode = loaded.tokenizer.encode if loaded and loaded.tokenizer else str.encode
+    values["bad_words"] = tuple(tuple(encode(word)) for word in asked["bad_words"])
     values["keep_logits"] = asked["output_logits_npy"] is not None
     try:
         return Sampling.model_validate(values)
