@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import pytest
 
+import nemo_writer
 import tiny
 from porttool.cli import console, invoke, main
 from porttool.config import Limits
@@ -49,6 +50,29 @@ def test_what_a_model_says_is_printed_as_it_is(run, monkeypatch):
     said = "a[:heart:] [bold]b[/red]\tc\x07\r\x1b[1md  "
     monkeypatch.setattr("porttool.text.BPETokenizer.decode", lambda *_: said)
     assert run(*PROMPT, "--max-output-len", "2") == (0, said + "\n", "")
+
+
+@pytest.mark.parametrize(("n_tokens", "beyond"), [(50, 2), (60, 1)])
+def test_ids_beyond_the_tokenizer_are_said_to_be_so(run, tmp_path, n_tokens, beyond):
+    """The model says 56 and 264; where no id is the tokenizer's an empty line looks like text."""
+    (tmp_path / "tokenizer.model").write_bytes(nemo_writer.sentencepiece_model(n_tokens))
+    (tmp_path / "ids.csv").write_text("1,2\n3,4\n")
+    asked = ("--input-tokens", tmp_path / "ids.csv", "--max-output-len", "1")
+    status, out, err = run(*asked, "--tokenizer", tmp_path)
+    assert (status, out.count("\n")) == (0, 2)
+    said = f"{beyond} of 2 completions hold no id of the tokenizer, which has {n_tokens}, the model"
+    assert said in " ".join(err.split())
+
+
+def test_a_prompt_that_the_tokenizer_cannot_encode(run, tmp_path):
+    model = {"type": "WordLevel", "vocab": {"T": 0}, "unk_token": "?"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    status, _, err = run(*PROMPT, "--tokenizer", tmp_path)
+    assert status == 1
+    assert "name another folder with --tokenizer, or give token ids with --input-tokens" in err
+    status, _, err = run(*PROMPT, "--tokenizer", tmp_path / "gone")
+    assert status == 1
+    assert err.endswith("tokenizer.model); name another folder with --tokenizer\n")
 
 
 def test_paths_and_titles_are_no_markup(tmp_path, capsys, source, monkeypatch):

@@ -24,7 +24,7 @@ from porttool.cli.options import (
     spelling,
     table_options,
 )
-from porttool.errors import UsageError
+from porttool.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from porttool.api import LoadedEngine
@@ -182,7 +182,10 @@ def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]
     if asked["prefix"] or asked["suffix"]:
         infill = loaded.engine.manifest.infill
         texts = [infill_prompt(infill, asked["prefix"] or "", asked["suffix"] or "")]
-    return [loaded.tokenizer.encode(text) for text in texts]
+    try:
+        return [loaded.tokenizer.encode(text) for text in texts]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}, or give token ids with --input-tokens") from error
 
 
 def with_virtual_tokens(
