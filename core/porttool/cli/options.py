@@ -121,7 +121,7 @@ UNTOLD: OptionTable = (
 
 def converter_options(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a command was told for the converter."""
-    asked = {name: params[name] for name in ("n_head", "vocab_size") if params[name] is not None}
+    asked = {name: params[name] for name in names_in(UNTOLD) if params[name] is not None}
     return asked | as_settings(params["settings"])
 
 
