@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 import pytest
 
+import nemo_writer
 import tiny
 from porttool.cli import console, invoke, main
 from porttool.config import Limits
@@ -51,6 +52,29 @@ def test_what_a_model_says_is_printed_as_it_is(run, monkeypatch):
     assert run(*PROMPT, "--max-output-len", "2") == (0, said + "\n", "")
 
 
+@pytest.mark.parametrize(("n_tokens", "beyond"), [(50, 2), (60, 1)])
+def test_ids_beyond_the_tokenizer_are_said_to_be_so(run, tmp_path, n_tokens, beyond):
+    """The model says 56 and 264; where no id is the tokenizer's an empty line looks like text."""
+    (tmp_path / "tokenizer.model").write_bytes(nemo_writer.sentencepiece_model(n_tokens))
+    (tmp_path / "ids.csv").write_text("1,2\n3,4\n")
+    asked = ("--input-tokens", tmp_path / "ids.csv", "--max-output-len", "1")
+    status, out, err = run(*asked, "--tokenizer", tmp_path)
+    assert (status, out.count("\n")) == (0, 2)
+    said = f"{beyond} of 2 completions hold no id of the tokenizer, which has {n_tokens}, the model"
+    assert said in " ".join(err.split())
+
+
+def test_a_prompt_that_the_tokenizer_cannot_encode(run, tmp_path):
+    model = {"type": "WordLevel", "vocab": {"T": 0}, "unk_token": "?"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    status, _, err = run(*PROMPT, "--tokenizer", tmp_path)
+    assert status == 1
+    assert "name another folder with --tokenizer, or give token ids with --input-tokens" in err
+    status, _, err = run(*PROMPT, "--tokenizer", tmp_path / "gone")
+    assert status == 1
+    assert err.endswith("tokenizer.model); name another folder with --tokenizer\n")
+
+
 def test_paths_and_titles_are_no_markup(tmp_path, capsys, source, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     folder = shutil.copytree(source, tmp_path / "w[" / "red]:heart:" / "ck [bold]")
@@ -81,9 +105,10 @@ def test_paths_and_titles_are_no_markup(tmp_path, capsys, source, monkeypatch):
         (["--instruction", "\udcff"], "--instruction '\\udcff': not UTF-8 text"),
         (["--output-csv", "-"], "only --output-json writes to standard output"),
         (["--top-p", "0.9"], "--top-p would change nothing; set --temperature above 0"),
+        (["--top-k", "5", "--min-p", "0.1"], "--top-k, --min-p would change"),
         (
-            ["--top-k", "5", "--min-p", "0.1", "--seed", "3"],
-            "--top-k, --min-p, --seed would change",
+            ["--num-beams", "2", "--temperature", "1", "--top-k", "4"],
+            "--temperature, --top-k would change nothing; leave that out: beam search does not",
         ),
         (["--temperature", "0", "--top-k", "5"], "--top-k would change nothing"),
         (["--num-beams", "2", "--top-p", "0.9"], "leave that out: beam search does not sample"),
@@ -103,6 +128,14 @@ def test_what_cannot_be_is_refused(run, arguments, says):
     assert says in err
 
 
+@pytest.mark.parametrize("decoding", [(), ("--num-beams", "2")])
+def test_a_seed_of_what_draws_nothing_is_taken(run, decoding):
+    """Scripts fix it once, for a temperature of 0, too."""
+    plain = run(*PROMPT, "--max-output-len", "4", *decoding)
+    assert plain[0] == 0
+    assert run(*PROMPT, "--max-output-len", "4", *decoding, "--seed", "7") == plain
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -111,6 +144,7 @@ def test_what_cannot_be_is_refused(run, arguments, says):
         (["--min-output-len", "9", "--max-output-len", "8"], "--min-output-len 9 exceeds --max-"),
         (["--min-output-len", "-1"], "--min-output-len: Input should be greater"),
         (["--logprobs"], "--output-json alone"),
+        (["--bad-words", ""], "an empty bad word or stop string"),
     ],
 )
 def test_sampling_is_looked_at_before_anything_is_loaded(run, monkeypatch, arguments, says):
@@ -120,15 +154,10 @@ def test_sampling_is_looked_at_before_anything_is_loaded(run, monkeypatch, argum
     assert says in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [(["--min-output-len", "40"], "--min-output-len 40 exceeds --max-output-len 32"),
-     (["--bad-words", ""], "an empty bad word or stop string")],
-)  # fmt: skip
-def test_what_of_sampling_depends_on_the_engine(run, arguments, says):
-    status, out, err = run(*PROMPT, *arguments)
+def test_what_of_sampling_depends_on_the_engine(run):
+    status, out, err = run(*PROMPT, "--min-output-len", "40")
     assert (status, out) == (2, "")
-    assert says in err
+    assert "--min-output-len 40 exceeds --max-output-len 32" in err
 
 
 @pytest.mark.parametrize(

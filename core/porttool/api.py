@@ -25,7 +25,7 @@ from porttool.pairing import (
     report_folder,
     with_table,
 )
-from porttool.plugins import Registry, choose_converter, load_registry
+from porttool.plugins import Registry, choose_converter, load_registry, refinements
 from porttool.progress import SILENT, Progress
 from porttool.prompt_table import PromptTable, choose_table_converter, convert_table
 from porttool.runner import Runner, load_verified
@@ -34,7 +34,6 @@ from porttool.text import Tokenizer, load_tokenizer
 from porttool.workspace import Workspace, require_family_of
 
 if TYPE_CHECKING:
-    from porttool.converter import Converter
     from porttool.evaluator import Report
 
 
@@ -63,11 +62,12 @@ def convert(
     path = resolve_source(str(source) if source else None, default_hub_id(registry, model))
     with naming(path):
         converter = choose_converter(registry, path, model, options)
-        for finer in refinements(converter, path, registry):
-            progress.note(
-                f"{path} looks like {finer.family}, whose instruction template is lost when it is "
-                f"converted as {converter.family}: --model {finer.family} keeps it"
-            )
+        for finer in refinements(registry, path, converter) if model else ():
+            if finer.prompt not in (None, converter.prompt):
+                progress.note(
+                    f"{path} looks like {finer.family}, whose instruction template is lost when it "
+                    f"is converted as {converter.family}: --model {finer.family} keeps it"
+                )
     target = output or (workspace or Workspace.choose(None)).checkpoint(converter.family)
     return convert_source(
         converter,
@@ -80,16 +80,6 @@ def convert(
         allow_nonfinite=allow_nonfinite,
         progress=progress,
     )
-
-
-def refinements(converter: Converter, source: Path, registry: Registry) -> list[Converter]:
-    """Return the converters that refine a chosen one, match too, and know a template beside it."""
-    names = [
-        c.name
-        for c in registry.converters
-        if c.refines == converter.name and c.prompt not in (None, converter.prompt)
-    ]
-    return registry.recognisers(source, names) if names else []
 
 
 def convert_prompts(

@@ -36,11 +36,10 @@ from porttool.errors import (
 )
 from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
-from porttool.standing import KINDS, kind_of
+from porttool.standing import KINDS, MAX_MANIFEST, kind_of
 
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
-MAX_MANIFEST = 1 << 26
 SEAL = re.compile(rb'"seal": "[0-9a-f]*"')
 UNSEALED = b'"seal": ""'
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 MAX_PROBLEMS = 10
 """Problems of one input that are told; a damaged one may have thousands."""
+UNKNOWN = "extra_forbidden"
+"""What pydantic calls a name that a closed model does not have."""
 
 
 class Options(BaseModel):
@@ -47,10 +49,10 @@ class Component(ABC):
         try:
             return cls.Options.model_validate(dict(options))
         except ValidationError as error:
-            known = ", ".join(cls.Options.model_fields) or "none"
-            raise UsageError(
-                f"bad option for {cls.name!r}: {explain(error)}; its options are: {known}"
-            ) from error
+            known = ""
+            if any(problem["type"] == UNKNOWN for problem in error.errors()):
+                known = f"; its options are: {', '.join(cls.Options.model_fields) or 'none'}"
+            raise UsageError(f"bad option for {cls.name!r}: {explain(error)}{known}") from error
 
 
 def explain(error: ValidationError) -> str:
@@ -61,7 +63,7 @@ def explain(error: ValidationError) -> str:
 def explain_one(problem: ErrorDetails) -> str:
     """Say one problem in plain words; a whole object, of which a field is wrong, is not shown."""
     field = f"{'.'.join(map(str, problem['loc'])):.200}"
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] == UNKNOWN:
         return f"{field} is unknown"
     said = f"{problem['msg'].removeprefix('Value error, '):.200}"
     given = problem["input"]

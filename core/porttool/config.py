@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -19,6 +20,17 @@ class Closed(BaseModel):
     """A frozen model that refuses fields it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+BEAM_OPTIONS = ("length_penalty", "early_stopping")
+"""Options that only beam search has a use for."""
+
+
+def refuse_idle(options: BaseModel, names: Sequence[str], cure: str) -> None:
+    """Raise ValueError for those of the named fields that are not at their defaults."""
+    fields = type(options).model_fields
+    if idle := ", ".join(n for n in names if getattr(options, n) != fields[n].default):
+        raise ValueError(f"{idle} would change nothing; {cure}")
 
 
 class ModelConfig(Closed):
@@ -161,7 +173,7 @@ class Sampling(Closed):
     With `temperature` 0 (the default) decoding is greedy. `num_beams` above 1 selects beam
     search, whose score is the sum of log-probabilities divided by length ** `length_penalty`.
     `stop` are strings, `bad_words` token sequences that must not appear. `seed` is a signed 64-bit
-    number, other numbers are finite.
+    number, of which greedy decoding and beams draw nothing; other numbers are finite.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -192,8 +204,6 @@ class Sampling(Closed):
             raise ValueError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
             )
-        if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError("beam search does not sample: set temperature to 0")
         if self.num_beams == 1 and self.num_return_sequences > 1 and not self.temperature:
             raise ValueError("num_return_sequences needs a temperature: greedy results are equal")
         if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
@@ -202,19 +212,16 @@ class Sampling(Closed):
             raise ValueError("beam search does not end at stop strings: set num_beams to 1")
         if not all(self.bad_words) or not all(self.stop):
             raise ValueError("an empty bad word or stop string would match everywhere")
-        if not self.temperature and (idle := self._changed("top_k", "top_p", "min_p", "seed")):
+        of_sampling = ("top_k", "top_p", "min_p")
+        if self.num_beams > 1:
             cure = "leave that out: beam search does not sample"
-            if self.num_beams == 1:
-                cure = "set temperature above 0: without it the likeliest token is taken"
-            raise ValueError(f"{idle} would change nothing; {cure}")
-        if self.num_beams == 1 and (idle := self._changed("length_penalty", "early_stopping")):
-            raise ValueError(f"{idle} would change nothing; set num_beams above 1")
+            refuse_idle(self, ("temperature", *of_sampling), cure)
+        else:
+            refuse_idle(self, BEAM_OPTIONS, "set num_beams above 1")
+        if not self.temperature:
+            cure = "set temperature above 0: without it the likeliest token is taken"
+            refuse_idle(self, of_sampling, cure)
         return self
-
-    def _changed(self, *names: str) -> str:
-        """List those of the named fields that are not at their defaults."""
-        fields = type(self).model_fields
-        return ", ".join(n for n in names if getattr(self, n) != fields[n].default)
 
     @property
     def adjusts(self) -> bool:

@@ -148,7 +148,11 @@ def evaluate(
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
+    """Write a text file that appears whole or not at all.
+
+    Its folder is made: another run that had made it and failed takes it away while it is empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -57,6 +57,7 @@ def read_megatron_config(
         "norm_eps": args.number("norm_epsilon", args.number("layernorm_epsilon", 1e-5)),
         "tied_head": not args.flag("untie_embeddings_and_output_weights", False),
     }
+    check_told(found, rows, d_model, n_head, vocab_size)
     known |= {k: v for k, v in {"n_head": n_head, "vocab_size": vocab_size}.items() if v}
     if n_head is None or vocab_size is None:
         untold = ["how many heads it has; give --n-head (16 for the 345M model)"] * (not n_head)
@@ -66,13 +67,6 @@ def read_megatron_config(
         ] * (not vocab_size)
         said = "; nor ".join(untold)
         raise UntoldError(f"{found.file}: does not say {said}", found.tensors, known)
-    if vocab_size > rows:
-        raise SourceError(
-            f"{found.file}: the embedding has {rows} rows, fewer than the {vocab_size} ids of "
-            "--vocab-size or of the tokenizer; they belong to different models"
-        )
-    if d_model % n_head:
-        raise SourceError(f"{found.file}: its width {d_model} is not a multiple of {n_head} heads")
     head_dim = d_model // n_head
     return validated(found.file, lambda: ModelConfig(
         n_kv_head=(shapes["layers.0.attention.qkv.weight"][0] // head_dim - n_head) // 2,
@@ -80,6 +74,19 @@ def read_megatron_config(
         attention_scale=head_dim**-0.5,
         **known,
     ))  # fmt: skip
+
+
+def check_told(
+    found: MegatronCheckpoint, rows: int, d_model: int, n_head: int | None, vocab_size: int | None
+) -> None:
+    """Refuse what was told and cannot be of the embedding [rows, d_model]."""
+    if vocab_size and vocab_size > rows:
+        raise SourceError(
+            f"{found.file}: the embedding has {rows} rows, fewer than the {vocab_size} ids of "
+            "--vocab-size or of the tokenizer; they belong to different models"
+        )
+    if n_head and d_model % n_head:
+        raise SourceError(f"{found.file}: its width {d_model} is not a multiple of {n_head} heads")
 
 
 def check_layers(

@@ -30,12 +30,11 @@ def default_hub_id(registry: Registry, model: str | None) -> str | None:
 def find_subject(
     space: Workspace, engine: Path | None, model: str | None, *, needed: bool
 ) -> Path | None:
-    """Return the engine that was named or the only one; None if there is none and none is needed.
+    """Return the engine that was named, or the only one if one is needed, else None.
 
     It may not be built yet: a reference can run before.
     """
-    named = engine is not None or model is not None
-    if not (named or needed) and len(space.models()) != 1:
+    if engine is None and model is None and not needed:
         return None
     return space.find_engine(engine, model)
 

@@ -153,8 +153,7 @@ class Registry:
                 f"{what} {made.component!r} of {made.distribution} {made.version}, which is not "
                 f"installed; install {made.distribution}=={made.version}{self.set_aside()}"
             )
-        now = self.record(catalog, made.component)
-        if now != made:
+        if (now := self.record(catalog, made.component)) != made:
             raise PluginError(
                 f"{what} {made.component!r} of {made.distribution} {made.version}, installed is "
                 f"{now.distribution} {now.version}; make it again, or install that version"
@@ -278,17 +277,21 @@ def said_type(source: Path) -> str:
 
 def require_own_source(registry: Registry, source: Path, chosen: Converter) -> None:
     """Name the family that goes before the chosen one, where that one cannot read the source."""
-    found = registry.recognisers(source)
-    others = {c.family for c in found if c.refines == chosen.name and c.family != chosen.family}
-    if not others:
-        return
+    finer = ", ".join(sorted({c.family for c in refinements(registry, source, chosen)}))
     try:
-        chosen.config(source)
+        if finer:
+            chosen.config(source)
     except SourceError as error:
-        named = ", ".join(sorted(others))
-        raise UsageError(
-            f"{source}: not a source of {chosen.family!r}; it looks like {named} ({error})"
-        ) from error
+        said = f"{source}: not a source of {chosen.family!r}; it looks like {finer} ({error})"
+        raise UsageError(said) from error
+
+
+def refinements(registry: Registry, source: Path, chosen: Converter) -> list[Converter]:
+    """Return the converters of other families that refine a chosen one and match a source too."""
+    others = [c for c in registry.converters if c.family != chosen.family]
+    finer = [c.name for c in others if c.refines == chosen.name]
+    found = registry.recognisers(source, [chosen.name, *finer]) if finer else []
+    return [c for c in found if c.name in finer]
 
 
 def named_converters(registry: Registry, model: str) -> list[str]:

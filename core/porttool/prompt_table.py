@@ -29,6 +29,7 @@ from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.sources.archive import is_gzip
 from porttool.sources.places import require_outside
 from porttool.sources.safetensors_file import SafetensorsFile
+from porttool.standing import require_free
 from porttool.weights import cast
 
 if TYPE_CHECKING:
@@ -225,6 +226,7 @@ def write_table(
 ) -> PromptTable:
     """Read every task's table, check it, and write them all."""
     require_outside(source, output)
+    require_free(output, MANIFEST, replace=replace, sources=[source])
     record = SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source))
     tables = read_tables(converter, source, progress)
     for task, table in tables.items():

@@ -16,6 +16,8 @@ KINDS = {
     "prompt_table.json": "a prompt table",
 }
 """Manifest → what a folder is that has it; the modules of these names write them."""
+MAX_MANIFEST = 1 << 26
+"""Bytes of a manifest that are read; there is none so large."""
 
 
 def kind_of(folder: Path) -> str | None:
@@ -27,8 +29,10 @@ def described(folder: Path) -> str:
     """Say what a finished folder of ours is and what it was made of; empty for any other."""
     for name in (name for name in KINDS if (folder / name).is_file()):
         kind = KINDS[name].split(" ", 1)[1]
-        with suppress(OSError, ValueError, KeyError, TypeError):  # it may be damaged
-            made = json.loads((folder / name).read_bytes())
+        # It may be damaged, or not even an object.
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            with (folder / name).open("rb") as file:
+                made = dict(json.loads(file.read(MAX_MANIFEST)))
             dtype = made.get("dtype") or made["config"]["dtype"]
             origin = made["source"]["path"]
             return f"a finished {kind} of {made['family']} in {dtype}, from {origin}"
@@ -54,14 +58,13 @@ def require_place(target: Path) -> None:
 def made_folder(path: Path) -> Iterator[Path]:
     """Make a folder; work in it that fails and leaves nothing there takes away what was made."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
     try:
+        path.mkdir(parents=True, exist_ok=True)
         yield path
     except BaseException:
         with suppress(OSError):  # something is in it
-            for folder in new:
-                with suppress(FileNotFoundError):
-                    folder.rmdir()
+            for folder in filter(os.path.isdir, new):
+                folder.rmdir()
         raise
 
 
@@ -76,8 +79,13 @@ def require_free(
     require_place(target)
     if not occupied(target):
         return
+    if target.is_symlink():
+        raise UsageError(
+            f"{target} is a symbolic link to {os.path.realpath(target)}, and no link is replaced, "
+            "with --force neither; name that folder, or choose another --output"
+        )
     found = f" ({said})" if (said := described(target)) else ""
-    replaceable = not target.is_symlink() and (target / manifest).is_file()
+    replaceable = (target / manifest).is_file()
     if not replace:
         cure = ", or add --force to make it anew" if replaceable else ""
         raise UsageError(f"{target} exists already{found}; choose another --output{cure}")

@@ -54,8 +54,8 @@ class BPETokenizer(Tokenizer):
             ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         except Exception as error:
             raise CheckpointError(
-                f"{self._file}: the tokenizer cannot encode {text!r:.80}: {error}; give token ids "
-                "instead of text, or name a folder with --tokenizer"
+                f"{self._file}: the tokenizer cannot encode {text!r:.80}: {error}; name another "
+                "folder with --tokenizer"
             ) from error
         return ids
 
@@ -98,7 +98,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return SentencePieceTokenizer(folder / "tokenizer.model")
     raise CheckpointError(
         f"{folder}: there is no tokenizer here (tokenizer.json, vocab.json with merges.txt, or "
-        "tokenizer.model); give token ids instead of text, or name a folder with --tokenizer"
+        "tokenizer.model); name another folder with --tokenizer"
     )
 
 

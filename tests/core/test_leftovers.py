@@ -54,6 +54,17 @@ def test_what_is_refused_leaves_no_folder(orphan, monkeypatch, capsys, command, 
     assert not list(orphan.parent.glob("engine-reports"))
 
 
+@pytest.mark.parametrize("command", ["build {checkpoint}", "profile {engine} --prompt-len 4"])
+def test_a_place_that_cannot_be_made_leaves_none_above_it(
+    checkpoint, engine_folder, tmp_path, monkeypatch, capsys, command
+):
+    monkeypatch.chdir(tmp_path)
+    asked = command.format(checkpoint=checkpoint.path, engine=engine_folder).split()
+    status = invoke([*asked, "--output", f"new/deep/{'x' * 300}"])
+    assert (status, "File name too long" in capsys.readouterr().err) == (1, True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_what_is_new_and_empty_is_taken_away(tmp_path):
     for place, content, left in (
         ("a/b", None, []), ("a/b", "one", ["a", "a/b", "a/b/one"]), ("a/b", None, ["a", "a/b"]),

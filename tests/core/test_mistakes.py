@@ -355,7 +355,7 @@ def test_a_result_below_a_file(said, engine_folder, flag):
 
 
 @pytest.mark.parametrize("command", ["convert {source}", "build {checkpoint}"])
-@pytest.mark.parametrize("stands", ["checkpoint", "engine", "damaged", "other"])
+@pytest.mark.parametrize("stands", ["checkpoint", "engine", "[]", "3", "[" * 99_999, "other"])
 def test_what_stands_at_the_output_is_said_before_any_work(
     said, source, checkpoint, engine_folder, monkeypatch, command, stands
 ):
@@ -364,16 +364,31 @@ def test_what_stands_at_the_output_is_said_before_any_work(
         shutil.copytree({"checkpoint": checkpoint.path, "engine": engine_folder}[stands], "out")
     else:
         Path("out").mkdir()
-        Path("out", "checkpoint.json" if stands == "damaged" else "a").write_text("{")
+        Path("out", "a" if stands == "other" else "checkpoint.json").write_text(stands)
     for work in ("porttool.converter.plan_jobs", "porttool.api.open_checkpoint"):
         monkeypatch.setattr(work, None)
     asked = command.format(source=source, checkpoint=checkpoint.path).split()
     status, told = said(*asked, "-o", "out")
     what = {"checkpoint": "(a finished checkpoint of gpt2 in float32, from ",
             "engine": "(a finished engine of gpt2 in float64, from ",
-            "damaged": "(a damaged checkpoint); ", "other": "already; choose"}  # fmt: skip
+            "other": "already; choose"}  # fmt: skip
     made = "checkpoint" if "convert" in command else "engine"
-    replaceable = stands == made or (stands, made) == ("damaged", "checkpoint")
+    kind = stands if stands in ("engine", "other") else "checkpoint"
     assert status == 2
-    assert told.startswith("error: out exists already") and what[stands] in told
+    assert told.startswith("error: out exists already")
+    assert what.get(stands, "(a damaged checkpoint); ") in told
+    replaceable = kind == made
     assert ("add --force to make it anew" in told) is replaceable
+
+
+@pytest.mark.parametrize("target", ["checkpoint", "gone"])
+@pytest.mark.parametrize("flags", [(), ("--force",)])
+def test_a_link_at_the_output_is_called_one(said, source, checkpoint, target, flags):
+    if target == "checkpoint":
+        shutil.copytree(checkpoint.path, target)
+    Path("link").symlink_to(target)
+    status, told = said("convert", source, "-o", "link", *flags)
+    assert status == 2
+    place = Path(target).absolute()
+    assert told.startswith(f"error: link is a symbolic link to {place}, and no link is replaced")
+    assert Path("link").is_symlink() and Path(target).exists() is (target == "checkpoint")

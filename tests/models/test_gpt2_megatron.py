@@ -125,7 +125,9 @@ def test_what_a_file_cannot_tell_is_asked_for(tmp_path, model):
     refused(source, tmp_path, r"model_optim_rng\.pt: does not say how many heads", vocab_size=67)
     refused(source, tmp_path, "72 rows.*--vocab-size.*tokenizer", n_head=4)
     refused(source, tmp_path, "72 rows, fewer than the 80 ids", n_head=4, vocab_size=80)
+    refused(source, tmp_path, "72 rows, fewer than the 80 ids", vocab_size=80)
     refused(source, tmp_path, "32 is not a multiple of 5", n_head=5, vocab_size=67)
+    refused(source, tmp_path, "32 is not a multiple of 5", n_head=5)
     refused(source, tmp_path, "options are: n_head, vocab_size", n_heads=4)
     known = write_source(tmp_path / "known", model, version=2)
     refused(known, tmp_path, "has 4 heads, not the 8 of --n-head", n_head=8, vocab_size=67)
@@ -157,6 +159,9 @@ def test_what_a_file_cannot_tell_is_inspected_all_the_same(tmp_path, model, caps
     assert "does not say how many heads" in " ".join(capsys.readouterr().out.split())
     assert invoke(["inspect", str(new), "--set", "n_heads", "4"]) == 2
     assert "n_heads is unknown" in capsys.readouterr().err
+    for told, why in (("--n-head", "5"), "not a multiple of 5"), (("--vocab-size", "80"), "80 ids"):
+        assert invoke(["inspect", str(old), *told]) == 1
+        assert why in " ".join(capsys.readouterr().err.split())
     made = converted(new, tmp_path / "made", vocab_size=67)
     assert invoke(["inspect", str(made.path), "--n-head", "4"]) == 2
     assert "is a checkpoint: --n-head would change nothing" in capsys.readouterr().err

@@ -413,6 +413,10 @@ def test_a_compressed_archive_says_what_it_costs(tmp_path, roomy, source, capsys
         assert run_cli(command) == 0
         said = capsys.readouterr().err.count("p.nemo is compressed: one pass finds its tables")
         assert said == (mode == "w:gz")
+    assert run_cli(convert) == 2
+    said = capsys.readouterr().err
+    assert "table exists already (a finished prompt table of " in said
+    assert "is compressed" not in said
 
 
 needs_peft = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="needs peft")

@@ -49,6 +49,7 @@ def write_results(
     """Write every file that was asked for, and the text if none was."""
     from porttool import token_files
 
+    note_foreign(loaded, results)
     records = [token_files.as_record(p, c) for p, c in zip(prompts, results, strict=True)]
     rows = [[*p, *c.tokens] for p, beams in zip(prompts, results, strict=True) for c in beams]
     tokens = loaded.engine.manifest.tokens
@@ -68,3 +69,17 @@ def write_results(
         for completion in (c for beams in results for c in beams):
             text = completion.text
             console.say(text if text is not None else " ".join(map(str, completion.tokens)))
+
+
+def note_foreign(loaded: LoadedEngine, results: list[list[Completion]]) -> None:
+    """Say that there is no text because every new id lies beyond the tokenizer's own."""
+    if loaded.tokenizer is None:
+        return
+    n_tokens = loaded.tokenizer.n_tokens
+    beyond = [all(i >= n_tokens for i in c.tokens) for r in results for c in r if c.tokens]
+    if any(beyond):
+        console.note(
+            f"{sum(beyond)} of {len(beyond)} completions hold no id of the tokenizer, which has "
+            f"{n_tokens}, the model {loaded.engine.manifest.config.vocab_size}: name the model's "
+            "own with --tokenizer"
+        )

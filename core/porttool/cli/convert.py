@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,7 @@ from porttool.cli.options import (
     FOLDER,
     UNTOLD,
     converter_options,
+    flags_in,
     json_option,
     model_options,
     set_option,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
               help="Replace the checkpoint or table that stands at the output.")  # fmt: skip
 @set_option
 @json_option
-@spelling({"n_head": "--n-head", "vocab_size": "--vocab-size"})
+@spelling(flags_in(UNTOLD))
 def command(
     source: str | None,
     model: str | None,
@@ -46,12 +47,10 @@ def command(
     output: Path | None,
     dtype: str | None,
     processes: int,
-    n_head: int | None,
-    vocab_size: int | None,
     allow_nonfinite: bool,
     force: bool,
-    settings: tuple[tuple[str, str], ...],
     as_json: bool,
+    **told: Any,
 ) -> None:
     """Turn SOURCE (a folder, a file or a hub id) into a checkpoint, or into a prompt table.
 
@@ -61,7 +60,6 @@ def command(
     from porttool.api import convert, convert_prompts
     from porttool.workspace import Workspace
 
-    told = {"n_head": n_head, "vocab_size": vocab_size, "settings": settings}
     options = converter_options(told)
     table = source and convert_prompts(
         Path(source),

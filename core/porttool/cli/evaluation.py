@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from porttool.cli import console
-from porttool.cli.options import FOLDER, OUTPUT, OptionTable, as_settings
+from porttool.cli.options import (
+    FOLDER,
+    OUTPUT,
+    OptionTable,
+    as_settings,
+    flags_in,
+    names_in,
+    spelling,
+)
 from porttool.errors import UsageError
 
 SHARED: OptionTable = (
@@ -40,33 +48,36 @@ def choose_sides(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def options_of(table: OptionTable, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evaluation's options that were given on the command line, --set included."""
-    names = [flag.removeprefix("--").replace("-", "_") for flag, _ in table]
-    given = {name: asked[name] for name in names if asked[name] is not None}
+    given = {name: asked[name] for name in names_in(table) if asked[name] is not None}
     return given | as_settings(asked["set"])
 
 
 def run_evaluation(
-    name: str, engine: Path | None, options: Mapping[str, Any], asked: Mapping[str, Any]
+    name: str, engine: Path | None, table: OptionTable, asked: Mapping[str, Any]
 ) -> None:
-    """Evaluate and show the report; with `check_accuracy` a verdict of no raises CheckFailed."""
+    """Evaluate and show the report; with `check_accuracy` a verdict of no raises CheckFailed.
+
+    `table` has the evaluation's own options, `asked` what was given.
+    """
     from porttool.api import evaluate
     from porttool.workspace import Workspace
 
-    report = evaluate(
-        name,
-        engine,
-        model=asked["model"],
-        hf_model=asked["hf_model"],
-        output=asked["output"],
-        test_engine=asked["test_engine"],
-        test_hf=asked["test_hf"],
-        tokenizer=asked["tokenizer"],
-        prompt_table=asked.get("prompt_table"),
-        options=options,
-        runner_options=as_settings(asked["runner_set"]),
-        workspace=Workspace.choose(asked["workdir"]),
-        progress=console.ConsoleProgress(),
-    )
+    with spelling(flags_in(table)):
+        report = evaluate(
+            name,
+            engine,
+            model=asked["model"],
+            hf_model=asked["hf_model"],
+            output=asked["output"],
+            test_engine=asked["test_engine"],
+            test_hf=asked["test_hf"],
+            tokenizer=asked["tokenizer"],
+            prompt_table=asked.get("prompt_table"),
+            options=options_of(table, asked),
+            runner_options=as_settings(asked["runner_set"]),
+            workspace=Workspace.choose(asked["workdir"]),
+            progress=console.ConsoleProgress(),
+        )
     if asked["as_json"]:
         console.say_json(report.model_dump(mode="json"))
     else:

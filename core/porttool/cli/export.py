@@ -31,9 +31,12 @@ def command(
 ) -> None:
     """Write CHECKPOINT as FasterTransformer and early TensorRT-LLM read it."""
     from porttool.api import open_checkpoint
-    from porttool.fastertransformer import export
+    from porttool.fastertransformer import CONFIG, export, place_of
     from porttool.plugins import load_registry
+    from porttool.standing import require_free
 
+    # Before the checkpoint is hashed.
+    require_free(place_of(output, tp), CONFIG, replace=force, sources=[checkpoint])
     folder = export(
         open_checkpoint(checkpoint, load_registry()),
         output,

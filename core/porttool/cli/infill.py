@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from porttool.cli.evaluation import SHARED, SIDES, choose_sides, options_of, run_evaluation
+from porttool.cli.evaluation import SHARED, SIDES, choose_sides, run_evaluation
 from porttool.cli.options import (
     DTYPES,
     FILE,
@@ -44,4 +44,4 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     problem, tokens with an eye for ties, and log-probabilities directly.
     """
     asked = choose_sides(context.params)
-    run_evaluation("infill", engine, options_of(OPTIONS, asked), asked)
+    run_evaluation("infill", engine, OPTIONS, asked)

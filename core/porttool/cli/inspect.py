@@ -14,6 +14,7 @@ from porttool.cli import console
 from porttool.cli.options import (
     UNTOLD,
     converter_options,
+    flags_in,
     json_option,
     set_option,
     spelling,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @set_option
 @json_option
 @click.pass_context
-@spelling({"n_head": "--n-head", "vocab_size": "--vocab-size"})
+@spelling(flags_in(UNTOLD))
 def command(context: click.Context, /, path: Path, as_json: bool, **_: Any) -> None:
     """Say what PATH is: a checkpoint, an engine, or a source and who can read it.
 

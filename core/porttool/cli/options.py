@@ -88,6 +88,16 @@ def table_options(*tables: OptionTable) -> Callable[[F], F]:
     return add
 
 
+def names_in(table: OptionTable) -> dict[str, str]:
+    """Return the options of a table, by their Python names."""
+    return {flag.strip("-").replace("-", "_"): flag for flag, _ in table}
+
+
+def flags_in(table: OptionTable) -> dict[str, str]:
+    """Return the same for `spelling`: single words are left out, for prose has them too."""
+    return {name: flag for name, flag in names_in(table).items() if "_" in name}
+
+
 @contextmanager
 def spelling(flags: Mapping[str, str]) -> Iterator[None]:
     """Let a UsageError name options (Python name → flag) as they are on the command line."""
@@ -96,8 +106,9 @@ def spelling(flags: Mapping[str, str]) -> Iterator[None]:
     except UsageError as error:
         text = str(error)
         for name, flag in flags.items():
-            text = re.sub(rf"(?<![\w-]){name}(?!\w)", flag, text)
-        raise UsageError(text) from error
+            text = re.sub(rf"(?<![\w/-]){name}(?![\w/])", flag, text)
+        error.args = (text,)  # not a new one: its kind and its notes say more
+        raise
 
 
 UNTOLD: OptionTable = (
@@ -110,7 +121,7 @@ UNTOLD: OptionTable = (
 
 def converter_options(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a command was told for the converter."""
-    asked = {name: params[name] for name in ("n_head", "vocab_size") if params[name] is not None}
+    asked = {name: params[name] for name in names_in(UNTOLD) if params[name] is not None}
     return asked | as_settings(params["settings"])
 
 

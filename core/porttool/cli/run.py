@@ -17,12 +17,14 @@ from porttool.cli.options import (
     ModelCommand,
     OptionTable,
     as_settings,
+    flags_in,
     model_options,
+    names_in,
     set_option,
     spelling,
     table_options,
 )
-from porttool.errors import UsageError
+from porttool.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from porttool.api import LoadedEngine
@@ -34,10 +36,14 @@ SAMPLING: OptionTable = (
     ("--min-output-len", {"type": int, "default": 0, "help": "Fewest new tokens."}),
     ("--ignore-eos", {"is_flag": True, "help": "Go on after an end token."}),
     ("--temperature", {"type": float, "default": 0.0, "help": "Sample; 0 is greedy."}),
-    ("--top-k", {"type": int, "default": 0, "help": "Sample among the k likeliest."}),
-    ("--top-p", {"type": float, "default": 1.0, "help": "Sample in this much probability."}),
-    ("--min-p", {"type": float, "default": 0.0, "help": "Least share of the likeliest's."}),
-    ("--seed", {"type": int, "default": 0, "help": "Seed of the first prompt."}),
+    ("--top-k", {"type": int, "default": 0,
+                 "help": "With a temperature: sample among the k likeliest."}),
+    ("--top-p", {"type": float, "default": 1.0,
+                 "help": "With a temperature: sample in this much probability."}),
+    ("--min-p", {"type": float, "default": 0.0,
+                 "help": "With a temperature: least share of the likeliest."}),
+    ("--seed", {"type": int, "default": 0,
+                "help": "Seed of the first prompt's sampling; greedy decoding draws nothing."}),
     ("--repetition-penalty", {"type": float, "default": 1.0, "help": "Divides seen logits."}),
     ("--presence-penalty", {"type": float, "default": 0.0, "help": "Off a logit seen once."}),
     ("--frequency-penalty", {"type": float, "default": 0.0, "help": "Off for every time seen."}),
@@ -45,9 +51,10 @@ SAMPLING: OptionTable = (
     ("--stop", {"multiple": True, "help": "Text to stop before, repeatable; not with beams."}),
     ("--num-beams", {"type": int, "default": 1, "help": "Beam search with so many beams."}),
     ("--num-return-sequences", {"type": int, "default": 1, "help": "Completions a prompt."}),
-    ("--length-penalty", {"type": float, "default": 1.0, "help": "Exponent of a beam's length."}),
-    ("--early-stopping", {"is_flag": True, "help": "End when enough beams have ended."}),
-    ("--logprobs", {"is_flag": True, "help": "Log-probability of every token (JSON)."}),
+    ("--length-penalty", {"type": float, "default": 1.0,
+                          "help": "With beams: exponent of their length."}),
+    ("--early-stopping", {"is_flag": True, "help": "With beams: end when enough have ended."}),
+    ("--logprobs", {"is_flag": True, "help": "With --output-json: every token's log-probability."}),
 )  # fmt: skip
 
 INPUTS: OptionTable = (
@@ -150,7 +157,7 @@ def check_inputs(asked: dict[str, Any]) -> None:
 
 def check_places(asked: dict[str, Any]) -> None:
     """Refuse places that no result can be written to, before anything runs."""
-    names = [flag.removeprefix("--").replace("-", "_") for flag, _ in OUTPUTS[1:]]
+    names = list(names_in(OUTPUTS[1:]))
     for name in names[1:]:
         if str(asked[name]) == "-":
             raise UsageError("only --output-json writes to standard output: name a file")
@@ -175,7 +182,10 @@ def read_prompts(asked: dict[str, Any], loaded: LoadedEngine) -> list[list[int]]
     if asked["prefix"] or asked["suffix"]:
         infill = loaded.engine.manifest.infill
         texts = [infill_prompt(infill, asked["prefix"] or "", asked["suffix"] or "")]
-    return [loaded.tokenizer.encode(text) for text in texts]
+    try:
+        return [loaded.tokenizer.encode(text) for text in texts]
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}, or give token ids with --input-tokens") from error
 
 
 def with_virtual_tokens(
@@ -217,8 +227,7 @@ def read_lines(text: str) -> list[str]:
     return kept
 
 
-FLAGS = {flag.strip("-").replace("-", "_"): flag for flag, _ in SAMPLING if "-" in flag[2:]}
-FLAGS |= {"temperature": "--temperature", "seed": "--seed"}
+FLAGS = flags_in(SAMPLING) | {"temperature": "--temperature", "seed": "--seed"}
 FLAGS |= {"max_new_tokens": "--max-output-len", "min_new_tokens": "--min-output-len"}
 
 
@@ -230,17 +239,17 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine | None = None) -> 
     from porttool.component import explain
     from porttool.config import Sampling
 
-    names = {flag.strip("-").replace("-", "_") for flag, _ in SAMPLING}
-    values = {k: v for k, v in asked.items() if k in names}
+    values = {name: asked[name] for name in names_in(SAMPLING)}
     least, most = values.pop("min_output_len"), values.pop("max_output_len")
-    values |= {"bad_words": (), "min_new_tokens": least, "max_new_tokens": most}
+    values |= {"min_new_tokens": least, "max_new_tokens": most}
     if most is None:
         usual = min(64, loaded.engine.manifest.limits.max_output_len) if loaded else max(least, 1)
         values["max_new_tokens"] = usual
-    if asked["bad_words"] and loaded:
-        if loaded.tokenizer is None:
-            raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
-        values["bad_words"] = tuple(tuple(loaded.tokenizer.encode(w)) for w in asked["bad_words"])
+    if asked["bad_words"] and loaded and loaded.tokenizer is None:
+        raise UsageError("--bad-words needs a tokenizer: add --tokenizer DIR")
+    # Without an engine the bytes of a word stand for its ids: an empty one is found at once.
+    encode = loaded.tokenizer.encode if loaded and loaded.tokenizer else str.encode
+    values["bad_words"] = tuple(tuple(encode(word)) for word in asked["bad_words"])
     values["keep_logits"] = asked["output_logits_npy"] is not None
     try:
         return Sampling.model_validate(values)

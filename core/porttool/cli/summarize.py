@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from porttool.cli.evaluation import SHARED, SIDES, choose_sides, options_of, run_evaluation
+from porttool.cli.evaluation import SHARED, SIDES, choose_sides, run_evaluation
 from porttool.cli.options import (
     DTYPES,
     FOLDER,
@@ -48,4 +48,4 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     --test-engine.
     """
     asked = choose_sides(context.params)
-    run_evaluation("summarize", engine, options_of(OPTIONS, asked), asked)
+    run_evaluation("summarize", engine, OPTIONS, asked)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from porttool.cli.evaluation import SHARED, options_of, run_evaluation
+from porttool.cli.evaluation import SHARED, run_evaluation
 from porttool.cli.options import (
     FOLDER,
     ModelCommand,
@@ -38,4 +38,4 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     """
     sides = {"test_engine": True, "test_hf": True, "check_accuracy": True}
     asked = {**context.params, **sides}
-    run_evaluation("parity", engine, options_of(OPTIONS, asked), asked)
+    run_evaluation("parity", engine, OPTIONS, asked)

@@ -62,6 +62,7 @@ def derived(
     if converter is None:
         yield None
         return
+    scratch.mkdir(parents=True, exist_ok=True)  # another run may have taken it away since
     with converter.prepare(source, scratch, progress) as readable:
         yield Derivation(converter, readable)
 

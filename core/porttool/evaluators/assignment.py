@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from porttool.component import Options
-from porttool.config import Dtype, Limits, PromptTemplate
+from porttool.config import BEAM_OPTIONS, Dtype, Limits, PromptTemplate, refuse_idle
 from porttool.errors import UsageError
 from porttool.evaluator import Port
 from porttool.evaluators.results import Decoding, Task
@@ -70,10 +70,8 @@ class SummarizeOptions(Options):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.num_beams == 1 and (self.length_penalty != 1 or not self.early_stopping):
-            raise ValueError(
-                "length_penalty and early_stopping would change nothing; set num_beams above 1"
-            )
+        if self.num_beams == 1:
+            refuse_idle(self, BEAM_OPTIONS, "set num_beams above 1")
         if self.article_ids is not None and self.shuffle_seed is not None:
             raise ValueError("article_ids are taken in their order; leave shuffle_seed out")
         return self
@@ -133,8 +131,8 @@ def request_of(options: SummarizeOptions) -> DatasetRequest:
 def template_of(options: SummarizeOptions, port: Port) -> PromptTemplate | None:
     """Return the model's instruction template if it is to be used."""
     found = port.converter.prompt if port.converter else None
-    if port.runner is not None:
-        found = port.runner.engine.manifest.prompt
+    if port.engine is not None:
+        found = port.engine.prompt
     if options.prompt == "instruction" and found is None:
         raise UsageError("this model has no instruction template; use the prompt 'suffix'")
     template = None if options.prompt == "suffix" else found
@@ -188,8 +186,8 @@ def positions_of(port: Port, *, firm: bool = False) -> int | None:
     """
     from porttool.huggingface import read_config
 
-    if port.runner is not None:
-        config = port.runner.config
+    if port.engine is not None:
+        config = port.engine.config
         return None if firm and config.position != "learned" else config.n_positions
     if port.source is None:
         return None
@@ -213,8 +211,8 @@ def end_tokens(port: Port) -> tuple[int, ...]:
     """Return the ids that end a text: the engine's, or else the source's."""
     from porttool.huggingface import check_special_ids, read_config, special_ids
 
-    if port.runner is not None:
-        return port.runner.engine.manifest.tokens.eos
+    if port.engine is not None:
+        return port.engine.tokens.eos
     source = port.source or Path()
     if port.converter is not None:
         return port.converter.open(port.origin or source).tokens.eos

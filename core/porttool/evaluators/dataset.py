@@ -87,9 +87,16 @@ def require_local(request: DatasetRequest) -> None:
     """Refuse what only a data set of the hub has, where a local one is read."""
     usual = DatasetRequest()
     given = [("dataset_config", request.config != usual.config), ("revision", request.revision)]
-    given += [("split", Path(request.name).is_file() and request.split != usual.split)]
+    path = Path(request.name)
+    one = path.is_file() or (is_saved(path) and not is_saved(path / request.split))
+    given += [("split", one and request.split != usual.split)]
     if idle := ", ".join(name for name, asked in given if asked):
         raise UsageError(f"{request.name} is local: {idle} would change nothing; leave that out")
+
+
+def is_saved(path: Path) -> bool:
+    """Whether datasets.save_to_disk wrote a folder, of one split."""
+    return (path / "dataset_info.json").is_file()
 
 
 def may_be_hub_id(name: str) -> bool:
@@ -161,10 +168,9 @@ def open_local(path: Path, split: str) -> Rows:
     """Open a file or a folder by what it holds."""
     if path.is_file():
         return read_parquet([path]) if path.suffix == ".parquet" else read_json_lines(path)
-    if (path / split / "dataset_info.json").is_file():
-        return open_saved(path / split)
-    if (path / "dataset_info.json").is_file():
-        return open_saved(path)
+    for folder in (path / split, path):
+        if is_saved(folder):
+            return open_saved(folder)
     files = sorted(path.rglob("*.parquet"))
     of_split = [f for f in files if split in f.name or split in f.parent.name]
     if not files:

@@ -112,8 +112,8 @@ def assign(options: InfillOptions, port: Port, problems: list[Problem]) -> Assig
         raise UsageError("the engine has no tokenizer; name a folder with --tokenizer")
     require_fit(options.as_summaries, port)
     longest = input_len(options.as_summaries.model_copy(update={"max_input_len": None}), port)
-    if port.runner is not None:
-        longest = port.runner.engine.manifest.limits.max_input_len
+    if port.engine is not None:
+        longest = port.engine.limits.max_input_len
     tokens = infill_tokens(port)
     prompts = encode_problems(problems, tokenizer, options.kind, tokens, longest)
     articles = [problem.article for problem in problems]
@@ -124,8 +124,8 @@ def assign(options: InfillOptions, port: Port, problems: list[Problem]) -> Assig
 
 def infill_tokens(port: Port) -> InfillTokens | None:
     """Return the tokens that the engine was built with, or else the source's."""
-    if port.runner is not None:
-        return port.runner.engine.manifest.infill
+    if port.engine is not None:
+        return port.engine.infill
     if port.converter is not None and port.source is not None:
         return port.converter.open(port.source).infill
     return None

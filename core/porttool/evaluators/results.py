@@ -94,6 +94,7 @@ class Task(Closed):
 class SideResult(Closed):
     """One side's continuations of a task. `model` fingerprints the source or the checkpoint.
 
+    `engine` is the seal of an engine's manifest: one checkpoint gives many engines.
     `source` is a reference's folder as a conversion records it, to be known when it is gone.
     `counterpart` is the other side's model: an engine's, the Hugging Face folder; a reference's,
     what the engine was converted from as its manifest has it, where only the user could say that
@@ -107,6 +108,7 @@ class SideResult(Closed):
     side: Side
     description: str
     model: str
+    engine: str | None = None
     source: str | None = None
     counterpart: str | None = None
     dtype: Dtype
@@ -181,19 +183,27 @@ def require_same_model(saved: SideResult, port: Port, path: Path) -> None:
 
 
 def require_same_engine(saved: SideResult, port: Port, path: Path) -> None:
-    """Refuse an engine's result of another model than the reference that is to run.
+    """Refuse an engine's result that the reference that is to run does not belong to.
 
     It must be of the engine that was named, else have been set beside the reference's folder.
     """
-    if port.source is None or (port.engine and saved.model == port.engine.checkpoint_digest):
+    if port.source is None:
         return
-    theirs, ours = saved.counterpart or "unknown", model_in(port.source) or "no config.json"
-    if ours != theirs:
-        raise UsageError(
-            f"{path} was made with an engine of another model (its source: {theirs[:14]}, "
-            f"{port.source}: {ours[:14]}); name the engine that it was made with, take that file "
-            "away, or choose another --output"
-        )
+    if port.engine is not None:
+        kept, ours = saved.engine, port.engine.seal
+        unsaid, wrong = "which engine it was", f"another engine ({saved.description})"
+    else:
+        kept, ours = saved.counterpart, model_in(port.source) or "no config.json"
+        unsaid = "of which Hugging Face folder its engine was"
+        wrong = (f"an engine of another model (its source: {kept!s:.14}, {port.source}: "
+                 f"{ours:.14})")  # fmt: skip
+    if kept == ours:
+        return
+    known = "name the engine that it was made with (ENGINE), " if saved.engine else ""
+    raise UsageError(
+        f"{path} {f'was made with {wrong}' if kept else f'does not say {unsaid} made'}; {known}"
+        "run --test-engine again, or choose another --output"
+    )
 
 
 def model_in(folder: Path) -> str | None:

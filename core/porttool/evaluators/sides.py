@@ -100,6 +100,7 @@ def run_engine(
         side="engine",
         description=runner.description,
         model=manifest.checkpoint_digest,
+        engine=manifest.seal,
         dtype=manifest.dtype,
         task=task,
         speed=speed_of(found, seconds, first),

@@ -6,7 +6,8 @@
     model.layers.0.attention.query_key_value.weight.0.bin ...   one a rank
 """
 
+from porttool.fastertransformer.config_file import CONFIG
 from porttool.fastertransformer.reading import open_folder
-from porttool.fastertransformer.writing import export
+from porttool.fastertransformer.writing import export, place_of
 
-__all__ = ["export", "open_folder"]
+__all__ = ["CONFIG", "export", "open_folder", "place_of"]

@@ -44,7 +44,7 @@ def export(
         tensor_parallel=tp,
     )
     text = format_config(own)
-    target = output / f"{tp}-gpu"
+    target = place_of(output, tp)
     names = checkpoint.names()
     total = sum(checkpoint.file_of(name).infos()[name].nbytes for name in names)
     require_space(target, total)
@@ -63,6 +63,11 @@ def export(
         folder.finish(CONFIG, text)
         progress.finish()
     return target
+
+
+def place_of(output: Path, tp: int) -> Path:
+    """Return the folder that is made in an output."""
+    return output / f"{tp}-gpu"
 
 
 def check_expressible(config: ModelConfig) -> None:

@@ -36,6 +36,8 @@ def test_parquet_file_and_folder_and_saved_folder_agree(articles, rows, tmp_path
     wanted = load_articles(request(articles))
     one = tmp_path / "parts" / "test-00000-of-00002.parquet"
     assert load_articles(request(one)) == wanted[:8]
+    with pytest.raises(UsageError, match="saved is local: split would change nothing"):
+        load_articles(DatasetRequest(name=str(tmp_path / "saved"), split="validation"))
     for folder in ("parts", "saved", "splits"):
         assert load_articles(request(tmp_path / folder)) == wanted
 

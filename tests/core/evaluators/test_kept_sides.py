@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import contextmanager
+from importlib import import_module
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import tiny
+from porttool.checkpoint import Checkpoint
 from porttool.cli import invoke
 from porttool.engine import choose_limits
+from porttool.evaluators.accounting import derived
 from porttool.folder import fingerprint
+from porttool.progress import SILENT
 from tiny_coder import write_coder
 
 SHORT = ["--max-new-tokens", "6", "--max-input-len", "40", "--set", "resamples", "200"]
@@ -98,6 +103,47 @@ def test_a_reference_of_the_weights_before_is_refused(summarize, engine, source,
     assert "was made with another model" in said
 
 
+def test_a_folder_that_another_run_takes_away_meanwhile_is_made_again(
+    summarize, engine, source, tmp_path, monkeypatch
+):
+    output = tmp_path / "deep" / "kept"
+
+    def bereft(work):
+        def run(*args, **named):
+            output.rmdir()
+            output.parent.rmdir()
+            return work(*args, **named)
+
+        return run
+
+    for place, asked, file in (
+        ("summarize.make_reference", ("--hf-model", source, "--test-hf"), "reference.json"),
+        ("sides.run_engine", (engine, "--test-engine"), "engine-summaries.json"),
+    ):
+        module, _, name = place.partition(".")
+        module = import_module(f"porttool.evaluators.{module}")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, bereft(getattr(module, name)))
+            status, said = summarize(*asked, "--output", output)
+        assert status == 0, said
+        assert (output / file).is_file()
+        shutil.rmtree(output)
+        output.mkdir()
+
+
+def test_a_source_is_unpacked_where_the_folder_was_taken_away(source, registry, tmp_path):
+    scratch = tmp_path / "deep" / "kept"
+
+    class Unpacking(registry.converters.get("gpt2")):
+        @contextmanager
+        def prepare(self, source, output, progress):
+            (output / "unpacked").touch()
+            yield source
+
+    with derived(Unpacking(), source, scratch, SILENT) as derivation:
+        assert derivation.shapes
+
+
 def test_where_the_source_is_gone_its_own_reference_is_taken(summarize, engine, source, kept):
     shutil.rmtree(source)
     for side in ((), ("--test-engine",)):
@@ -151,6 +197,14 @@ def test_a_reference_alone_takes_no_options_of_the_runner(summarize, engine):
     assert "(--runner-set) are the engine's, which does not run here" in said
 
 
+def test_options_are_told_by_their_flags(summarize, engine):
+    said = "--article-ids are taken in their order; leave --shuffle-seed out"
+    asked = ("--article-ids", "max_articles/article_ids", "--shuffle-seed", "3")
+    assert summarize(engine, *asked)[1].splitlines()[-1].endswith(said)
+    said = summarize(engine, *asked[:2])[1]
+    assert " max_articles/article_ids: there is no such file of article ids" in said
+
+
 def test_a_reference_alone_needs_no_engine(summarize, source, engine, tmp_path):
     output = ("--output", tmp_path / "kept")
     status, said = summarize("--hf-model", source, "--test-hf", *output)
@@ -169,17 +223,53 @@ def test_without_source_and_reference_nothing_runs(summarize, engine, source, tm
     assert not list(tmp_path.rglob("engine-summaries.json"))
 
 
-def test_infill_takes_no_other_models_reference_either(tmp_path, capsys):
+def test_a_reference_alone_is_asked_as_the_engine_that_is_named_will_be(
+    summarize, engine, source, tmp_path
+):
+    """With its template and its end tokens, whatever family its source is taken for now."""
+    template = {"plain": "Q: {instruction} A:", "with_input": "Q: {instruction} {input} A:",
+                "answer_marker": "A:"}  # fmt: skip
+    tokens = {"bos": 0, "eos": [0, *range(200, 260)], "pad": None}
+    tiny.edit_manifest(engine / "engine.json", prompt=template, tokens=tokens)
+    for side in ("--test-hf", "--test-engine"):
+        status, said = summarize(engine, side, "--set", "instruction", "Why?")
+        assert status == 0, said
+    report = json.loads((tmp_path / "gpt2-reports" / "summarize" / "report.json").read_text())
+    assert "not run" not in (report["engine"], report["reference"])
+
+
+def test_infill_asks_a_reference_alone_with_the_engines_tokens(coder_engine, problems, capsys):
+    tokens = {"prefix": "<fim_suffix>", "middle": "<fim_middle>", "suffix": "<fim_prefix>"}
+    tiny.edit_manifest(coder_engine / "engine.json", infill=tokens)
+    for side in ("--test-hf", "--test-engine"):
+        asked = ["infill", str(coder_engine), side, *problems]
+        assert invoke(asked) == 0, capsys.readouterr().err
+    report = coder_engine.with_name("engine-reports") / "infill" / "report.json"
+    assert "not run" not in json.loads(report.read_text())["reference"]
+
+
+@pytest.fixture
+def coder_engine(tmp_path):
+    """An engine that fills in, converted from tmp_path/source."""
     coder = write_coder(tmp_path / "source")
-    engine = tiny.built(tiny.converted(coder, tmp_path / "checkpoint"), tmp_path / "engine")
-    other = write_coder(tmp_path / "other", seed=1)
+    return tiny.built(tiny.converted(coder, tmp_path / "checkpoint"), tmp_path / "engine").path
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """Options of `infill` for one short problem."""
     problem = {"task_id": "Test/0", "prompt": "def add(xs):\n", "entry_point": "add", "test": "",
                "canonical_solution": "    total = sum(xs)\n    return total\n"}  # fmt: skip
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem) + "\n")
-    asked = ["infill", str(engine.path), "--dataset", str(tmp_path / "problems.jsonl"),
-             "--max-new-tokens", "4", "--set", "resamples", "200"]  # fmt: skip
+    return ["--dataset", str(tmp_path / "problems.jsonl"), "--max-new-tokens", "4",
+            "--set", "resamples", "200"]  # fmt: skip
+
+
+def test_infill_takes_no_other_models_reference_either(coder_engine, problems, tmp_path, capsys):
+    other = write_coder(tmp_path / "other", seed=1)
+    asked = ["infill", str(coder_engine), *problems]
     assert invoke([*asked, "--hf-model", str(other), "--test-hf"]) == 0, capsys.readouterr().err
-    shutil.rmtree(coder)
+    shutil.rmtree(tmp_path / "source")
     assert invoke([*asked, "--check-accuracy"]) == 2
     assert "was made with another model" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "engine-reports")
@@ -243,10 +333,11 @@ def test_another_engines_kept_result_is_refused_before_the_reference_runs(
     tiny.built(tiny.converted(other, tmp_path / "c2"), tmp_path / "second")
     assert summarize(engine, "--test-engine", *output)[0] == 0
     monkeypatch.setattr("porttool.evaluators.summarize.make_reference", None)
-    for asked in ((tmp_path / "second",), ("--hf-model", other)):
+    for asked, what in (((tmp_path / "second",), "another engine (torch, "),
+                        (("--hf-model", other), "an engine of another model (its")):  # fmt: skip
         status, said = summarize(*asked, "--test-hf", *output)
         assert status == 2
-        assert "engine-summaries.json was made with an engine of another model" in said
+        assert f"engine-summaries.json was made with {what}" in said
 
 
 def test_an_engines_kept_result_is_known_by_the_engine_or_by_the_folder(
@@ -272,5 +363,42 @@ def test_an_engines_kept_result_that_nobody_named_a_folder_of_is_refused(
     assert summarize(foreign, "--test-engine", *output)[0] == 0
     status, said = summarize("--hf-model", source, "--test-hf", *output)
     assert status == 2
-    assert "(its source: unknown, " in said
-    assert "name the engine that it was made with" in said
+    assert "json does not say of which Hugging Face folder its engine was made; name the" in said
+
+
+def test_an_engine_of_the_same_checkpoint_in_another_type_is_another_engine(
+    summarize, engine, source, tmp_path
+):
+    output = ("--output", tmp_path / "kept")
+    half = tiny.built(Checkpoint.open(tmp_path / "checkpoint"), tmp_path / "half", dtype="float16")
+    assert summarize(engine, "--test-engine", *output)[0] == 0
+    status, said = summarize(half.path, "--test-hf", *output)
+    assert status == 2
+    assert "was made with another engine (torch, " in said and "float32); name the engine" in said
+    assert summarize(engine, "--test-hf", *output)[0] == 0
+
+
+def test_a_result_that_an_earlier_version_kept_is_made_again(summarize, engine, source, tmp_path):
+    output = ("--output", tmp_path / "kept")
+    assert summarize(engine, "--test-engine", *output)[0] == 0
+    file = tmp_path / "kept" / "engine-summaries.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"engine": None, "counterpart": None}))
+    folder = "of which Hugging Face folder its engine"
+    for asked, what in ((engine,), "which engine it"), (("--hf-model", source), folder):
+        status, said = summarize(*asked, "--test-hf", *output)
+        assert status == 2
+        assert (
+            f"engine-summaries.json does not say {what} was made; run --test-engine again" in said
+        )
+
+
+def test_an_engine_that_nobody_named_says_nothing_of_a_reference(
+    summarize, engine, source, tmp_path
+):
+    other = shutil.copytree(engine, tmp_path / "home" / "gpt2" / "engine")
+    tiny.edit_manifest(other / "engine.json", tokens={"bos": 0, "eos": [9], "pad": None})
+    output = ("--output", tmp_path / "kept")
+    status, said = summarize("--hf-model", source, "--test-hf", *output)
+    assert status == 0, said
+    assert summarize(engine, "--test-engine", "--check-accuracy", *output)[0] == 0

@@ -251,9 +251,9 @@ def test_a_reference_of_another_shape_is_refused_before_it_runs(run, tmp_path):
 @pytest.mark.parametrize(
     ("idle", "said"),
     [
-        ({"length_penalty": 2.0}, "set num_beams above 1"),
-        ({"early_stopping": False}, "set num_beams above 1"),
-        ({"article_ids": "ids.txt", "shuffle_seed": 0}, "leave shuffle_seed out"),
+        ({"length_penalty": 2.0}, "': length_penalty would change nothing; set num_beams above 1$"),
+        ({"early_stopping": False}, "': early_stopping would change nothing; set num_beams"),
+        ({"article_ids": "ids.txt", "shuffle_seed": 0}, "leave shuffle_seed out$"),
         ({"instruction": "Say it."}, "instruction would change nothing: .* the prompt 'suffix'"),
         ({"revision": "main"}, "articles.jsonl is local: revision would change nothing"),
         ({"dataset_config": "1.0.0", "split": "train"}, "local: dataset_config, split would"),
