@@ -194,18 +194,11 @@ def convert(
         weight_map = source.weight_map or converter.weight_map(source.config)
         jobs = plan_jobs(converter, source, weight_map, dtype, allow_nonfinite)
         manifest = CheckpointManifest(
-            porttool_version=version("porttool"),
-            family=converter.family,
-            plugin=plugin,
-            source=record,
-            config=source.config,
-            tokens=source.tokens,
-            prompt=converter.prompt,
-            infill=source.infill,
-            dtype=dtype or source_dtype(source.tensors),
-            tensors={job.name: job.shape for job in jobs},
-            files={},
-        )
+            porttool_version=version("porttool"), family=converter.family, plugin=plugin,
+            source=record, config=source.config, tokens=source.tokens, prompt=converter.prompt,
+            infill=source.infill, dtype=dtype or source_dtype(source.tensors),
+            tensors={job.name: job.shape for job in jobs}, files={},
+        )  # fmt: skip
         files = read_tokenizer(source.tokenizer, source.tokenizer_data, source.config.vocab_size)
         if not files:
             progress.note(NO_TOKENIZER)
