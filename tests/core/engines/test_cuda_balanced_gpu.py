@@ -11,7 +11,6 @@ import cuda_cases as cases
 from cuda_cases import TOLERANCE, prompts
 from cuda_cluster_cases import tensors_of
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_balanced import COPIED
 from porttool.engines.torch.cuda_tuning import AttentionTile, Tuning, WideTile, default_tuning
 from porttool.nn import KVCache, Step
 
@@ -32,17 +31,17 @@ def own(block_t: int, warps: int, stages: int) -> AttentionTile:
     return AttentionTile(1, block_t, warps, stages, balanced=True)
 
 
-def shared(splits: int, stages: int, warps: int = 4) -> AttentionTile:
+def shared(splits: int, slot: int, stages: int, warps: int = 4) -> AttentionTile:
     """Return a tile for heads that share keys."""
-    return AttentionTile(splits, COPIED, warps, stages, balanced=True)
+    return AttentionTile(splits, slot, warps, stages, balanced=True)
 
 
 OWN = [own(64, 8, 6), own(32, 4, 2), own(128, 8, 3)]
-SHARED = [shared(1, 6), shared(3, 4), shared(8, 5)]
+SHARED = [shared(1, 64, 6), shared(3, 112, 7), shared(8, 80, 5)]
 EVERY = [
     *((case, tile) for case in ("learned", "gated rotary") for tile in OWN),
     *((case, tile) for case in ("multi-query", "grouped rms") for tile in SHARED),
-    ("multi-query", shared(6, 4, 8)),
+    ("multi-query", shared(6, 48, 4, 8)),
 ]
 
 

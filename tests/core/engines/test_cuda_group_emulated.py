@@ -24,23 +24,23 @@ from porttool.engines.torch.cuda_tuning import AttentionTile
 pytestmark = needs_compiler
 
 
-def tile(splits: int, warps: int, stages: int) -> AttentionTile:
-    """Return the tile of clusters of so many programs."""
-    return AttentionTile(splits, 16, warps, stages, balanced=True)
+def tile(splits: int, slot: int, warps: int, stages: int) -> AttentionTile:
+    """Return the tile of clusters of so many programs that take so many positions at a time."""
+    return AttentionTile(splits, slot, warps, stages, balanced=True)
 
 
 # behind slot 5 the cache ends, behind 2 and 4 it holds no number; 201 is the last position
 MIXED = [(5, 201), (-1, 9), (2, 130), (0, 0), (4, 64), (3, 1)]
 KINDS = [
-    (MIXED[2:5], torch.float16, tile(1, 8, 5), {"n_head": 48, "n_kv_head": 1, "head_dim": 128}),
-    (MIXED, torch.bfloat16, tile(3, 4, 6),
+    (MIXED[2:5], torch.float16, tile(1, 64, 8, 5), {"n_head": 48, "n_kv_head": 1, "head_dim": 128}),
+    (MIXED, torch.bfloat16, tile(3, 80, 4, 5),
      {"n_head": 48, "n_kv_head": 1, "head_dim": 64, "parts": 3, "biased": True, **ROTARY}),
-    (MIXED, torch.float16, tile(2, 4, 9),
+    (MIXED, torch.float16, tile(2, 112, 4, 9),
      {"n_head": 6, "n_kv_head": 2, "head_dim": 128, "position": "rotary"}),
-    (MIXED[:4], torch.bfloat16, tile(5, 8, 4),
+    (MIXED[:4], torch.bfloat16, tile(5, 48, 8, 4),
      {"n_head": 6, "n_kv_head": 1, "head_dim": 256, "parts": 2, "biased": True}),
-    (MIXED, torch.bfloat16, tile(8, 8, 4), {"n_head": 16, "n_kv_head": 1, "head_dim": 128}),
-    (MIXED, torch.float16, tile(8, 4, 7),
+    (MIXED, torch.bfloat16, tile(8, 32, 8, 4), {"n_head": 16, "n_kv_head": 1, "head_dim": 128}),
+    (MIXED, torch.float16, tile(8, 16, 4, 7),
      {"n_head": 6, "n_kv_head": 1, "head_dim": 64, "parts": 2, **ROTARY}),
 ]  # fmt: skip
 
@@ -59,6 +59,9 @@ BROKEN = {
         "«clear_rest(s.values[(copy + live / GRAIN) % RING], live % GRAIN);»",
     "others' highest scores are not awaited": "«together();»\n#pragma unroll",
     "others' weights are not awaited": "«together();»\n    for (int g",
+    "queries are not awaited": "«together();»\n}\n\n// What a warp has",
+    "the step's own key stays out": "«if (part.last && t + live == part.high) "
+        "place_own(s, (end - 1) % RING, (live - 1) % GRAIN);»",
     "sums take the ring's place too early": "«together();»  // nobody reads the ring any more",
     "sums are sent before they are there": "«together();»\n        if (SPLIT > 1) {",
     "others' barriers are not awaited": "«cluster_wait();»\n            if (warp == 0)",
@@ -71,8 +74,8 @@ SEEDS = range(8)
 @pytest.fixture(scope="module")
 def case() -> Case:
     """Rows whose contexts take a ring of four copies twice, and none."""
-    rows = [(4, 150), (-1, 3), (1, 37), (0, 0)]
-    made = Case(rows, torch.float16, tile(2, 4, 4), n_head=6, n_kv_head=2, head_dim=64)
+    rows = [(4, 170), (-1, 3), (1, 45), (0, 0)]
+    made = Case(rows, torch.float16, tile(2, 64, 4, 4), n_head=6, n_kv_head=2, head_dim=64)
     made.leaving = tuple(BROKEN.values())
     return made
 

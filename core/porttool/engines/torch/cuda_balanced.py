@@ -22,9 +22,6 @@ from porttool.engines.torch.cuda_tuning import AttentionTile
 COPIED = 16
 """Positions of a copy where heads share keys; `AttentionTile.stages` counts those of a ring."""
 
-LEAST_STAGES = 4
-"""Copies that are taken together there."""
-
 _DIMS = (64, 128, 256)
 _MOST_HEADS = 64  # that share keys
 
@@ -62,12 +59,12 @@ def macros(
     qkv comes in `parts` sums, to which a bias may still have to be added.
     """
     c = config
-    own = {"SLOT": tile.block_t, "SLOTS": tile.stages, "WARPS": tile.warps}
+    own = {"SLOTS": tile.stages, "WARPS": tile.warps}
     shared_keys = {"SPLIT": tile.splits, "RING": tile.stages, "WIDE": tile.warps}
     return {
         "HEADS": c.n_head, "KV": c.n_kv_head, "DIM": c.head_dim,
         "ROTARY": c.rotary_dim if c.position == "rotary" else 0, "PARTS": parts,
-        "HAS_BIAS": int(has_bias), "BF16": int(dtype == torch.bfloat16),
+        "HAS_BIAS": int(has_bias), "BF16": int(dtype == torch.bfloat16), "SLOT": tile.block_t,
         "SHARED": shared(c, tile), **(own if group(c) == 1 else shared_keys),
     }  # fmt: skip
 
@@ -75,14 +72,15 @@ def macros(
 def shared(config: ModelConfig, tile: AttentionTile) -> int:
     """Bytes of shared memory of a program."""
     dim = config.head_dim
-    ring = tile.stages * 4 * tile.block_t * dim
     if group(config) == 1:
+        ring = tile.stages * 4 * tile.block_t * dim
         return ring + 16 * tile.stages + 8 * (2 * dim + tile.warps * (dim + 2)) + 256
     tall, share = -(-group(config) // 16), -(-group(config) // tile.splits)
-    found = 4 * share * (dim + 4)
-    heads = 16 * tall * (2 * dim + 16 + 4 * COPIED * LEAST_STAGES + 32 + 12 * tile.warps + 4)
-    beside = found * max(tile.splits - 1, 1) + heads + 4 * dim + 16 * tile.stages + 128
-    return -(-max(ring, tile.splits * found) // 1024) * 1024 + beside + 2048
+    ring, found = tile.stages * 4 * COPIED * dim, 4 * share * (dim + 4)
+    scored = -(-tile.block_t // (8 * tile.warps)) * 8 * tile.warps  # positions, of all warps
+    heads = 16 * tall * (2 * dim + 16 + 2 * scored + 16 + 8 * tile.warps)
+    beside = found * max(tile.splits - 1, 1) + heads + 4 * dim + 16 * tile.stages + 64
+    return (-(-max(ring, tile.splits * found) // 1024) - (-beside // 1024) + 1) * 1024
 
 
 def threads(config: ModelConfig, tile: AttentionTile) -> int:

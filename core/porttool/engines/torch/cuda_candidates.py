@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from porttool.config import ModelConfig
-from porttool.engines.torch.cuda_balanced import COPIED, LEAST_STAGES
+from porttool.engines.torch.cuda_balanced import COPIED
 from porttool.engines.torch.cuda_balanced import shared as balanced_shared
 from porttool.engines.torch.cuda_tuning import (
     SHARED_BYTES,
@@ -48,6 +48,12 @@ _STAGED = (
 
 _HALF = 113 << 10
 """Shared memory of a program that leaves room for another on a Hopper multiprocessor."""
+
+_TOGETHER = 208
+"""Positions that a program of a cluster takes at once, at most."""
+
+_GROWTH = 64
+"""Tokens by which a context outgrows the one it is measured at."""
 
 _BESIDE = ((32, 128, 4, 6), (64, 128, 4, 4), (64, 256, 8, 4), (128, 64, 4, 4))
 """What has been faster than staged tiles in some model: every tile more is compiled for nothing."""
@@ -137,10 +143,10 @@ def wide_candidates(
                 yield WideTile(block_n, block_k, warps, stages, split, early)
 
 
-def balanced_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
-    """Balanced attention worth trying for n rows, one program or more on a multiprocessor."""
+def balanced_candidates(config: ModelConfig, n: int, context: int) -> Iterator[AttentionTile]:
+    """Balanced attention worth trying for n rows of about `context` tokens."""
     if config.n_head > config.n_kv_head:
-        yield from _group_candidates(config, n)
+        yield from _group_candidates(config, n, context)
         return
     for slot in (16 << 10, 32 << 10):
         for room, warps in ((_HALF, 8), (_HALF, 4), (2 * _HALF, 8)):
@@ -149,18 +155,24 @@ def balanced_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
             yield replace(tile, stages=tile.stages + more)
 
 
-def _group_candidates(config: ModelConfig, n: int) -> Iterator[AttentionTile]:
-    """Clusters for each row and head of keys; rings that leave half a multiprocessor or more."""
-    warps = 8 if config.n_head <= 16 * config.n_kv_head and config.head_dim >= 128 else 4
-    for splits in (1, 2, 3, 4, 5, 6, 8):
+def _group_candidates(config: ModelConfig, n: int, context: int) -> Iterator[AttentionTile]:
+    """Clusters for each row and head of keys.
+
+    A program takes its part of the context at once where that is no more than _TOGETHER positions:
+    a slot more takes a microsecond. Else slots come while others are taken.
+    """
+    few = config.n_head <= 16 * config.n_kv_head and config.head_dim >= 128
+    copies = -(-(context + _GROWTH) // COPIED)
+    for splits, warps in product((1, 2, 3, 4, 5, 6, 8), (4, 8) if few else (4,)):
         programs = n * config.n_kv_head * splits
-        if programs < 100 or (splits > 1 and programs > 600):
+        if programs < 90 or (splits > 1 and programs > 600):
             continue
-        tile = AttentionTile(splits, COPIED, warps, LEAST_STAGES, balanced=True)
-        least, copy = balanced_shared(config, tile), 4 * COPIED * config.head_dim + 16
-        more = [max(room - least, 0) // copy for room in (_HALF - (8 << 10), 72 << 10)]
-        for several in sorted({0, *more}):
-            yield replace(tile, stages=LEAST_STAGES + several)
+        each = -(-copies // splits)
+        whole = [(each, each)] if each * COPIED <= _TOGETHER else [(4, 8), (6, 12)]
+        for slot, ring in whole:
+            tile = AttentionTile(splits, slot * COPIED, warps, ring, balanced=True)
+            if balanced_shared(config, tile) <= SHARED_BYTES:
+                yield tile
 
 
 def attention_candidates(config: ModelConfig, n: int, *, staged: bool) -> Iterator[AttentionTile]:

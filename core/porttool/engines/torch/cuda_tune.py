@@ -177,13 +177,20 @@ class _Search:
     def offer_clusters(self, found: Mapping[str, list[ClusterTile]]) -> None:
         """Measure products in clusters, one matrix after the other, beside what was best so far."""
         best, time = {name: tiles[0] for name, tiles in found.items()}, float("inf")
+
+        def attempt(name: str, tile: ClusterTile) -> None:
+            nonlocal best, time
+            several = {**best, name: tile}
+            rows = {**self.best.cluster, str(tile_rows(self.n)): several}
+            took = self.offer(replace(self.best, cluster=rows))
+            if took < time:
+                best, time = several, took
+
         for name, tiles in found.items():
             for tile in tiles:
-                several = {**best, name: tile}
-                rows = {**self.best.cluster, str(tile_rows(self.n)): several}
-                took = self.offer(replace(self.best, cluster=rows))
-                if took < time:
-                    best, time = several, took
+                attempt(name, tile)
+        for name, tile in best.items():
+            attempt(name, replace(tile, ahead=-(-3 * tile.stages // 4)))
 
 
 def leaders(
@@ -242,12 +249,12 @@ def refine(
     return search.time
 
 
-def balanced_for(decoder: CudaDecoder, n: int) -> list[AttentionTile]:
+def balanced_for(decoder: CudaDecoder, n: int, context: int) -> list[AttentionTile]:
     """Balanced attention to measure for n rows; few rows may be tokens that see each other."""
     d = decoder
     if n <= SMALL_ROWS or balanced_unsuited(d.config, d.dtype, d.device):
         return []
-    return list(balanced_candidates(d.config, n))
+    return list(balanced_candidates(d.config, n, context))
 
 
 def tuned_rows(max_batch_size: int) -> tuple[int, ...]:
@@ -286,9 +293,8 @@ def tune(
     notes = {}
     for n in batch_sizes:
         report(f"{n} rows: measuring whole steps")
-        notes[f"ms at {n} x {context}"] = round(
-            refine(decoder, found[n], n, context, clustered.get(n), balanced_for(decoder, n)), 4
-        )
-        took = notes[f"ms at {n} x {context}"]
+        balanced = balanced_for(decoder, n, context)
+        took = round(refine(decoder, found[n], n, context, clustered.get(n), balanced), 4)
+        notes[f"ms at {n} x {context}"] = took
         report(f"tuned for {n} rows: {took} ms a step; {decoder.tuning.described(n)}")
     return replace(decoder.tuning, notes=notes).as_dict()

@@ -4,27 +4,31 @@
 // products on the tensor cores. All warps share a slot of keys, each its positions, exchange the
 // highest scores, and share the slot's values, each its elements; so nothing of the sums is held
 // twice. Then the programs send each other what they found, and each finishes a share of the heads.
-// Keys and values are asked for before the predecessor ends.
+// Keys and values are asked for before the predecessor ends. The step's own are not in the cache
+// yet: they take their place in the slot where its position is.
 // Moves each key and value once: SantaCoder's 9 MB at 32 rows add 5 us to a layer, 1.8 TB/s; what
 // they take are the ways from the query to the sums of all programs.
 //
 // Behind machine.cuh, overlap.cuh, cluster.cuh and heads.cuh. Defined outside beside heads.cuh's:
-// SPLIT, RING (copies of 16 positions that it holds), WIDE (warps for 16 heads).
+// SPLIT, SLOT (positions that are taken together), RING (copies of 16 positions that it holds),
+// WIDE (warps for 16 heads).
 
-constexpr int GROUP = HEADS / KV;            // heads that share their keys
-constexpr int TALL = (GROUP + 15) / 16;      // tiles of heads
-constexpr int WARPS = TALL * WIDE;           // that compute; one more fills the ring
-constexpr int SLOT = 64, GRAIN = 16;         // positions: of a slot, of a copy
-constexpr int HALVES = DIM / 64;             // of a key: 128 bytes, swizzled together
-constexpr int BYTES = GRAIN * DIM * 2;       // of a copy
-constexpr int QUERY = DIM * 2 + 16;          // bytes of a query: no bank is met twice
-constexpr int CHANCES = SLOT * 2 + 16;       // of a head's, the same
-constexpr int SCORED = SLOT / WIDE / 8;      // tiles of a slot's positions, a warp
-constexpr int HELD = DIM / WIDE / 8;         // tiles of the elements, a warp
-constexpr int SHARE = (GROUP + SPLIT - 1) / SPLIT;  // heads that a program finishes
-constexpr int FOUND = DIM + 4;               // of a head: sums, highest score, weight, two unused
+constexpr int GROUP = HEADS / KV;                     // heads that share their keys
+constexpr int TALL = (GROUP + 15) / 16;               // tiles of heads
+constexpr int WARPS = TALL * WIDE;                    // that compute; one more fills the ring
+constexpr int GRAIN = 16;                             // positions of a copy
+constexpr int HALVES = DIM / 64;                      // of a key: 128 bytes, swizzled together
+constexpr int BYTES = GRAIN * DIM * 2;                // of a copy
+constexpr int QUERY = DIM * 2 + 16;                   // bytes of a query: no bank is met twice
+constexpr int SCORED = (SLOT / 8 + WIDE - 1) / WIDE;  // tiles of a slot's positions, a warp
+constexpr int CHANCES = SCORED * WIDE * 16 + 16;      // bytes of a head's, the same
+constexpr int HELD = DIM / WIDE / 8;                  // tiles of the elements, a warp
+constexpr int SHARE = (GROUP + SPLIT - 1) / SPLIT;    // heads that a program finishes
+constexpr int FOUND = DIM + 4;    // of a head: sums, highest score, weight, two unused
+constexpr int TWICE = 113 << 10;  // bytes of shared memory of which two programs have as much
 
-static_assert(DIM % 64 == 0 && SLOT % (WIDE * 8) == 0 && HELD % 2 == 0, "warps share evenly");
+static_assert(DIM % 64 == 0 && HELD * WIDE * 8 == DIM && HELD % 2 == 0, "warps share evenly");
+static_assert(SLOT % GRAIN == 0, "a slot is made of copies");
 static_assert(SPLIT >= 1 && SPLIT <= 8, "a cluster has up to eight programs");
 static_assert(RING >= SLOT / GRAIN, "a slot is taken as a whole");
 
@@ -42,24 +46,25 @@ struct Shared {
         float sums[SPLIT][SHARE][FOUND];  // by the programs that finish them
     };
     alignas(16) float heard[most(SPLIT - 1, 1)][SHARE][FOUND];  // from others
-    alignas(16) char query[TALL * 16][QUERY], chances[2][TALL * 16][CHANCES];
-    alignas(16) u16 key[DIM], value[DIM];
-    float tops[2][TALL][WIDE][16], totals[TALL][WIDE][16], own_score[TALL * 16];
+    alignas(16) char query[TALL * 16][QUERY], chances[TALL * 16][CHANCES];
+    alignas(16) u16 key[DIM], value[DIM];  // the step's own
+    float tops[TALL][WIDE][16], totals[TALL][WIDE][16];
     alignas(8) u64 full[RING];
     u64 empty[RING], all_heard;
 };
 static_assert(sizeof(Shared) + 1024 <= SHARED, "more shared memory than there is");
 
-// A program's part of a context; the last one has the step's own position.
+// A program's part of a context; the last one that has any has the step's own position.
 struct Part : Place {
     int rank, low, high;
     bool last;
 
     __device__ explicit Part(const Step& step)
-        : Place(step, blockIdx.x / SPLIT), rank(blockIdx.x % SPLIT), last(rank == SPLIT - 1) {
-        const int grains = (stored + GRAIN - 1) / GRAIN;
-        low = min((grains + SPLIT - 1) / SPLIT * GRAIN * rank, stored);
-        high = min((grains + SPLIT - 1) / SPLIT * GRAIN * (rank + 1), stored);
+        : Place(step, blockIdx.x / SPLIT), rank(blockIdx.x % SPLIT) {
+        const int context = stored + 1, grains = (context + GRAIN - 1) / GRAIN;
+        const int each = (grains + SPLIT - 1) / SPLIT * GRAIN;
+        low = min(each * rank, context), high = min(each * (rank + 1), context);
+        last = low < high && high == context;
     }
 };
 
@@ -101,10 +106,9 @@ __device__ __forceinline__ uint4 query_unit(const Step& step, const Part& part, 
     return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// All queries of the group; where the step's own position is this program's, its key, its value and
-// its scores. Everything is asked for before anything is used.
-__device__ __forceinline__ void read_step(const Step& step, Shared& s, const Part& part, int warp,
-                                          int lane) {
+// All queries of the group; where the step's own position is this program's, its key and its value.
+// Everything is asked for before anything is used.
+__device__ __forceinline__ void read_step(const Step& step, Shared& s, const Part& part) {
     constexpr int UNITS = TALL * 16 * DIM / 8, EACH = (UNITS + WARPS * 32 - 1) / (WARPS * 32);
     uint4 query[EACH];
 #pragma unroll
@@ -122,34 +126,11 @@ __device__ __forceinline__ void read_step(const Step& step, Shared& s, const Par
             store16(shared_address(s.query[unit / (DIM / 8)]) + unit % (DIM / 8) * 16, query[i]);
     }
     together();
-    if (!part.last) return;
-    for (int h = warp; h < TALL * 16; h += WARPS) {
-        float score = 0.0f;
-        for (int d = lane; d < DIM; d += 32)
-            score += widen_one(reinterpret_cast<const u16*>(s.query[h])[d]) * widen_one(s.key[d]);
-        score = warp_sum(score);
-        if (lane == 0) s.own_score[h] = score * step.scale;
-    }
-    together();
 }
 
 // What a warp has of 16 heads: lane l holds rows l / 4 and l / 4 + 8.
 struct Running {
-    float top[2], total[2], sum[HELD][4];
-
-    // The step's own position, or nothing.
-    __device__ Running(const Shared& s, const Part& part, int tile, int w, int lane) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            top[i] = part.last ? s.own_score[tile * 16 + lane / 4 + 8 * i] : LOWEST;
-            total[i] = part.last && w == 0 && lane % 4 == 0;
-        }
-#pragma unroll
-        for (int j = 0; j < HELD; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                sum[j][i] = part.last ? widen_one(s.value[element(w, j, i, lane)]) : 0.0f;
-    }
+    float top[2] = {LOWEST, LOWEST}, total[2] = {}, sum[HELD][4] = {};
 
     __device__ static int element(int w, int j, int i, int lane) {
         return (w * HELD + j) * 8 + lane % 4 * 2 + i % 2;
@@ -164,29 +145,38 @@ struct Running {
 };
 
 // Scores of this warp's positions of the n-th slot, of which `live` are there.
-__device__ __forceinline__ void score(float (&scores)[SCORED][4], const uint4 (&query)[DIM / 16],
-                                      const Shared& s, int n, int w, int lane, int live,
-                                      float scale) {
+__device__ __forceinline__ void score(float (&scores)[SCORED][4], const Shared& s, int n, int tile,
+                                      int w, int lane, int live, float scale) {
+    u32 keys[SCORED];
 #pragma unroll
     for (int j = 0; j < SCORED; ++j) {
-        const int first = (w * SCORED + j) * 8, row = first % GRAIN + lane % 8;
-        float odd[4] = {};
+        const int first = (j * WIDE + w) * 8;
+        keys[j] = shared_address(s.keys[(n * (SLOT / GRAIN) + first / GRAIN) % RING]) +
+                  (first % GRAIN + lane % 8) * 128;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[j][i] = first < live ? 0.0f : LOWEST;
-        if (first >= live) continue;
-        const char* keys = s.keys[(n * (SLOT / GRAIN) + first / GRAIN) % RING];
+        for (int i = 0; i < 4; ++i) scores[j][i] = 0.0f;
+    }
+    const u32 query = shared_address(s.query[tile * 16 + lane % 16]) + lane / 16 * 16;
 #pragma unroll
-        for (int k = 0; k < DIM / 32; ++k) {
-            const uint4 key = load_matrices(unit_of(keys, row, k * 4 + lane / 8));
-            multiply_add(scores[j], query[2 * k], {key.x, key.y});
-            multiply_add(odd, query[2 * k + 1], {key.z, key.w});
-        }
+    for (int k = 0; k < DIM / 32; ++k) {
+        const uint4 a = load_matrices(query + k * 64), b = load_matrices(query + k * 64 + 32);
+        const int unit = k * 4 + lane / 8;
+        const u32 place = unit / 8 * (GRAIN * 128) + ((unit % 8) ^ (lane % 8)) * 16;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const bool there = first + lane % 4 * 2 + i % 2 < live;
-            scores[j][i] = there ? (scores[j][i] + odd[i]) * scale : LOWEST;
+        for (int j = 0; j < SCORED; ++j) {
+            if ((j * WIDE + w) * 8 >= live) break;
+            const uint4 key = load_matrices(keys[j] + place);
+            multiply_add(scores[j], a, {key.x, key.y});
+            multiply_add(scores[j], b, {key.z, key.w});
         }
     }
+#pragma unroll
+    for (int j = 0; j < SCORED; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const bool there = (j * WIDE + w) * 8 + lane % 4 * 2 + i % 2 < live;
+            scores[j][i] = there ? scores[j][i] * scale : LOWEST;
+        }
 }
 
 // The highest score of all warps' positions, of both of a lane's heads.
@@ -216,12 +206,23 @@ __device__ __forceinline__ void clear_rest(char* values, int live) {
         store16(unit_of(values, live + i / (DIM / 8), i % (DIM / 8)), {0, 0, 0, 0});
 }
 
-__device__ __forceinline__ void take_slot(Running& run, Shared& s, const uint4 (&query)[DIM / 16],
-                                          int n, int tile, int w, int lane, int live, float scale) {
-    const int copy = n * (SLOT / GRAIN), which = n % 2;
+// The step's own key and value where the cache does not have them yet.
+__device__ __forceinline__ void place_own(Shared& s, int copy, int row) {
+    constexpr int UNITS = DIM / 8;
+    const int i = threadIdx.x % UNITS;
+    if (threadIdx.x < UNITS)
+        store16(unit_of(s.keys[copy], row, i), *reinterpret_cast<const uint4*>(s.key + i * 8));
+    else if (threadIdx.x < 2 * UNITS)
+        store16(unit_of(s.values[copy], row, i), *reinterpret_cast<const uint4*>(s.value + i * 8));
+    together();
+}
+
+__device__ __forceinline__ void take_slot(Running& run, Shared& s, int n, int tile, int w, int lane,
+                                          int live, float scale) {
+    const int copy = n * (SLOT / GRAIN);
     float scores[SCORED][4], above[2] = {run.top[0], run.top[1]};
-    score(scores, query, s, n, w, lane, live, scale);
-    highest(scores, s.tops[which][tile], above, w, lane);
+    score(scores, s, n, tile, w, lane, live, scale);
+    highest(scores, s.tops[tile], above, w, lane);
     run.rise(0, above[0]), run.rise(1, above[1]);
 #pragma unroll
     for (int j = 0; j < SCORED; ++j)
@@ -229,17 +230,17 @@ __device__ __forceinline__ void take_slot(Running& run, Shared& s, const uint4 (
         for (int i = 0; i < 2; ++i) {
             const float a = __expf(scores[j][2 * i] - above[i]);
             const float b = __expf(scores[j][2 * i + 1] - above[i]);
-            char* to = s.chances[which][tile * 16 + lane / 4 + 8 * i];
+            char* to = s.chances[tile * 16 + lane / 4 + 8 * i];
             run.total[i] += a + b;
-            reinterpret_cast<u32*>(to)[(w * SCORED + j) * 4 + lane % 4] =
-                narrow(a) | u32(narrow(b)) << 16;
+            reinterpret_cast<u32*>(to)[(j * WIDE + w) * 4 + lane % 4] = narrow(a) | u32(narrow(b))
+                                                                                        << 16;
         }
     if (live < SLOT && live % GRAIN)
         clear_rest(s.values[(copy + live / GRAIN) % RING], live % GRAIN);
     together();
-    for (int g = 0; g < SLOT / GRAIN && g * GRAIN < live; ++g) {
-        const uint4 chances = load_matrices(
-            shared_address(s.chances[which][tile * 16 + lane % 16]) + (g * 2 + lane / 16) * 16);
+    for (int g = 0; g * GRAIN < live; ++g) {
+        const uint4 chances = load_matrices(shared_address(s.chances[tile * 16 + lane % 16]) +
+                                            (g * 2 + lane / 16) * 16);
 #pragma unroll
         for (int j = 0; j < HELD; j += 2) {
             const uint4 value = load_matrices_turned(
@@ -253,18 +254,14 @@ __device__ __forceinline__ void take_slot(Running& run, Shared& s, const uint4 (
 __device__ __forceinline__ Running attend(const Step& step, Shared& s, const Part& part, int warp,
                                           int lane) {
     const int tile = warp / WIDE, w = warp % WIDE;
-    uint4 query[DIM / 16];
-#pragma unroll
-    for (int k = 0; k < DIM / 16; ++k)
-        query[k] = load_matrices(shared_address(s.query[tile * 16 + lane % 16]) +
-                                 (k * 2 + lane / 16) * 16);
-    Running run(s, part, tile, w, lane);
+    Running run;
     for (int n = 0, t = part.low; t < part.high; ++n, t += SLOT) {
-        const int copy = n * (SLOT / GRAIN), live = part.high - t;
-        const int end = copy + (min(live, SLOT) + GRAIN - 1) / GRAIN;
+        const int copy = n * (SLOT / GRAIN), live = min(part.high - t, SLOT);
+        const int end = copy + (live + GRAIN - 1) / GRAIN;
         for (int i = copy; i < end; ++i)
             barrier_wait(shared_address(&s.full[i % RING]), i / RING & 1);
-        take_slot(run, s, query, n, tile, w, lane, live, step.scale);
+        if (part.last && t + live == part.high) place_own(s, (end - 1) % RING, (live - 1) % GRAIN);
+        take_slot(run, s, n, tile, w, lane, live, step.scale);
         __syncwarp();
         if (lane < end - copy) barrier_arrive(shared_address(&s.empty[(copy + lane) % RING]), 1);
     }
@@ -333,14 +330,13 @@ __device__ __forceinline__ void finish(const Step& step, const Shared& s, const 
         const float scale = 1.0f / total;
         u16* out = step.out +
                    (static_cast<long long>(part.row) * HEADS + part.kv * GROUP + head) * DIM + d;
-        *reinterpret_cast<uint2*>(out) = {
-            narrow(v.x * scale) | u32(narrow(v.y * scale)) << 16,
-            narrow(v.z * scale) | u32(narrow(v.w * scale)) << 16};
+        *reinterpret_cast<uint2*>(out) = {narrow(v.x * scale) | u32(narrow(v.y * scale)) << 16,
+                                          narrow(v.z * scale) | u32(narrow(v.w * scale)) << 16};
     }
 }
 
 // Grid: SPLIT programs for each row and head of keys, a cluster.
-extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, SHARED <= TWICE ? 2 : 1)
     cluster_attention(const __grid_constant__ Arguments a) {
     extern __shared__ char raw[];
     Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
@@ -362,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32)
         if (SPLIT > 1) cluster_wait(), cluster_arrive();
     } else {
         await_last();
-        read_step(a.step, s, part, warp, lane);
+        read_step(a.step, s, part);
         const Running run = attend(a.step, s, part, warp, lane);
         leave(run, s, warp, lane);
         if (SPLIT > 1) fence_shared_copies();

@@ -30,6 +30,7 @@ constexpr int SENT = SHARE * PITCH;  // sums that one program gives another
 constexpr int QUADS = BLOCK_N / 4;  // of columns, a thread each when finished
 constexpr int QUEUED = STAGES > 4;  // slots whose products run while the next one's are begun
 constexpr int TOLD = 64;            // columns whose sums are told as one
+constexpr int LEFT = 4;             // slots to be asked for when the next kernel may start
 constexpr bool CLUSTERED = SPLIT > 1 && !BY_MEMORY;
 
 static_assert(BLOCK_N % 64 == 0 && BLOCK_N <= 256, "a warpgroup multiplies 64 columns");
@@ -122,20 +123,22 @@ struct Filler {
     }
 
     // The first slots' inputs come in one box: asked for one by one they would come late. The next
-    // kernel starts when all weights of this one are on their way, lest it ask for its own before.
+    // kernel may start when nearly all weights of this one are on their way, lest it ask for its
+    // own before; a microsecond later it does.
     __device__ void run() const {
         const u32 begun = shared_address(&s.begun);
         barrier_expect(begun, AHEAD * INPUTS);
         if (at.chunks <= AHEAD) let_next_start();
         await_last();
         copy_chunks(shared_address(s.inputs[0]), a.first_inputs, at.row0, at.first, begun);
+        if (at.chunks <= AHEAD + LEFT) let_next_start();
         for (int i = AHEAD; i < at.chunks; ++i) {
             barrier_wait(shared_address(&s.empty[i % STAGES]), (i / STAGES & 1) ^ 1);
             weights(i, PARTS * WEIGHTS + INPUTS);
             copy_chunks(shared_address(s.inputs[i % STAGES]), a.inputs, at.row0, at.first + i,
                         full(i));
+            if (i + 1 + LEFT == at.chunks) let_next_start();
         }
-        let_next_start();
     }
 };
 
