@@ -218,5 +218,20 @@ def test_the_tuner_takes_clusters_where_the_whole_step_is_faster(measured) -> No
     assert decoder.tuning.cluster == other  # a single row has no business with them
 
 
+def test_the_tuner_tries_more_slots_ahead_in_whole_steps(measured) -> None:
+    class Eager(Decoder):
+        def milliseconds(self) -> float:
+            tiles = self.tuning.cluster.get("32")
+            return 0.9 - 0.1 * (tiles["up"].ahead == 6) if tiles else 1.0
+
+    decoder = Eager(shape_of("multi-query"))
+    offered = ClusterTile(64, 2, 8, 4)
+    found = dict.fromkeys(NAMES, [offered])
+    assert measured.refine(decoder, {}, 32, 512, found) == pytest.approx(0.8)
+    assert decoder.tuning.cluster["32"] == {**found, "up": replace(offered, ahead=6)} | {
+        name: offered for name in NAMES if name != "up"
+    }
+
+
 def test_rows_of_a_tile_cover_every_batch() -> None:
     assert {tile_rows(n) for n in range(2, 300)} == {16, 32, 64, 128}
