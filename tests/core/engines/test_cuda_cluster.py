@@ -226,11 +226,10 @@ def test_the_tuner_tries_more_slots_ahead_in_whole_steps(measured) -> None:
 
     decoder = Eager(shape_of("multi-query"))
     offered = ClusterTile(64, 2, 8, 4)
-    found = dict.fromkeys(NAMES, [offered])
+    found = {name: [offered] for name in NAMES}
     assert measured.refine(decoder, {}, 32, 512, found) == pytest.approx(0.8)
-    assert decoder.tuning.cluster["32"] == {**found, "up": replace(offered, ahead=6)} | {
-        name: offered for name in NAMES if name != "up"
-    }
+    several = dict.fromkeys(NAMES, offered)
+    assert decoder.tuning.cluster["32"] == {**several, "up": replace(offered, ahead=6)}
 
 
 def test_rows_of_a_tile_cover_every_batch() -> None:
