@@ -125,6 +125,7 @@ struct Block {
     float exchanged[32][2][32];    // by warps, in turn, and lanes
     uint4 left[32][32];            // factors of a warp's product
     uint2 right[32][32];
+    bool let_next;  // start, the kernel that follows
 };
 
 #ifndef BASE
@@ -316,7 +317,12 @@ inline uint4 load_rows(u32 address, bool turned) {
 }
 inline uint4 load_matrices(u32 address) { return load_rows(address, false); }
 inline uint4 load_matrices_turned(u32 address) { return load_rows(address, true); }
-inline void store16(u32 address, uint4 v) { std::memcpy(place(address), &v, 16); }
+// A thread may be late with what others are to read.
+inline void store16(u32 address, uint4 v) {
+    if (chance() % 16 == 0)
+        for (int turns = chance() % 64; turns; --turns) pause(), ++moved;
+    std::memcpy(place(address), &v, 16);
+}
 
 // ---- words that carry their own news ----
 

@@ -5,7 +5,11 @@ struct alignas(64) TensorMap {
     u64 words[16];  // address, three sides, two strides in bytes, three sides of a box
 };
 
-inline void let_next_start() {}
+inline void let_next_start() { mine().let_next = true; }
+// A GPU starts the next kernel at the end of one that does not, which is late.
+inline bool all_let_next_start() {
+    return std::all_of(programs.begin(), programs.end(), [](const Block& b) { return b.let_next; });
+}
 inline void await_last() {
     wait_until([] { return preceded; });
 }

@@ -20,7 +20,8 @@ static void thread_main() {
 
 extern "C" int arguments_bytes() { return sizeof(Arguments); }
 
-// Run the whole grid, those together that may wait for each other; 0, or 1 if some hung.
+// Run the whole grid, those together that may wait for each other; 0, or 1 if some hung or kept the
+// next kernel waiting.
 extern "C" int run(const Arguments* arguments, int programs_wide, int seed, const Late* late,
                    int n_late) {
     given = arguments;
@@ -28,6 +29,6 @@ extern "C" int run(const Arguments* arguments, int programs_wide, int seed, cons
     preceded = false;
     const int size = together_of(programs_wide), threads = (WARPS + EXTRA_WARPS) * 32;
     for (int first = 0; first < programs_wide; first += size)
-        if (!run_together(first, 0, size, threads, late, n_late)) return 1;
+        if (!run_together(first, 0, size, threads, late, n_late) || !all_let_next_start()) return 1;
     return 0;
 }

@@ -29,6 +29,7 @@ from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_hopper import compile_kernel
 from porttool.engines.torch.cuda_tune import balanced_for
 from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, Tuning, default_tuning
+from porttool.engines.torch.tile_cache import read_tuning
 
 TILE = AttentionTile(1, 64, 8, 3, balanced=True)
 
@@ -71,6 +72,12 @@ def test_candidates_for_heads_that_share_keys(n_head, n_kv_head, head_dim, compi
         assert len(set(found)) == len(found) > 0
         assert all(programs(shape, tile) >= 1 for tile in found)
         assert all(n * n_kv_head * tile.splits >= 90 for tile in found)
+        for tile in found:
+            part = -(-(context + 128) // 16 // tile.splits) * 16
+            room = macros(shape, torch.float16, replace(tile, block_t=part, stages=part // 16))
+            at_once = part <= 208 and room["SHARED"] <= 220 << 10
+            assert (tile.block_t == part) == at_once, "a part is taken at once where that fits"
+            assert tile.block_t // COPIED <= tile.stages
     for tile in (found[0], found[-1]):
         assert_it_compiles(shape, tile)
 
@@ -105,6 +112,7 @@ def test_what_would_hang_or_go_wrong_is_refused(changes, reason, compiler) -> No
         ({"SPLIT": 9}, "up to eight programs"),
         ({"RING": 3}, "taken as a whole"),
         ({"SLOT": 72}, "made of copies"),
+        ({"SLOT": 33 * COPIED, "RING": 33}, "gives back each copy"),
         ({"SHARED": 16 << 10}, "more shared memory than there is"),
     ],
 )
@@ -163,6 +171,15 @@ def test_a_tile_travels_with_the_tuning() -> None:
     assert given.described(20).startswith("attention balanced 1 x 64, ")
 
 
+def test_tiles_of_the_time_when_slots_had_one_size_are_measured_again() -> None:
+    shape = shape_of(n_kv_head=1)
+    data = tuned(shape).as_dict()
+    assert read_tuning(data, shape)
+    data["wide_attention"]["32"]["block_t"] = COPIED
+    assert read_tuning(data, shape) is None
+    assert read_tuning(data, shape_of())  # heads of their own take as many as they like
+
+
 @pytest.mark.parametrize("place", ["attention", "wide_attention"])
 def test_few_rows_are_refused_when_a_tuning_is_read(place: str) -> None:
     data = tuned(shape_of()).as_dict()
@@ -177,6 +194,10 @@ def test_the_tuner_offers_it_to_more_than_sixteen_rows(monkeypatch) -> None:
     monkeypatch.setattr("porttool.engines.torch.cuda_tune.balanced_unsuited", lambda *a: None)
     assert not balanced_for(decoder, 16, 512)
     assert balanced_for(decoder, 17, 512) == list(balanced_candidates(shape_of(), 17, 512))
+    sharing = shape_of(n_head=48, n_kv_head=1)
+    found = balanced_for(cases.TunedDecoder(sharing), 32, 700)
+    assert found == list(balanced_candidates(sharing, 32, 700))
+    assert found != list(balanced_candidates(sharing, 32, 512))
     monkeypatch.setattr("porttool.engines.torch.cuda_tune.balanced_unsuited", lambda *a: "no")
     assert not balanced_for(decoder, 17, 512)
 

@@ -163,6 +163,7 @@ BROKEN = {
         "await_last();\n        copy_chunks", "copy_chunks"),
     "sums take the ring's place too early": ("meet<1, MULTIPLYING>();", ""),
     "others' sums are not awaited": ("barrier_wait(shared_address(&s.all_heard), 0);", ""),
+    "the next kernel is not let in": ("if (at.chunks <= AHEAD + LEFT) let_next_start();", ""),
     "the old residual stream is not awaited": ("barrier_wait(shared_address(&s.old_read), 0);", ""),
 }  # fmt: skip
 IN_MEMORY = {

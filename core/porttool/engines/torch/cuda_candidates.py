@@ -52,8 +52,8 @@ _HALF = 113 << 10
 _TOGETHER = 208
 """Positions that a program of a cluster takes at once, at most."""
 
-_GROWTH = 64
-"""Tokens by which a context outgrows the one it is measured at."""
+_GROWTH = 128
+"""Tokens by which a context may outgrow the one it is measured at before a part takes two slots."""
 
 _BESIDE = ((32, 128, 4, 6), (64, 128, 4, 4), (64, 256, 8, 4), (128, 64, 4, 4))
 """What has been faster than staged tiles in some model: every tile more is compiled for nothing."""
@@ -158,21 +158,31 @@ def balanced_candidates(config: ModelConfig, n: int, context: int) -> Iterator[A
 def _group_candidates(config: ModelConfig, n: int, context: int) -> Iterator[AttentionTile]:
     """Clusters for each row and head of keys.
 
-    A program takes its part of the context at once where that is no more than _TOGETHER positions:
-    a slot more takes a microsecond. Else slots come while others are taken.
+    A program takes its part of the context at once where that is no more than _TOGETHER positions
+    and there is room: a slot more takes a microsecond. Else slots come while others are taken.
     """
-    few = config.n_head <= 16 * config.n_kv_head and config.head_dim >= 128
+    wide = config.n_head <= 16 * config.n_kv_head and config.head_dim >= 128
     copies = -(-(context + _GROWTH) // COPIED)
-    for splits, warps in product((1, 2, 3, 4, 5, 6, 8), (4, 8) if few else (4,)):
+    for splits, warps in product((1, 2, 3, 4, 5, 6, 8), (4, 8) if wide else (4,)):
         programs = n * config.n_kv_head * splits
         if programs < 90 or (splits > 1 and programs > 600):
             continue
-        each = -(-copies // splits)
-        whole = [(each, each)] if each * COPIED <= _TOGETHER else [(4, 8), (6, 12)]
-        for slot, ring in whole:
-            tile = AttentionTile(splits, slot * COPIED, warps, ring, balanced=True)
-            if balanced_shared(config, tile) <= SHARED_BYTES:
-                yield tile
+        each = max(-(-copies // splits), 2)
+        tile = AttentionTile(splits, each * COPIED, warps, each, balanced=True)
+        if each * COPIED <= _TOGETHER and balanced_shared(config, tile) <= SHARED_BYTES:
+            yield from [tile, *_roomier(config, tile, _HALF)]
+            continue
+        few, some, many = (replace(tile, block_t=k * COPIED, stages=k) for k in (2, 4, 6))
+        tries = ((some, _HALF), (many, _HALF), (many, SHARED_BYTES))
+        rings = [ring for slot, room in tries for ring in _roomier(config, slot, room)]
+        yield from dict.fromkeys(rings or _roomier(config, few, SHARED_BYTES))
+
+
+def _roomier(config: ModelConfig, tile: AttentionTile, room: int) -> list[AttentionTile]:
+    """Return a tile with a longer ring, up to twice as long, if it fits in so many bytes."""
+    copy = 4 * COPIED * config.head_dim + 16
+    more = min((room - balanced_shared(config, tile)) // copy, tile.stages)
+    return [replace(tile, stages=tile.stages + more)] if more > 0 else []
 
 
 def attention_candidates(config: ModelConfig, n: int, *, staged: bool) -> Iterator[AttentionTile]:

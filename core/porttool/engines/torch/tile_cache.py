@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from porttool.builder import BuildRequest
 from porttool.checkpoint import Manifest, read_manifest
 from porttool.config import Closed, Dtype, ModelConfig
+from porttool.engines.torch.cuda_balanced import COPIED, group
 from porttool.engines.torch.cuda_tuning import Tuning, default_tuning
 from porttool.errors import CheckpointError
 from porttool.folder import cache_folder
@@ -86,6 +87,9 @@ def read_tuning(data: Mapping[str, Any], config: ModelConfig) -> Tuning | None:
         tuning = Tuning.from_dict(data)
     except ValidationError:
         return None
+    tiles = tuning.wide_attention.values()
+    if group(config) > 1 and any(t.balanced and t.block_t == COPIED for t in tiles):
+        return None  # when slots had one size, this stood for a copy's
     return tuning if outline(tuning) == outline(default_tuning(config, "cpu")) else None
 
 

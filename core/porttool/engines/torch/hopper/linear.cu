@@ -122,9 +122,9 @@ struct Filler {
         for (int i = 0; i < min(AHEAD, at.chunks); ++i) weights(i, PARTS * WEIGHTS);
     }
 
-    // The first slots' inputs come in one box: asked for one by one they would come late. The next
-    // kernel may start when nearly all weights of this one are on their way, lest it ask for its
-    // own before; a microsecond later it does.
+    // The first slots' inputs come in one box: asked for one by one they would come late. A kernel
+    // that may start asks for its weights about a microsecond later: the next one may when LEFT
+    // slots of this one's are still to be asked for, or before the wait if none will be then.
     __device__ void run() const {
         const u32 begun = shared_address(&s.begun);
         barrier_expect(begun, AHEAD * INPUTS);
