@@ -150,10 +150,25 @@ def test_a_model_whose_steps_are_still_to_do(said, checkpoint, tmp_path):
     assert there.endswith("run `porttool convert --model gpt2 --workdir there` first")
 
 
+def test_the_folder_beside_the_right_one_is_told_from_it(said, engine_folder, checkpoint, source):
+    """One step above an engine, or one below it; a file out of a source or a checkpoint."""
+    for near in (engine_folder.parent, engine_folder / "rank0"):
+        status, message = said("run", str(near), "--input-text", "x")
+        assert status == 2
+        assert message.endswith(f"not an engine of porttool, but {engine_folder} is: name that")
+    for folder, kind in ((source, "gpt2"), (checkpoint.path, "a checkpoint")):
+        status, message = said("convert", str(folder / "model.safetensors"), "--output", "out")
+        assert status == 2
+        assert f"; name the folder that it lies in, {folder} ({kind}); `porttool" in message
+
+
 def test_a_folder_is_named_by_a_dot(said):
     status, message = said("run", ".", "--input-text", "x")
     assert status == 1
-    assert message.startswith("error: .: there is no engine.json here, which every folder has")
+    assert message == (
+        "error: .: there is no engine.json here, so this is not an engine of porttool; if it was "
+        "one, make it again"
+    )
     Path("table.npy").touch()
     with pytest.raises(UsageError, match="this is a file, not a prompt table: `porttool convert`"):
         PromptTable.open(Path("table.npy"))
