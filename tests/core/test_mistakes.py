@@ -14,11 +14,11 @@ import torch
 import tiny
 from porttool.cli import invoke
 from porttool.cli.console import ConsoleProgress
-from porttool.component import explain
+from porttool.component import Component, Options, explain
 from porttool.config import Sampling
 from porttool.errors import SourceError, UsageError
 from porttool.huggingface import SourceConfig
-from porttool.progress import format_bytes
+from porttool.progress import format_bytes, format_tera
 from porttool.prompt_table import PromptTable
 from porttool.sources.archive import Archive
 from porttool.sources.json_file import read_json
@@ -323,6 +323,25 @@ def test_sizes_in_a_unit_that_fits(source, said):
     assert status == 0
     size = f"{n_bytes / 1e3:.2f} kB"
     assert f"convert gpt2: {size} of {size}, " in message
+
+
+def test_a_slow_device_has_a_speed():
+    """Half precision on a CPU was 0.00 TFLOP/s."""
+    assert [format_tera(x) for x in (2.1e9, 1.5e11, 8.711e14)] == ["0.0021", "0.15", "871"]
+
+
+def test_a_list_is_asked_for_as_it_is_written():
+    class Tasks(Component):
+        name = "tasks"
+
+        class Options(Options):
+            tasks: tuple[str, ...] = ()
+
+    with pytest.raises(UsageError) as caught:
+        Tasks({"tasks": "a"})
+    assert str(caught.value) == (
+        """bad option for 'tasks': tasks: should be a list, as '["a", "b"]' (got 'a')"""
+    )
 
 
 KNOBS = "--n-layer 1 --n-embd 16 --n-head 2 --vocab-size 64 --n-positions 32"
