@@ -145,5 +145,5 @@ def test_what_cannot_be_measured(tmp_path, problems, coder, engine, source):
         with pytest.raises(UsageError, match="Test/1: the prompt has no token; leave the problem"):
             measure(tmp_path / "out", empty, kind="completion", **side)
     plain = tiny.built(tiny.converted(source, tmp_path / "checkpoint"), tmp_path / "engine")
-    with pytest.raises(UsageError, match="tokens for infilling: give `run`.*--kind completion"):
+    with pytest.raises(UsageError, match=r"tokens for infilling: give `run`.*--kind completion"):
         measure(tmp_path / "out", problems, engine=plain, tokenizer=coder, max_new_tokens=2)
