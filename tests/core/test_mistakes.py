@@ -95,7 +95,8 @@ def test_a_shard_whose_link_is_gone(tmp_path, reference, said):
         ("build {} -o out", "nowhere", "nowhere does not exist"),
         ("run {} --input-text x", "nowhere", "nowhere does not exist"),
         ("verify {}", "nowhere", "nowhere does not exist"),
-        ("convert {} -o out", "nowhere", "nowhere does not exist"),
+        ("convert {} -o out", "nowhere",
+         "nowhere does not exist; on the hub it would have an owner, as OWNER/nowhere"),
     ],
 )  # fmt: skip
 def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command, kind, message):

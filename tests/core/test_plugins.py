@@ -249,6 +249,12 @@ def test_where_nobody_else_knows_a_source_what_failed_is_named(install, tmp_path
         registry.converters.get("other")
 
 
+def test_another_name_is_not_proposed_for_what_was_set_aside(install):
+    registry = install(gpt9="import nothing_here")
+    with pytest.raises(UsageError, match=r"named 'gpt9' \(installed: .*set aside: gpt9 of unknown"):
+        registry.converters.get("gpt9")
+
+
 def test_a_refinement_that_fails_is_not_passed_over(install, source):
     refining = CLASS + "    refines = 'gpt2'\n"
     registry = install(stranger=matching("KeyError('model_type')", refining))
