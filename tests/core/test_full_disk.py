@@ -10,6 +10,7 @@ import pytest
 
 from porttool.cli import invoke as porttool
 from porttool.errors import PorttoolError, explain_os_error, said_by_system
+from porttool.folder import pending_folder
 from porttool.scaffold import write_plugin
 from porttool.standing import made_folder, whole_file
 
@@ -88,3 +89,21 @@ def test_a_read_only_place_says_what_to_do():
     assert said_by_system(error) == (
         "/ro/report: Read-only file system; choose another place for what is written"
     )
+
+
+def test_half_a_file_does_not_stay_on_the_full_disk(tmp_path):
+    """There is nothing to go on from, and it would hold the room that is missing."""
+
+    def write(*whole):
+        with pending_folder(tmp_path / "o", "w", manifest="manifest.json") as folder:
+            for name in whole:
+                folder.add_bytes(name, b"1")
+            (folder.path / "half").write_text("1" * 1000)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(PorttoolError, match="o: the disk is full; free some space"):
+        write()
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(PorttoolError, match="the complete files are kept in"):
+        write("whole")
+    assert (tmp_path / ".o.partial" / "whole").is_file()

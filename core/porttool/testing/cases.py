@@ -94,7 +94,7 @@ def find_plugin(registry: Registry, name: str) -> str:
     if name in origin:
         return origin[name]
     close = get_close_matches(name, {*origin, *(p.name for p in registry.plugins)}, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise UsageError(
         f"there is no plugin or family named {name!r}{hint}; `porttool plugins list` shows what "
         "there is"
