@@ -326,6 +326,17 @@ def test_sizes_in_a_unit_that_fits(source, said):
     assert f"convert gpt2: {size} of {size}, " in message
 
 
+def test_the_end_of_slow_work_is_told_once(capsys, monkeypatch):
+    monkeypatch.setattr("porttool.cli.console.PLAIN_INTERVAL", -1)
+    progress = ConsoleProgress()
+    progress.start("bench", 2, unit="runs")
+    progress.advance(1)
+    progress.advance(1)
+    progress.finish()
+    told = [line.partition(", ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["bench: 1 of 2 runs", "bench: 2 of 2 runs"]
+
+
 def test_a_slow_device_has_a_speed():
     """Half precision on a CPU was 0.00 TFLOP/s."""
     assert [format_tera(x) for x in (2.1e9, 1.5e11, 8.711e14)] == ["0.0021", "0.15", "871"]
