@@ -76,6 +76,8 @@ def test_the_port_is_as_good_as_its_source(tmp_path, problems, coder, engine, ki
     assert len(set(texts)) > 3, "the model answers all alike: nothing is tested"
     assert texts == [a["reference"] for a in report.measurements["articles"]]
     assert report.tables[0].title == f"{kind}, 12 problems"
+    assert report.tables[1].title == "ROUGE F, 12 problems"
+    assert "problems/s" in report.tables[2].columns
 
 
 def test_another_model_fails(tmp_path, problems, engine):
