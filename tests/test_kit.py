@@ -203,14 +203,20 @@ def test_pickles_and_archives_are_seen(tmp_path):
 
 def test_cases_are_found_by_plugin_and_by_family(registry):
     assert find_cases(registry, "gpt2") == [GPT2Conformance]
-    assert {c.__name__ for c in find_cases(registry, "santacoder/bigcode")} == {
+    assert {c.__name__ for c in find_cases(registry, "santacoder")} == {
         "BigCodeConformance",
         "SantaCoderConformance",
     }
-    with pytest.raises(UsageError, match=r"no plugin or family named 'gpt3'"):
+    with pytest.raises(UsageError, match=r"no plugin or family named 'gpt3' .did you mean 'gpt2'"):
         find_cases(registry, "gpt3")
-    with pytest.raises(UsageError, match=r"has no module porttool\.engines\.torch\.conformance"):
+    with pytest.raises(UsageError, match=r"the plugin 'torch' brings no family of models"):
         find_cases(registry, "torch")
+
+
+def test_a_reader_that_no_case_uses_is_not_said_to_conform(capsys):
+    """GPT-2's cases hold no Megatron file: they say nothing of that reader."""
+    assert cli.invoke(["plugins", "check", "gpt2/megatron"]) == 2
+    assert "'gpt2/megatron' is one reader of a family, which is" in capsys.readouterr().err
 
 
 def test_a_family_that_takes_anothers_source_is_caught(monkeypatch):

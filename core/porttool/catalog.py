@@ -92,11 +92,12 @@ class Catalog(Generic[T]):
         """Return a component; an unknown name is a UsageError with a suggestion."""
         if name in self.classes:
             return self.classes[name]
-        close = difflib.get_close_matches(name, self.classes, n=1)
+        aside = self.hint()
+        close = [] if name in aside else difflib.get_close_matches(name, self.classes, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(sorted(self.classes)) or "none"
         raise UsageError(
-            f"there is no {self.kind} named {name!r}{hint} (installed: {known}){self.hint()}"
+            f"there is no {self.kind} named {name!r}{hint} (installed: {known}){aside}"
         )
 
     def add(self, component: type[T], plugin: Plugin) -> None:

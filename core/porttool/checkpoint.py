@@ -252,10 +252,11 @@ def explain_missing(path: Path, name: str) -> PorttoolError:
         return UsageError(f"{path}: this is a Hugging Face folder: {step}")
     if path.is_file():
         return UsageError(f"{path}: this is a file, not {wanted}: `porttool convert` it first")
-    return CheckpointError(
-        f"{path}: there is no {name} here, which every folder has that porttool made; if this was "
-        "one, make it again"
-    )
+    said = f"{path}: there is no {name} here, so this is not {wanted} of porttool"
+    near = [p.parent for p in (path.parent / name, *sorted(path.glob(f"*/{name}"))) if p.is_file()]
+    if near:
+        return UsageError(f"{said}, but {', '.join(map(str, near[:3]))} is: name that")
+    return CheckpointError(f"{said}; if it was one, make it again")
 
 
 def linked(source: Path, target: Path) -> bool:

@@ -65,6 +65,8 @@ def explain_one(problem: ErrorDetails) -> str:
     field = f"{'.'.join(map(str, problem['loc'])):.200}"
     if problem["type"] == UNKNOWN:
         return f"{field} is unknown"
+    if problem["type"] in ("tuple_type", "list_type") and isinstance(problem["input"], str):
+        return f"""{field}: should be a list, as '["a", "b"]' (got {problem["input"]!r:.80})"""
     said = f"{problem['msg'].removeprefix('Value error, '):.200}"
     given = problem["input"]
     shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r:.80})"

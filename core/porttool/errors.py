@@ -79,14 +79,31 @@ def intact(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder}: {error.strerror}: {error.filename!s:.300}") from error
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where there is no room left; it names no file then."""
+
+
+def said_by_system(error: OSError, path: Path | None = None) -> str:
+    """Return what the system says of a file, `path` if it names none, and what can be done."""
+    named = error.filename or path
+    where = f"{named!s:.300}: " if named else ""
+    if error.errno in FULL:
+        return f"{where}the disk is full; free some space and run the same command again"
+    if error.errno == errno.EROFS:
+        return f"{where}{error.strerror}; choose another place for what is written"
+    return f"{where}{error.strerror or f'{type(error).__name__}: {error}'}"
+
+
 def explain_os_error(error: OSError, target: Path, path: Path) -> str:
     """Return what went wrong with the disk that `target` is written to, and what is left."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL and path.exists():
         return (
             f"{target}: the disk is full; the complete files are kept in {path}, "
             "free some space and run the same command again to go on"
         )
-    return f"{error.filename or target}: {error.strerror or error}"
+    if error.errno in FULL:
+        error.filename = str(target)
+    return said_by_system(error, target)
 
 
 class EngineError(PorttoolError):

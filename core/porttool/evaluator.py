@@ -14,7 +14,7 @@ from porttool.component import Component
 from porttool.config import Closed
 from porttool.errors import CheckFailed
 from porttool.progress import SILENT, Progress
-from porttool.standing import made_folder
+from porttool.standing import made_folder, whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -153,6 +153,5 @@ def write_whole(path: Path, text: str) -> None:
     Its folder is made: another run that had made it and failed takes it away while it is empty.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write_text(text, encoding="utf-8")

@@ -174,7 +174,7 @@ def pending_folder(
             folder.resume(fingerprint)
             try:
                 yield folder
-            except PorttoolError:
+            except (PorttoolError, OSError):
                 if not folder.files:
                     shutil.rmtree(path, ignore_errors=True)
                 raise

@@ -23,7 +23,8 @@ def resolve_source(source: str | None, hub_id: str | None) -> Path:
     if (index := Path(f"{wanted}.index")).is_file():
         return index  # TensorFlow names a checkpoint by the prefix of its files
     if not is_hub_id(wanted):
-        raise UsageError(f"{wanted} does not exist")
+        hint = "" if "/" in wanted else f"; on the hub it would have an owner, as OWNER/{wanted}"
+        raise UsageError(f"{wanted} does not exist{hint}")
     return fetch(wanted)
 
 

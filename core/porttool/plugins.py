@@ -253,8 +253,11 @@ def choose_converter(
         listed = ", ".join(sorted(c.name for c in left))
         raise UsageError(f"{source}: several converters match: {listed}; choose one with --model")
     if not model:
+        from porttool.sources.places import hints_at
+
+        hints = hints_at(source, registry.recognisers)
         raise UsageError(
-            f"{source}: no installed family recognises this{said_type(source)}; "
+            f"{source}: no installed family recognises this{hints}; "
             f"`porttool plugins list` shows what each reads{registry.set_aside()}"
         )
     own = model.partition("/")[0]
@@ -262,17 +265,6 @@ def choose_converter(
     others |= {c.family for c in registry.tables if c().matches(source)}
     hint = f"; it looks like {', '.join(sorted(others))}" if others else ""
     raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
-
-
-def said_type(source: Path) -> str:
-    """Return what a folder's config.json says it is; a SourceError if that cannot be read."""
-    from porttool.huggingface import read_config
-    from porttool.sources.places import is_present
-
-    if not is_present(source / "config.json"):
-        weights = any(p.suffix in (".safetensors", ".bin") for p in source.glob("*"))
-        return " (there are weights in it, and no config.json)" * weights
-    return f" (its config.json says model_type {read_config(source).get('model_type')!r})"
 
 
 def require_own_source(registry: Registry, source: Path, chosen: Converter) -> None:

@@ -28,3 +28,8 @@ def format_bytes(n: float) -> str:
         if n >= size:
             return f"{n / size:.2f} {unit}"
     return f"{n:.0f} bytes"
+
+
+def format_tera(number: float) -> str:
+    """Return a rate in units of 1e12, with two digits or more: a CPU's halves are a thousandth."""
+    return f"{number / 1e12:.0f}" if number >= 1e14 else f"{number / 1e12:.2g}"

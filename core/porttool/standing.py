@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from porttool.errors import UsageError
+from porttool.errors import FULL, PorttoolError, UsageError, said_by_system
 
 KINDS = {
     "checkpoint.json": "a checkpoint",
@@ -56,16 +57,45 @@ def require_place(target: Path) -> None:
 
 @contextmanager
 def made_folder(path: Path) -> Iterator[Path]:
-    """Make a folder; work in it that fails and leaves nothing there takes away what was made."""
+    """Make a folder; work in it that fails and leaves nothing there takes away what was made.
+
+    A full disk, of which the system says no name, is said to be this folder's.
+    """
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         yield path
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            error.filename = error.filename or str(path)
         with suppress(OSError):  # something is in it
             for folder in filter(os.path.isdir, new):
                 folder.rmdir()
         raise
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield where to write a file that then stands at `path` whole, or else not at all.
+
+    What stood there is kept until then. A link, or what is no plain file, is written to directly.
+    Raises PorttoolError with the file's name where the system refuses.
+    """
+    direct = path.is_symlink() or (path.exists() and not path.is_file())
+    partial = path if direct else path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        if not direct:
+            if path.exists():
+                shutil.copymode(path, partial)
+            partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise PorttoolError(said_by_system(error)) from error
+    finally:
+        if not direct:
+            with suppress(OSError):
+                partial.unlink()
 
 
 def require_free(

@@ -186,7 +186,10 @@ class TextStream:
 def infill_prompt(tokens: InfillTokens | None, before: str, after: str) -> str:
     """Return the prompt for what belongs between two texts; UsageError if the model has none."""
     if tokens is None:
-        raise UsageError("this model was not converted with tokens for infilling; pass plain text")
+        raise UsageError(
+            "this model was not converted with tokens for infilling: give `run` its prompt with "
+            "--input-text, and `infill` --kind completion"
+        )
     return tokens.prompt(before, after)
 
 

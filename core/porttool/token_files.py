@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from porttool.errors import UsageError
 from porttool.sources import npy_file
+from porttool.standing import whole_file
 
 if TYPE_CHECKING:
     from porttool.generate import Completion
@@ -57,7 +58,7 @@ def read_npy(path: Path) -> list[list[int]]:
 
 def write_csv(path: Path, rows: Sequence[Sequence[int]]) -> None:
     """Write one row of ids a sequence."""
-    with path.open("w", newline="") as file:
+    with whole_file(path) as place, place.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
@@ -69,8 +70,16 @@ def write_npy(path: Path, rows: Sequence[Sequence[int]], pad: int) -> None:
     array = np.full((len(rows), max(lengths)), pad, dtype=np.int32)
     for i, row in enumerate(rows):
         array[i, : len(row)] = row
-    np.save(path, array)
-    np.save(path.with_suffix(".lengths.npy"), np.array(lengths, dtype=np.int32))
+    save_array(path, array)
+    save_array(path.with_suffix(".lengths.npy"), np.array(lengths, dtype=np.int32))
+
+
+def save_array(path: Path, array: Any) -> None:
+    """Write an array under exactly this name, to which `np.save` would add an ending."""
+    import numpy as np
+
+    with whole_file(path) as place, place.open("wb") as file:
+        np.save(file, array)
 
 
 def write_logits(path: Path, completions: Sequence[Completion]) -> None:
@@ -85,7 +94,7 @@ def write_logits(path: Path, completions: Sequence[Completion]) -> None:
     for i, logits in enumerate(found):
         if logits is not None:
             out[i, : len(logits)] = logits.numpy()
-    np.save(path, out)
+    save_array(path, out)
 
 
 def as_record(prompt: Sequence[int], completions: Sequence[Completion]) -> dict[str, Any]:
@@ -112,4 +121,6 @@ def finite(value: float) -> float | None:
 
 def write_json_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    with whole_file(path) as place:
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        place.write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint
@@ -99,6 +100,8 @@ def require_options(component: type[Component], *, alone: bool) -> None:
 def require_api(module: ModuleType) -> None:
     """Refuse a plugin that was written for another version of the hooks."""
     found = getattr(module, "api_version", None)
+    if found is None:
+        raise PluginError(f"its module does not say api_version = {hookspecs.API_VERSION}")
     if found != hookspecs.API_VERSION:
         raise PluginError(
             f"it says api_version = {found!r}, this porttool needs {hookspecs.API_VERSION}"
@@ -110,7 +113,9 @@ def require_known_hooks(manager: pluggy.PluginManager, module: ModuleType) -> No
     callers = manager.get_hookcallers(module) or ()
     for caller in callers:
         if caller.spec is None:
-            raise PluginError(f"there is no hook named {caller.name!r}")
+            close = difflib.get_close_matches(caller.name, vars(hookspecs), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise PluginError(f"there is no hook named {caller.name!r}{hint}")
     if not callers:
         plain = [name for name in vars(module) if name.startswith("porttool_")]
         said = f"; {', '.join(plain)} lacks @hookimpl" if plain else ""

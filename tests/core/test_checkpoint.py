@@ -114,7 +114,7 @@ def test_a_file_that_changes_while_it_is_verified(copy, monkeypatch):
 
 def test_no_manifest(copy):
     (copy / "checkpoint.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no checkpoint\.json here, which .* make it again$"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint\.json here, so .* make it again$"):
         Checkpoint.open(copy)
     (copy.parent / ".checkpoint.partial").mkdir()
     with pytest.raises(CheckpointError, match="an interrupted run left it half done, run it again"):

@@ -14,11 +14,11 @@ import torch
 import tiny
 from porttool.cli import invoke
 from porttool.cli.console import ConsoleProgress
-from porttool.component import explain
+from porttool.component import Component, Options, explain
 from porttool.config import Sampling
 from porttool.errors import SourceError, UsageError
 from porttool.huggingface import SourceConfig
-from porttool.progress import format_bytes
+from porttool.progress import format_bytes, format_tera
 from porttool.prompt_table import PromptTable
 from porttool.sources.archive import Archive
 from porttool.sources.json_file import read_json
@@ -95,7 +95,8 @@ def test_a_shard_whose_link_is_gone(tmp_path, reference, said):
         ("build {} -o out", "nowhere", "nowhere does not exist"),
         ("run {} --input-text x", "nowhere", "nowhere does not exist"),
         ("verify {}", "nowhere", "nowhere does not exist"),
-        ("convert {} -o out", "nowhere", "nowhere does not exist"),
+        ("convert {} -o out", "nowhere",
+         "nowhere does not exist; on the hub it would have an owner, as OWNER/nowhere"),
     ],
 )  # fmt: skip
 def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command, kind, message):
@@ -150,10 +151,25 @@ def test_a_model_whose_steps_are_still_to_do(said, checkpoint, tmp_path):
     assert there.endswith("run `porttool convert --model gpt2 --workdir there` first")
 
 
+def test_the_folder_beside_the_right_one_is_told_from_it(said, engine_folder, checkpoint, source):
+    """One step above an engine, or one below it; a file out of a source or a checkpoint."""
+    for near in (engine_folder.parent, engine_folder / "rank0"):
+        status, message = said("run", str(near), "--input-text", "x")
+        assert status == 2
+        assert message.endswith(f"not an engine of porttool, but {engine_folder} is: name that")
+    for folder, kind in ((source, "gpt2"), (checkpoint.path, "a checkpoint")):
+        status, message = said("convert", str(folder / "model.safetensors"), "--output", "out")
+        assert status == 2
+        assert f"; name the folder that it lies in, {folder} ({kind}); `porttool" in message
+
+
 def test_a_folder_is_named_by_a_dot(said):
     status, message = said("run", ".", "--input-text", "x")
     assert status == 1
-    assert message.startswith("error: .: there is no engine.json here, which every folder has")
+    assert message == (
+        "error: .: there is no engine.json here, so this is not an engine of porttool; if it was "
+        "one, make it again"
+    )
     Path("table.npy").touch()
     with pytest.raises(UsageError, match="this is a file, not a prompt table: `porttool convert`"):
         PromptTable.open(Path("table.npy"))
@@ -308,6 +324,36 @@ def test_sizes_in_a_unit_that_fits(source, said):
     assert status == 0
     size = f"{n_bytes / 1e3:.2f} kB"
     assert f"convert gpt2: {size} of {size}, " in message
+
+
+def test_the_end_of_slow_work_is_told_once(capsys, monkeypatch):
+    monkeypatch.setattr("porttool.cli.console.PLAIN_INTERVAL", -1)
+    progress = ConsoleProgress()
+    progress.start("bench", 2, unit="runs")
+    progress.advance(1)
+    progress.advance(1)
+    progress.finish()
+    told = [line.partition(", ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["bench: 1 of 2 runs", "bench: 2 of 2 runs"]
+
+
+def test_a_slow_device_has_a_speed():
+    """Half precision on a CPU was 0.00 TFLOP/s."""
+    assert [format_tera(x) for x in (2.1e9, 1.5e11, 8.711e14)] == ["0.0021", "0.15", "871"]
+
+
+def test_a_list_is_asked_for_as_it_is_written():
+    class Tasks(Component):
+        name = "tasks"
+
+        class Options(Options):
+            tasks: tuple[str, ...] = ()
+
+    with pytest.raises(UsageError) as caught:
+        Tasks({"tasks": "a"})
+    assert str(caught.value) == (
+        """bad option for 'tasks': tasks: should be a list, as '["a", "b"]' (got 'a')"""
+    )
 
 
 KNOBS = "--n-layer 1 --n-embd 16 --n-head 2 --vocab-size 64 --n-positions 32"

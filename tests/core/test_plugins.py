@@ -39,10 +39,10 @@ BROKEN = {
     "import": ("import there_is_no_such_module", "ModuleNotFoundError: No module named"),
     "syntax": ("def", "SyntaxError"),
     "exit": ("raise ValueError('at import')", "ValueError: at import"),
-    "no version": (HEAD, "it says api_version = None, this porttool needs 1"),
+    "no version": (HEAD, "its module does not say api_version = 1"),
     "other version": (HEAD + "api_version = 99", "it says api_version = 99, this porttool needs"),
     "hook": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_convertors(): return []",
-             "there is no hook named 'porttool_convertors'"),
+             "there is no hook named 'porttool_convertors'; did you mean porttool_converters"),
     "signature": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_converters(everything): pass",
                   "everything"),
     "raises": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_converters(): 1 / 0",
@@ -247,6 +247,12 @@ def test_where_nobody_else_knows_a_source_what_failed_is_named(install, tmp_path
     assert "other of unknown unknown (ModuleNotFoundError: No module named" in said
     with pytest.raises(UsageError, match=r"no converter named 'other' .*; plugins set aside: "):
         registry.converters.get("other")
+
+
+def test_another_name_is_not_proposed_for_what_was_set_aside(install):
+    registry = install(gpt9="import nothing_here")
+    with pytest.raises(UsageError, match=r"named 'gpt9' \(installed: .*set aside: gpt9 of unknown"):
+        registry.converters.get("gpt9")
 
 
 def test_a_refinement_that_fails_is_not_passed_over(install, source):

@@ -76,6 +76,8 @@ def test_the_port_is_as_good_as_its_source(tmp_path, problems, coder, engine, ki
     assert len(set(texts)) > 3, "the model answers all alike: nothing is tested"
     assert texts == [a["reference"] for a in report.measurements["articles"]]
     assert report.tables[0].title == f"{kind}, 12 problems"
+    assert report.tables[1].title == "ROUGE F, 12 problems"
+    assert "problems/s" in report.tables[2].columns
 
 
 def test_another_model_fails(tmp_path, problems, engine):
@@ -145,5 +147,5 @@ def test_what_cannot_be_measured(tmp_path, problems, coder, engine, source):
         with pytest.raises(UsageError, match="Test/1: the prompt has no token; leave the problem"):
             measure(tmp_path / "out", empty, kind="completion", **side)
     plain = tiny.built(tiny.converted(source, tmp_path / "checkpoint"), tmp_path / "engine")
-    with pytest.raises(UsageError, match="not converted with tokens for infilling"):
+    with pytest.raises(UsageError, match=r"tokens for infilling: give `run`.*--kind completion"):
         measure(tmp_path / "out", problems, engine=plain, tokenizer=coder, max_new_tokens=2)

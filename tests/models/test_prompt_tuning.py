@@ -352,6 +352,9 @@ def test_an_altered_table_is_not_opened(tmp_path, table):
     weights.unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         PromptTable.open(copy)
+    with pytest.raises(UsageError, match=r"no prompt_table\.json here.*copy is: name that"):
+        PromptTable.open(tmp_path)
+    (copy / "prompt_table.json").unlink()
     with pytest.raises(CheckpointError, match=r"no prompt_table\.json"):
         PromptTable.open(tmp_path)
 

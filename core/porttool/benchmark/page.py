@@ -10,6 +10,7 @@ from porttool.benchmark.results import BenchmarkResult, Measurement
 from porttool.benchmark.roofline import decode_cost, peak_of
 from porttool.errors import MissingExtra
 from porttool.evaluator import Table
+from porttool.progress import format_tera
 
 WHERE = "batch x in > out"
 LATENCY = (WHERE, "side", "first ms", "ms a token", "p90", "p99", "x eager")
@@ -62,10 +63,10 @@ def where(m: Measurement) -> str:
 def ceilings_in(result: BenchmarkResult) -> str:
     """Say between which speeds the device was measured over the rounds."""
     peaks = [peak_of(r.ceiling) for m in result.measurements for r in m.rounds]
-    flops = sorted(p.flops / 1e12 for p in peaks)
+    flops = sorted(p.flops for p in peaks)
     memory = sorted(p.bandwidth / 1e9 for p in peaks)
     return (
-        f"measured beside: {flops[0]:.2f} to {flops[-1]:.2f} TFLOP/s, "
+        f"measured beside: {format_tera(flops[0])} to {format_tera(flops[-1])} TFLOP/s, "
         f"{memory[0]:.0f} to {memory[-1]:.0f} GB/s"
     )
 

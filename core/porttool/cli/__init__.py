@@ -8,7 +8,7 @@ from importlib import import_module
 import click
 
 from porttool.cli import console
-from porttool.errors import PorttoolError
+from porttool.errors import PorttoolError, said_by_system
 
 COMMANDS = (
     "convert", "build", "run", "summarize", "infill", "verify", "bench", "profile", "inspect",
@@ -72,7 +72,10 @@ def invoke(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except BrokenPipeError:
         return 1
-    except (OSError, MemoryError) as error:
+    except OSError as error:
+        console.error(said_by_system(error))
+        return 1
+    except MemoryError as error:
         console.error(f"{type(error).__name__}: {error}")
         return 1
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from porttool.cli.options import (
     table_options,
 )
 from porttool.errors import UsageError
+from porttool.standing import whole_file
 
 if TYPE_CHECKING:
     from porttool.benchmark import BenchmarkResult
@@ -86,16 +88,18 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
         options=as_settings(asked["settings"]),
         progress=console.ConsoleProgress(),
     )
-    if json_file:
-        json_file.write_text(found.model_dump_json(indent=1) + "\n")
     if asked["as_json"]:
         console.say_json(found.model_dump(mode="json"))
     else:
         show(found)
+    if json_file:  # what was measured is on the screen, whatever becomes of the file
+        with whole_file(json_file) as place:
+            place.write_text(found.model_dump_json(indent=1) + "\n")
     if picture:
         from porttool.benchmark.page import draw_picture
 
-        draw_picture(found, picture)
+        with whole_file(picture) as place:
+            draw_picture(found, place)
         console.note(f"{picture}: the picture")
 
 
@@ -112,8 +116,13 @@ def read_sizes(flag: str, asked: dict[str, Any]) -> tuple[int, ...]:
 def require_writable(*files: Path | None) -> None:
     """Refuse a result's place that cannot be, before anything is measured."""
     for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError(f"{file}: there is no folder {file.absolute().parent}")
+        if file is None:
+            continue
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise UsageError(f"{file}: there is no folder {folder}")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            raise UsageError(f"{file} cannot be written: choose another place")
 
 
 def show(found: BenchmarkResult) -> None:

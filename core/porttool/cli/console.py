@@ -137,7 +137,7 @@ class ConsoleProgress(Progress):
         self._done += amount
         if self._bars is not None:
             self._bars.advance(self._task, amount)
-        elif time.monotonic() - self._told > PLAIN_INTERVAL:
+        elif self._done < self._total and time.monotonic() - self._told > PLAIN_INTERVAL:
             self._told = time.monotonic()
             note(self._line())
 

@@ -18,6 +18,7 @@ from porttool.cli.options import (
     model_options,
     set_option,
 )
+from porttool.progress import format_tera
 from porttool.standing import made_folder, require_place
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def show(found: Profile, output: Path) -> None:
     from porttool.profiling.chart import draw_chart
     from porttool.profiling.table import over_layers
 
-    peak = f"{found.peak.flops / 1e12:.2f} TFLOP/s, {found.peak.bandwidth / 1e9:.0f} GB/s measured"
+    flops = format_tera(found.peak.flops)
+    peak = f"{flops} TFLOP/s, {found.peak.bandwidth / 1e9:.0f} GB/s measured"
     rows = [
         (name, f"{1e3 * f['seconds']:.3f}", f"{f['flops'] / 1e9:.3f}", f"{f['bytes'] / 1e9:.3f}",
          f"{f['roofline']:.0%}")

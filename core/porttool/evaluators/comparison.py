@@ -220,12 +220,12 @@ def power_note(n: int, sd: float, margin: float, confidence: float, what: str) -
     )
 
 
-def tables_of(comparison: Comparison) -> tuple[Table, ...]:
-    """Return what a console or a page shows: ROUGE and speed."""
-    return (rouge_table(comparison), speed_table(comparison))
+def tables_of(comparison: Comparison, unit: str = "articles") -> tuple[Table, ...]:
+    """Return what a console or a page shows: ROUGE and speed. `unit` is what was worked on."""
+    return (rouge_table(comparison, unit), speed_table(comparison, unit))
 
 
-def rouge_table(comparison: Comparison) -> Table:
+def rouge_table(comparison: Comparison, unit: str) -> Table:
     """Return each kind's mean on both sides and the difference between its bounds."""
     rows = []
     for kind in KINDS:
@@ -240,11 +240,11 @@ def rouge_table(comparison: Comparison) -> Table:
         rows.append((kind, *means, *between))
     level = f"{comparison.bounds.confidence:.0%}"
     columns = ("", "engine", "Hugging Face", "difference", f"{level} low", f"{level} high")
-    return Table(title=f"ROUGE F, {len(comparison.articles)} articles", columns=columns,
+    return Table(title=f"ROUGE F, {len(comparison.articles)} {unit}", columns=columns,
                  rows=tuple(rows))  # fmt: skip
 
 
-def speed_table(comparison: Comparison) -> Table:
+def speed_table(comparison: Comparison, unit: str) -> Table:
     """Return how fast each side was."""
     rows = [
         (
@@ -258,7 +258,7 @@ def speed_table(comparison: Comparison) -> Table:
         for name, side in (("engine", comparison.engine), ("Hugging Face", comparison.reference))
         if side is not None
     ]
-    columns = ("", "tokens/s", "articles/s", "first token ms", "seconds", "how")
+    columns = ("", "tokens/s", f"{unit}/s", "first token ms", "seconds", "how")
     return Table(title="Speed", columns=columns, rows=tuple(rows))
 
 

@@ -96,7 +96,7 @@ class InfillEvaluator(Evaluator):
             engine=engine.description if engine else "not run",
             reference=reference.description if reference else "not run",
             verdicts=(*verdicts, *judge(found)),
-            tables=(measure_table(found, options.kind), *tables_of(found)),
+            tables=(measure_table(found, options.kind), *tables_of(found, "problems")),
             measurements={
                 "options": options.model_dump(mode="json"),
                 "models": {s.side: s.model for s in (engine, reference) if s},

@@ -44,7 +44,7 @@ def run_reference(
 ) -> SideResult:
     """Summarise with the reference."""
     first = model.first_token_seconds(prompts, task.decoding)
-    progress.start("Hugging Face", len(prompts), unit="articles")
+    progress.start("Hugging Face", len(prompts), unit="prompts")
     began = time.perf_counter()
     found = model.generate(prompts, task.decoding, batch_size=batch_size, on_batch=progress.advance)
     seconds = time.perf_counter() - began

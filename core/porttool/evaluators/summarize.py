@@ -196,7 +196,15 @@ def run_sides(
     if port.runner is not None:
         from porttool.evaluators.sides import run_engine
 
-        done = run_engine(port.runner, work.tokenizer, work.prompts, work.task, progress=progress)
+        try:
+            done = run_engine(
+                port.runner, work.tokenizer, work.prompts, work.task, progress=progress
+            )
+        except KeyboardInterrupt as stop:
+            if reference is not None:
+                kept = result_file(output, "reference")
+                stop.add_note(f"{kept} is complete: the same command with --test-engine goes on")
+            raise
         engine = done.model_copy(update={"counterpart": counterpart_of_engine(port)})
         engine.save(output)
     return engine, reference

@@ -10,6 +10,7 @@ from typing import Any
 
 from porttool.config import ModelConfig
 from porttool.errors import MissingExtra, SourceError, UsageError
+from porttool.huggingface import read_config
 from porttool.weights import listing
 
 DIMENSIONS = {
@@ -59,15 +60,22 @@ def loading(path: Path) -> Iterator[None]:
 def load_config(folder: Path) -> Any:
     """Load a folder's config in transformers, which must be there: no hub is asked."""
     try:
+        import transformers
         from transformers import AutoConfig
     except ImportError as error:
         raise MissingExtra("reference", "transformers") from error
     if not folder.exists():
-        raise SourceError(f"{folder}: there is no such folder; correct --hf-model")
+        raise UsageError(f"{folder}: there is no such folder; correct --hf-model")
     file = folder / "config.json"
     if not file.is_file():
-        raise SourceError(
+        raise UsageError(
             f"{folder}: there is no config.json; name a Hugging Face folder with --hf-model"
+        )
+    kind = read_config(folder).get("model_type")
+    if isinstance(kind, str) and kind not in transformers.CONFIG_MAPPING:
+        raise UsageError(
+            f"{file}: transformers {transformers.__version__} has no model of type {kind!r}; name "
+            "with --hf-model a folder of the same weights in a layout that it has"
         )
     with loading(file):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -146,4 +146,6 @@ def check_parallel(config: ModelConfig, tp: int) -> None:
     """Refuse a number of ranks that heads or MLP columns cannot be divided by."""
     for what, size in (("heads", config.n_head), ("columns of the MLP", config.d_ff)):
         if size % tp:
-            raise UsageError(f"{size} {what} cannot be divided over {tp} ranks")
+            raise UsageError(
+                f"{size} {what} cannot be divided over {tp} ranks: choose another --tp"
+            )

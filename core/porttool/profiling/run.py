@@ -58,18 +58,19 @@ def profile(runner: Runner, shape: ProfileShape, output: Path) -> Profile:
     require_fit(runner, shape)
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with made_folder(output), torch.profiler.profile(activities=activities) as recorder:
-        nodes = runner.profiled(lambda: run_steps(runner, shape))
-    trace = export_trace(recorder)
-    found = summarize(runner, shape, trace, nodes)
-    trace["traceEvents"] += as_events(nodes, step_ranges(trace))
-    (output / "trace.json").write_text(json.dumps(trace))
-    write_tables(found, output)
-    names = [event["name"].removeprefix(PREFIX) for event in step_ranges(trace)]
-    for phase, layers in runner.layer_information().items():
-        (output / f"layers_{phase}.json").write_text(layers)
-        times = layer_times([node for node in nodes if names[node.run] == phase])
-        (output / f"profile_{phase}.json").write_text(json.dumps(times, indent=1) + "\n")
+    with made_folder(output):
+        with torch.profiler.profile(activities=activities) as recorder:
+            nodes = runner.profiled(lambda: run_steps(runner, shape))
+        trace = export_trace(recorder)
+        found = summarize(runner, shape, trace, nodes)
+        trace["traceEvents"] += as_events(nodes, step_ranges(trace))
+        (output / "trace.json").write_text(json.dumps(trace))
+        write_tables(found, output)
+        names = [event["name"].removeprefix(PREFIX) for event in step_ranges(trace)]
+        for phase, layers in runner.layer_information().items():
+            (output / f"layers_{phase}.json").write_text(layers)
+            times = layer_times([node for node in nodes if names[node.run] == phase])
+            (output / f"profile_{phase}.json").write_text(json.dumps(times, indent=1) + "\n")
     return found
 
 

@@ -7,13 +7,14 @@ the weight table and the reference one after the other, and the kit says when on
 from __future__ import annotations
 
 import re
+import shutil
 from importlib import resources
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
-from porttool.errors import UsageError
+from porttool.errors import PorttoolError, UsageError, said_by_system
 from porttool.plugins import GROUP
 from porttool.standing import require_place
 
@@ -59,10 +60,16 @@ def write_plugin(family: str, output: Path) -> Path:
     require_place(folder)
     if folder.exists():
         raise UsageError(f"{folder} is there already; name another --output")
-    for template, target in TEMPLATES.items():
-        file = folder / target.format(**names)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(filled(template, names))
+    try:
+        for template, target in TEMPLATES.items():
+            file = folder / target.format(**names)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(filled(template, names))
+    except OSError as error:
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # half a package would stand in the next one's way
+        raise PorttoolError(said_by_system(error, folder)) from error
     return folder
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from porttool.errors import SourceError, UsageError
-from porttool.standing import made_folder, require_place
+from porttool.component import Component
+from porttool.errors import PorttoolError, SourceError, UsageError
+from porttool.standing import kind_of, made_folder, require_place
 
 POINTER = b"version https://git-lfs"
 """How a pointer file of Git LFS begins (its specification, version 1)."""
@@ -21,6 +22,27 @@ def is_present(path: Path) -> bool:
             "again"
         )
     return path.is_file()
+
+
+def said_type(source: Path) -> str:
+    """Return what a folder's config.json says it is; a SourceError if that cannot be read."""
+    from porttool.sources.json_file import read_json
+
+    if not is_present(source / "config.json"):
+        weights = any(p.suffix in (".safetensors", ".bin") for p in source.glob("*"))
+        return " (there are weights in it, and no config.json)" * weights
+    kind = read_json(source / "config.json").get("model_type")
+    return f" (its config.json says model_type {kind!r})"
+
+
+def hints_at(source: Path, recognise: Callable[[Path], Iterable[Component]]) -> str:
+    """Return what a source that nobody reads says it is, or what a file was taken out of."""
+    if not source.is_file():
+        return said_type(source)
+    folder, found = source.parent, ""
+    with suppress(PorttoolError):
+        found = kind_of(folder) or ", ".join(c.name for c in recognise(folder))
+    return f"; name the folder that it lies in, {folder} ({found})" if found else ""
 
 
 def refuse_pointer(path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -39,14 +40,16 @@ def find_cases(registry: Registry, name: str) -> list[type[FamilyConformance]]:
     """
     plugin = find_plugin(registry, name)
     home = case_modules()[plugin]
+    made = registry.converters
+    if plugin not in {made.origin[c.name].name for c in made}:
+        raise UsageError(f"the plugin {plugin!r} brings no family of models; the kit checks those")
     if not is_there(home):
         raise UsageError(
             f"the plugin {plugin!r} has no module {home}; write a FamilyConformance there, as "
             "`porttool plugins new` does"
         )
     cases = cases_in(home)
-    families = {c.family for c in registry.converters if name in (c.family, c.name)}
-    found = [case for case in cases if name == plugin or case.family in families]
+    found = [case for case in cases if name in (plugin, case.family)]
     if not found:
         raise UsageError(f"{home} holds no FamilyConformance for {name!r}")
     return found
@@ -77,17 +80,24 @@ def cases_in(module: str) -> list[type[FamilyConformance]]:
 
 def find_plugin(registry: Registry, name: str) -> str:
     """Return the entry point of this name, or the one that brings a family of this name."""
-    converters = registry.converters
     for plugin in registry.plugins:
         if plugin.name == name and plugin.error:
             raise PluginError(f"the plugin {name!r} is broken: {plugin.error}")
         if plugin.name == name:
             return name
-    for converter in converters:
-        if name in (converter.family, converter.name):
-            return converters.origin[converter.name].name
+    origin = {c.family: registry.converters.origin[c.name].name for c in registry.converters}
+    if name in registry.converters.classes:
+        family = registry.converters.get(name).family
+        if name != family:
+            raise UsageError(f"{name!r} is one reader of a family, which is checked as a whole: "
+                             f"name {family!r}")  # fmt: skip
+    if name in origin:
+        return origin[name]
+    close = get_close_matches(name, {*origin, *(p.name for p in registry.plugins)}, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise UsageError(
-        f"there is no plugin or family named {name!r}; `porttool plugins list` shows what there is"
+        f"there is no plugin or family named {name!r}{hint}; `porttool plugins list` shows what "
+        "there is"
     )
 
 

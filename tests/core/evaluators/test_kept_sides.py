@@ -213,6 +213,20 @@ def test_a_reference_alone_needs_no_engine(summarize, source, engine, tmp_path):
     assert status == 0, said
 
 
+def test_an_interrupted_engine_leaves_the_reference(summarize, engine, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("porttool.evaluators.sides.run_engine", interrupted)
+    output = ("--output", tmp_path / "kept")
+    status, said = summarize(engine, *output)
+    assert (status, "reference.json is complete: the same command with --test-engine" in said) == (
+        130, True
+    )  # fmt: skip
+    monkeypatch.undo()
+    assert summarize(engine, "--test-engine", "--check-accuracy", *output)[0] == 0
+
+
 @pytest.mark.parametrize("check", [[], ["--check-accuracy"]])
 def test_without_source_and_reference_nothing_runs(summarize, engine, source, tmp_path, check):
     shutil.rmtree(source)

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from porttool.errors import SourceError
+from porttool.errors import SourceError, UsageError
 from porttool.evaluators.reference import ReferenceModel, fingerprint_model, quiet
 from porttool.evaluators.results import Decoding
 
@@ -106,8 +106,6 @@ def test_fingerprint_covers_config_and_weights(writer, tmp_path):
 @pytest.mark.parametrize(
     "config",
     [
-        "{",
-        '{"model_type": "no_such_model"}',
         '{"model_type": "gpt2", "activation_function": null}',
         '{"model_type": "gpt2", "n_embd": "wide"}',
     ],
@@ -115,4 +113,17 @@ def test_fingerprint_covers_config_and_weights(writer, tmp_path):
 def test_a_config_that_transformers_does_not_know(tmp_path, config):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(SourceError, match=r"config\.json: transformers cannot load it"):
+        ReferenceModel(tmp_path)
+
+
+def test_a_folder_that_is_none_of_transformers_says_what_to_name(tmp_path):
+    """A family that transformers has not is nobody's mistake: no advice to update helps."""
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')
+    said = r"config\.json: transformers [\d.]+ has no model of type 'no_such_model'; name with --hf"
+    with pytest.raises(UsageError, match=said):
+        ReferenceModel(tmp_path)
+    with pytest.raises(UsageError, match="there is no such folder; correct --hf-model"):
+        ReferenceModel(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SourceError, match=r"config\.json.*damaged JSON"):
         ReferenceModel(tmp_path)

@@ -281,9 +281,7 @@ def test_options_are_closed():
 
 def test_a_source_that_is_no_model(run, tmp_path, writer):
     (tmp_path / "empty").mkdir()
-    from porttool.errors import SourceError
-
-    with pytest.raises(SourceError, match=r"config\.json"):
+    with pytest.raises(UsageError, match=r"config\.json; name a Hugging Face folder with --hf-m"):
         run(source=tmp_path / "empty")
 
 

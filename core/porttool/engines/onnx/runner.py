@@ -13,7 +13,7 @@ from pydantic import NonNegativeInt
 from porttool.component import Options
 from porttool.engines.onnx.builder import GraphRecord
 from porttool.engines.onnx.export import require_onnx
-from porttool.engines.onnx.session import SessionSettings, choose_device, make_session
+from porttool.engines.onnx.session import SessionSettings, choose_device, known_gap, make_session
 from porttool.errors import UsageError
 from porttool.runner import Choose, Runner, TimedNode
 
@@ -79,7 +79,8 @@ class OnnxRunner(Runner):
         self._greedy = ""
         if self._settings.device == "cpu" and made.dtype == "float32":
             self._choose_compiled(asked.compiled)
-        program = self._program(self._settings)
+        with known_gap(self._settings.device, made.dtype):
+            program = self._program(self._settings)
         self._graph = CachedGraph(program, self.config, made.limits, dtype=made.dtype)
 
     @property

@@ -155,3 +155,17 @@ def translated_errors(what: str) -> Iterator[None]:
             f"{what}: {error!s:.2000}; build the engine again, or use another "
             "device or version of ONNX Runtime"
         ) from error
+
+
+@contextmanager
+def known_gap(device: str, dtype: str) -> Iterator[None]:
+    """Say what to do where ONNX Runtime refuses bfloat16 on a CPU: a new build would not help."""
+    try:
+        yield
+    except EngineError as error:
+        if (device, dtype) != ("cpu", "bfloat16"):
+            raise
+        raise EngineError(
+            "ONNX Runtime has no bfloat16 on a CPU: build the engine with --dtype float32 or "
+            f"float16, use the torch engine, or run it on a GPU ({error})"
+        ) from error
