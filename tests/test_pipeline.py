@@ -48,6 +48,29 @@ def test_the_only_engine_needs_no_name(at_home, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_an_engine_of_another_checkpoint_is_told(home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(home, tmp_path / "home")
+    monkeypatch.setenv("PORTTOOL_HOME", str(tmp_path / "home"))
+    run = ["run", "--input-text", "The storm", "--max-output-len", "2"]
+    older = "was built from another checkpoint"
+    assert invoke(run) == 0
+    assert older not in capsys.readouterr().err
+    again = ["convert", str(SOURCE), "--model", "gpt2", "--force"]
+    assert invoke(again) == 0  # the same one
+    assert invoke(run) == 0
+    assert older not in capsys.readouterr().err
+    assert invoke([*again, "--dtype", "bfloat16"]) == 0
+    assert invoke([*run, "--model", "gpt2"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert older in said
+    assert "`porttool build --model gpt2 --force`" in said
+    assert invoke([*run, str(tmp_path / "home" / "gpt2" / "engine")]) == 0
+    assert older not in capsys.readouterr().err  # whoever names an engine means that one
+    assert invoke(["build", "--model", "gpt2", "--max-batch-size", "4", "--force"]) == 0
+    assert invoke(run) == 0
+    assert older not in capsys.readouterr().err
+
+
 def test_every_form_of_output_says_the_same(at_home, tmp_path, capsys):
     ids = tmp_path / "ids.csv"
     ids.write_text("5,6,7\n8,9\n")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from porttool.errors import MissingFolder, UsageError
+from porttool.errors import MissingFolder, PorttoolError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,6 +25,9 @@ class ModelCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        taken = {p.name for p in self.params if isinstance(p, click.Argument)}
+        if taken & {"engine", "engines"} and not any(ctx.params[name] for name in taken if name):
+            note_older_engine(ctx.params["model"], ctx.params["workdir"])
         try:
             return super().invoke(ctx)
         except MissingFolder as error:
@@ -56,6 +59,27 @@ def advise_step(missing: Path, model: str | None, workdir: Path | None) -> str:
     where = f" --workdir {workdir}" if workdir else ""
     said = " and ".join(f"`porttool {step} --model {model}{where}`" for step in steps)
     return f"; run {said} first"
+
+
+def note_older_engine(model: str | None, workdir: Path | None) -> None:
+    """Say where a model's engine was built from another checkpoint than the one beside it."""
+    from porttool.checkpoint import Checkpoint
+    from porttool.cli import console
+    from porttool.engine import Engine
+    from porttool.workspace import Workspace
+
+    space = Workspace.choose(workdir)
+    with suppress(PorttoolError):  # the command itself says what is missing or broken
+        name = space.find_model(model)
+        engine, checkpoint = space.engine(name), space.checkpoint(name)
+        made = Engine.open(engine, verify=False).manifest
+        if made.dummy or not checkpoint.exists():
+            return
+        if made.checkpoint_digest != Checkpoint.open(checkpoint, verify=False).digest:
+            console.note(
+                f"{engine} was built from another checkpoint than {checkpoint} is now: "
+                f"`porttool build --model {name} --force` builds it anew"
+            )
 
 
 def model_options(command: F) -> F:
