@@ -408,7 +408,7 @@ def test_weights_that_are_on_the_gpu_do_not_need_room_again(request_, monkeypatc
     need = partial(require_memory, request_.config, torch.float32, limits, "cuda")
     need(given={"a": there})
     need(given={"a": half, "b": half})
-    assert asked[-1][1:] == (weights + cache, 4, 2002)  # all that the cache holds
+    assert asked[-1][1:] == (weights + cache, 4, 2, 2002)  # all that the cache holds
     free["cuda"] = (cache + passing - 1, 0)
     with pytest.raises(EngineError, match="for a while: build with --max-batch-size 1"):
         need(given={"a": there})

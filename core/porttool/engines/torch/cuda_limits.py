@@ -75,7 +75,7 @@ def require_memory(
     free += sum(w.nbytes for w in given.values() if w.device.type == "cuda")
 
     def passing(rows: int) -> int:
-        prompts = prefill_bytes(config, weights + rows * slot, size, rows * limits.max_len)
+        prompts = prefill_bytes(config, weights + rows * slot, size, rows, rows * limits.max_len)
         return prompts + 2 * 4 * rows * config.vocab_size + LIBRARY_BYTES
 
     def fits(rows: int) -> bool:

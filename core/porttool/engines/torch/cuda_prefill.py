@@ -83,11 +83,15 @@ def make_buffers(model: Model, together: Together) -> Buffers:
     return Buffers(*model.cache.keys.new_empty(sum(sizes)).split(sizes))
 
 
-def prefill_bytes(config: ModelConfig, kept: int, itemsize: int, most: int) -> int:
-    """Return the bytes of buffers for prompts of up to `most` tokens at once; `kept` as above."""
+def prefill_bytes(config: ModelConfig, kept: int, itemsize: int, rows: int, most: int) -> int:
+    """Return the bytes of buffers for so many prompts of up to `most` tokens at once.
+
+    `kept` as above.
+    """
     together = tokens_together(config, kept, itemsize)
     tokens = min(together.tokens, most)
-    return itemsize * sum(_sizes(config, Together(tokens, together.mlp)))
+    sizes = _sizes(config, Together(tokens, together.mlp)) + _sizes(config, Together(rows, rows))
+    return itemsize * sum(sizes)
 
 
 def _sizes(c: ModelConfig, together: Together) -> tuple[int, int, int]:
@@ -96,37 +100,79 @@ def _sizes(c: ModelConfig, together: Together) -> tuple[int, int, int]:
     return n * c.d_model, n * narrow, max(n * broad, min(n, together.mlp) * _mlp_width(c))
 
 
-def prefill_layers(model: Model, n: int, prompt: Prompt, buffers: Buffers) -> Tensor:
+class _Views(NamedTuple):
+    """What the kernels write, of so many tokens, in two buffers beside x.
+
+    What is written takes the place of what has been read, and norms and the MLP work in place.
+    """
+
+    x: Tensor
+    normed: Tensor
+    qkv: Tensor
+    query: Tensor  # its first columns
+    attended: Tensor
+    delta: Tensor
+    mlp: list[tuple[Tensor, Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, model: Model, n: int, buffers: Buffers) -> _Views:
+        """View the front of the buffers.
+
+        Queries stay where they are projected, unless they are rotated; their average goes to the
+        other buffer, and the projection of that back, in their place.
+        """
+        c = model.config
+        heads = c.n_head * c.head_dim
+        queries, averages = (
+            (buffers.first, buffers.wide) if model.rotary else (buffers.wide, buffers.first)
+        )
+        normed, qkv = _rows(buffers.first, n, c.d_model), _rows(buffers.wide, n, c.qkv_dim)
+        return cls(
+            _rows(buffers.x, n, c.d_model), normed, qkv,
+            _rows(queries, n, heads) if model.rotary else qkv, _rows(averages, n, heads),
+            _rows(queries, n, c.d_model), _mlp_views(c, normed, buffers.wide),
+        )  # fmt: skip
+
+
+def prefill_layers(
+    model: Model, n: int, prompt: Prompt, buffers: Buffers, *, every: bool
+) -> Tensor:
     """Run the residual stream of n tokens in x through every layer and the final norm.
 
-    The result [tokens, d_model] is the front of the first buffer. Two buffers beside x do: what is
-    written takes the place of what has been read, and norms and the MLP work in place.
+    The result is the front of the first buffer: [n, d_model] of every token or, for less work,
+    [rows, d_model] of each row's last one. That alone has to go through the last layer then, but
+    for its keys and values.
     """
-    c, x = model.config, _rows(buffers.x, n, model.config.d_model)
-    heads = c.n_head * c.head_dim
-    # queries stay where they are projected, unless they are rotated; their average goes to the
-    # other buffer, and the projection of that back, in their place
-    queries, averages = (
-        (buffers.first, buffers.wide) if model.rotary else (buffers.wide, buffers.first)
-    )
-    normed, attended = _rows(buffers.first, n, c.d_model), _rows(averages, n, heads)
-    qkv, delta = _rows(buffers.wide, n, c.qkv_dim), _rows(queries, n, c.d_model)
-    query = _rows(queries, n, heads) if model.rotary else qkv
-    mlp = _mlp_views(c, normed, buffers.wide)
+    c, v = model.config, _Views.of(model, n, buffers)
     before: Linear | None = None
-    for index, w in ranged(model.weights.layers, on_gpu=x.is_cuda):
-        _norm(model, x, normed, before, w.qkv, normed)
-        product(w.qkv, normed, qkv)
-        append(model, prompt.rows, index, Projected(qkv), query, n)
-        _attend(model, index, query, prompt, attended)
-        product(w.out, attended, delta, biased=False)
-        _norm(model, x, delta, w.out, w.up, normed)
-        for rows, gates, hidden in mlp:
+    for index, w in ranged(model.weights.layers, on_gpu=v.x.is_cuda):
+        _norm(model, v.x, v.normed, before, w.qkv, v.normed)
+        product(w.qkv, v.normed, v.qkv)
+        append(model, prompt.rows, index, Projected(v.qkv), v.query, n)
+        if index == c.n_layer - 1 and not every:
+            prompt, v = _last_tokens(model, prompt, v)
+        _attend(model, index, v.query, prompt, v.attended)
+        product(w.out, v.attended, v.delta, biased=False)
+        _norm(model, v.x, v.delta, w.out, w.up, v.normed)
+        for rows, gates, hidden in v.mlp:
             activated_product(w.up, rows, gates, hidden, c.activation)
             product(w.down, hidden, rows, biased=False)
         before = w.down
-    _norm(model, x, normed, before, model.weights.head, normed)
-    return normed
+    out = _rows(buffers.first, len(v.x), c.d_model)
+    _norm(model, v.x, v.normed, before, model.weights.head, out)
+    return out
+
+
+def _last_tokens(model: Model, prompt: Prompt, v: _Views) -> tuple[Prompt, _Views]:
+    """Copy the residual stream and the query of each row's last token to buffers of their own."""
+    n, heads = len(prompt.slots), model.config.n_head * model.config.head_dim
+    ends = prompt.first[1 : n + 1]
+    alone = _Views.of(model, n, make_buffers(model, Together(n, n)))
+    alone.x.copy_(v.x[ends - 1])
+    alone.query[:, :heads] = v.query[ends - 1, :heads]
+    starts = prompt.starts[:n] + ends - prompt.first[:n] - 1
+    one_each = torch.arange(n + 1, dtype=torch.int32, device=ends.device)
+    return Prompt(prompt.rows, prompt.slots, starts, one_each, 1), alone
 
 
 def _mlp_views(c: ModelConfig, x: Tensor, wide: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -91,6 +91,13 @@ class Size(NamedTuple):
         return Prompt(rows_of(tokens), slots[: self.rows], starts, first, longest)
 
 
+class Captured(NamedTuple):
+    """What a graph runs: a size, and whether it leaves every token's state."""
+
+    size: Size
+    every: bool
+
+
 def padded_size(group: Packed) -> Size:
     """Return the size whose graph runs a group."""
     return Size(padded_tokens(group.n_tokens), power_of_two(group.n_rows))
@@ -110,15 +117,15 @@ class PrefillGraphs:
         device = model.cache.keys.device
         room = Size(GRAPH_TOKENS, power_of_two(GRAPH_TOKENS)).elements
         self._inputs = torch.zeros(room, dtype=torch.int32, device=device)
-        self._graphs: OrderedDict[Size, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self._graphs: OrderedDict[Captured, torch.cuda.CUDAGraph | None] = OrderedDict()
         self._make_room(0)
 
     def run(
-        self, size: Size, given: Tensor, table: Tensor | None, *, graphed: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return normalised states [padded tokens, d_model] and first tokens [> rows] int32.
+        self, size: Size, given: Tensor, table: Tensor | None, *, every: bool, graphed: bool
+    ) -> Tensor:
+        """Return normalised states of `every` padded token, or of the last one of each padded row.
 
-        `given` is on the device what `Packed.padded` made. Both are overwritten by the next call.
+        `given` is on the device what `Packed.padded` made. The next call overwrites the result.
         """
         n, width = size.tokens, self._model.config.d_model
         if n * width > len(self._buffers.x):
@@ -129,24 +136,25 @@ class PrefillGraphs:
         embed(self._model, prompt.rows, buffers.x, n, table)  # not in the graph: tables come and go
 
         def work() -> None:
-            prefill_layers(self._model, n, prompt, buffers)
+            prefill_layers(self._model, n, prompt, buffers, every=every)
 
-        run = self._recall(size, work) if graphed else work
+        run = self._recall(Captured(size, every), work) if graphed else work
         run()
-        return buffers.first[: n * width].view(n, width), prompt.first
+        states = n if every else size.rows
+        return buffers.first[: states * width].view(states, width)
 
-    def _recall(self, size: Size, work: Callable[[], None]) -> Callable[[], None]:
+    def _recall(self, which: Captured, work: Callable[[], None]) -> Callable[[], None]:
         """Return what runs a size: `work` the first time, its graph from the second on."""
-        if size not in self._graphs:
-            self._graphs[size] = None
+        if which not in self._graphs:
+            self._graphs[which] = None
             if len(self._graphs) > KEPT:
                 self._graphs.popitem(last=False)
             return work
-        self._graphs.move_to_end(size)
-        graph = self._graphs[size]
+        self._graphs.move_to_end(which)
+        graph = self._graphs[which]
         if graph is None:
             others = [other for other in self._graphs.values() if other is not None]
-            graph = self._graphs[size] = capture(work, others[:1])
+            graph = self._graphs[which] = capture(work, others[:1])
         return graph.replay
 
     def _make_room(self, n: int) -> None:

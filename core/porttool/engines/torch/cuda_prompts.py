@@ -70,15 +70,15 @@ class Prompts:
             shape = packed.n_rows, packed.width, model.config.vocab_size
             out = torch.zeros(shape, device=device)
             for group, given in zip(groups, inputs, strict=True):
-                normed, _ = self._normed(group, given, table, graphed=graphed)
+                normed = self._normed(group, given, table, every=True, graphed=graphed)
                 for row, (a, b) in zip(out[group.rows], group.packed.spans(), strict=True):
                     row[: b - a] = project(normed[a:b], model.weights.head.weight)
                 del normed  # before the next group's buffers come
             return out
         states = []
         for group, given in zip(groups, inputs, strict=True):
-            normed, first = self._normed(group, given, table, graphed=graphed)
-            states.append(normed[first[1 : group.packed.n_rows + 1].long() - 1])
+            normed = self._normed(group, given, table, every=False, graphed=graphed)
+            states.append(normed[: group.packed.n_rows].clone())
             del normed
         return project(torch.cat(states), model.weights.head.weight)
 
@@ -90,23 +90,23 @@ class Prompts:
         return Group(group, padded_size(group) if padded else plain, padded)
 
     def _normed(
-        self, group: Group, given: Tensor, table: Tensor | None, *, graphed: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return normalised states of a group's tokens and first tokens of its rows."""
+        self, group: Group, given: Tensor, table: Tensor | None, *, every: bool, graphed: bool
+    ) -> Tensor:
+        """Return normalised states of every token of a group, or of its rows' last ones."""
         if group.padded:
-            return self.graphs.run(group.size, given, table, graphed=graphed)
+            return self.graphs.run(group.size, given, table, every=every, graphed=graphed)
         prompt = group.size.prompt(given, group.packed.width)
-        return run_launched(self._model, prompt, table, self.together)
+        return run_launched(self._model, prompt, table, self.together, every=every)
 
 
 def run_launched(
-    model: Model, prompt: Prompt, table: Tensor | None, together: Together
-) -> tuple[Tensor, Tensor]:
+    model: Model, prompt: Prompt, table: Tensor | None, together: Together, *, every: bool
+) -> Tensor:
     """Run a prompt kernel by kernel, in buffers for so many tokens or, if they are more, its own.
 
-    Returns normalised states [tokens, d_model] and first tokens of the rows.
+    Returns what `prefill_layers` does.
     """
     n = len(prompt.rows.tokens)
     buffers = make_buffers(model, together._replace(tokens=max(n, together.tokens)))
     embed(model, prompt.rows, buffers.x, n, table)
-    return prefill_layers(model, n, prompt, buffers), prompt.first
+    return prefill_layers(model, n, prompt, buffers, every=every)
