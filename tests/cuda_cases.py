@@ -10,7 +10,8 @@ from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
-from porttool.engines.torch.cuda_tuning import Tuning, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import Tuning
 from porttool.nn import Decoder, KVCache, Step
 
 BASE: dict[str, Any] = {

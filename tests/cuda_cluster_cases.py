@@ -9,7 +9,8 @@ import torch
 import cuda_cases as cases
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_cluster import NAMES
-from porttool.engines.torch.cuda_tuning import ClusterTile, Tuning, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import ClusterTile, Tuning
 
 HOPPER = 132  # multiprocessors of an H200
 _LONG = {"n_positions": 640, "vocab_size": 1003}

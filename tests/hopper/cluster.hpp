@@ -2,7 +2,9 @@
 
 inline void send(u32 to, u32 from, u32 bytes, u32 barrier) {
     from = far_address(from);
-    enqueue([=] { std::memcpy(place(to), place(from), bytes), arrive_bytes(barrier, bytes); });
+    enqueue([=] {
+        reach(from), std::memcpy(place(to), place(from), bytes), arrive_bytes(barrier, bytes);
+    });
 }
 
 inline void cluster_arrive() {

@@ -126,6 +126,7 @@ struct Block {
     uint4 left[32][32];            // factors of a warp's product
     uint2 right[32][32];
     bool let_next;  // start, the kernel that follows
+    int threads;    // that have not ended
 };
 
 #ifndef BASE
@@ -142,6 +143,7 @@ struct Copy {
 static std::vector<Copy> copies;
 static long turn;
 static Meeting cluster_barrier;
+static bool astray;  // something reached, or read, a program that had ended
 static Fiber* running;
 static ucontext_t scheduler;
 static long moved;     // events that may let somebody go on
@@ -182,7 +184,11 @@ inline u32 shared_address(const void* p) {
     return static_cast<u32>(static_cast<const char*>(p) - mine().memory) + BASE;
 }
 inline u32 address_in(u32 program, u32 address) { return (program + 1) * FAR + address; }
-inline Barrier& barrier_at(u32 address) { return barriers[far_address(address)]; }
+inline void reach(u32 far) { astray = astray || !programs[far / FAR - 1].threads; }
+inline Barrier& barrier_at(u32 address) {
+    reach(far_address(address));
+    return barriers[far_address(address)];
+}
 
 // ---- machine.cuh ----
 
@@ -201,7 +207,7 @@ inline void barrier_wait(u32 barrier, u32 parity) {
     wait_until([&] { return barrier_at(barrier).phase != parity; });
 }
 inline void arrive_bytes(u32 barrier, u32 bytes) {
-    Barrier& b = barriers[barrier];
+    Barrier& b = barrier_at(barrier);
     b.bytes -= bytes, b.complete();
 }
 inline void copy(u32 to, const void* from, u32 bytes, u32 barrier) {
@@ -387,13 +393,13 @@ static void thread_main();
 static bool run_together(int first, int row, int size, int threads, const Late* late, int n_late) {
     std::vector<std::unique_ptr<char[]>> memory;
     programs.assign(size, {}), fibers.clear(), barriers.clear(), copies.clear();
-    cluster_barrier = {};
+    cluster_barrier = {}, astray = false;
     for (int p = 0; p < size; ++p) {
         memory.emplace_back(new char[SHARED + 3072]);
         std::memset(memory[p].get(), 0xff, SHARED + 3072);  // NaN
         char* begin = memory[p].get();
         programs[p].memory = begin + (-reinterpret_cast<uintptr_t>(begin) & 1023) + BASE % 1024;
-        programs[p].block = {first + p, row};
+        programs[p].block = {first + p, row}, programs[p].threads = threads;
     }
     fibers.resize(size * threads);
     for (int f = 0; f < size * threads; ++f) {
@@ -427,7 +433,7 @@ static bool run_together(int first, int row, int size, int threads, const Late* 
             running = &fiber;
             if (fiber.ready && !fiber.ready(fiber.awaited)) continue;
             swapcontext(&scheduler, &fiber.context);
-            left -= fiber.done;
+            left -= fiber.done, programs[fiber.program].threads -= fiber.done;
         }
         ++turn;
         for (size_t i = 0; i < copies.size();)
@@ -443,5 +449,5 @@ static bool run_together(int first, int row, int size, int threads, const Late* 
         const bool coming = !copies.empty() || !preceded || rested > turn;
         still = moved != before || coming ? 0 : still + 1;
     }
-    return left == 0 && copies.empty();
+    return left == 0 && copies.empty() && !astray;
 }

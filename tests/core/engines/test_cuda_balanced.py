@@ -27,8 +27,9 @@ from porttool.engines.torch.cuda_candidates import balanced_candidates
 from porttool.engines.torch.cuda_cluster import NAMES
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_hopper import compile_kernel
+from porttool.engines.torch.cuda_rule import default_tuning
 from porttool.engines.torch.cuda_tune import balanced_for
-from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, Tuning, default_tuning
+from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, Tuning
 from porttool.engines.torch.tile_cache import read_tuning
 
 TILE = AttentionTile(1, 64, 8, 3, balanced=True)

@@ -19,7 +19,8 @@ from cuda_attention_cases import ROTARY, TOLERANCE, Case, assert_right, compiled
 from hopper_emulation import NOT_BROKEN, needs_compiler
 from porttool.engines.torch import cuda_balanced, cuda_hopper
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_tuning import AttentionTile, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import AttentionTile
 from porttool.nn import KVCache
 
 pytestmark = needs_compiler

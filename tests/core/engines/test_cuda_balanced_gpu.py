@@ -11,7 +11,8 @@ import cuda_cases as cases
 from cuda_cases import TOLERANCE, prompts
 from cuda_cluster_cases import tensors_of
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_tuning import AttentionTile, Tuning, WideTile, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import AttentionTile, Tuning, WideTile
 from porttool.nn import KVCache, Step
 
 pytestmark = [

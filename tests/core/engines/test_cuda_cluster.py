@@ -27,13 +27,8 @@ from porttool.engines.torch.cuda_cluster import KERNEL, NAMES, macros, residual,
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_fallback import usable
 from porttool.engines.torch.cuda_hopper import compile_kernel
-from porttool.engines.torch.cuda_tuning import (
-    ClusterTile,
-    Tuning,
-    default_tuning,
-    shapes,
-    tile_rows,
-)
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import ClusterTile, Tuning, shapes, tile_rows
 from porttool.engines.torch.cuda_weights import NormWeights, pack_weights
 from porttool.errors import EngineError
 

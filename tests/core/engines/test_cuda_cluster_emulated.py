@@ -20,7 +20,8 @@ from hopper_emulation import NOT_BROKEN, Late, described, emulated, needs_compil
 from porttool.engines.torch import cuda_chains, cuda_cluster, cuda_hopper
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_cluster import CHUNK, NAMES, TOLD, _Arguments, macros, residual
-from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile
 from porttool.errors import EngineError
 from porttool.nn import KVCache, Step
 
@@ -163,6 +164,8 @@ BROKEN = {
         "await_last();\n        copy_chunks", "copy_chunks"),
     "sums take the ring's place too early": ("meet<1, MULTIPLYING>();", ""),
     "others' sums are not awaited": ("barrier_wait(shared_address(&s.all_heard), 0);", ""),
+    "a program ends while others read its sums": (
+        "stays\n    if (CLUSTERED) cluster_wait();", ""),
     "the next kernel is not let in": ("if (at.chunks <= AHEAD + LEFT) let_next_start();", ""),
     "the old residual stream is not awaited": ("barrier_wait(shared_address(&s.old_read), 0);", ""),
 }  # fmt: skip

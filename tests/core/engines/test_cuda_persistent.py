@@ -17,7 +17,8 @@ from porttool.engines.torch import cuda_compile
 from porttool.engines.torch.cuda_candidates import persistent_candidates
 from porttool.engines.torch.cuda_compile import CompilerUnavailable, compile_cubin
 from porttool.engines.torch.cuda_persistent import compile_row, macros, plan_words, unfit, unsuited
-from porttool.engines.torch.cuda_tuning import PersistentTile, Tuning, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import PersistentTile, Tuning
 from porttool.nn import KVCache, Step
 
 on_gpu = [

@@ -19,7 +19,8 @@ import cuda_cases as cases
 from hopper_emulation import NOT_BROKEN, emulated, needs_compiler
 from porttool.engines.torch import cuda, cuda_hopper, cuda_persistent
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_tuning import PersistentTile, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import PersistentTile
 from porttool.nn import KVCache, Step
 
 PROGRAMS, THREADS = 5, 64

@@ -28,15 +28,10 @@ from porttool.engines.torch.cuda_launch import (
 )
 from porttool.engines.torch.cuda_library import activation
 from porttool.engines.torch.cuda_prefill import _blocks
+from porttool.engines.torch.cuda_rule import default_tuning
 from porttool.engines.torch.cuda_state import Scratch
 from porttool.engines.torch.cuda_tune import tuned_rows
-from porttool.engines.torch.cuda_tuning import (
-    SHARED_BYTES,
-    AttentionTile,
-    StreamTile,
-    WideTile,
-    default_tuning,
-)
+from porttool.engines.torch.cuda_tuning import SHARED_BYTES, AttentionTile, StreamTile, WideTile
 from porttool.engines.torch.cuda_weights import Linear, NormWeights, with_norm
 from porttool.nn import KVCache, Step
 from porttool.nn.mlp import ACTIVATIONS

@@ -24,7 +24,8 @@ from porttool.engine import Engine
 from porttool.engines.torch import cuda_limits, tiles
 from porttool.engines.torch.builder import TorchBuilder
 from porttool.engines.torch.cuda_limits import require_memory
-from porttool.engines.torch.cuda_tuning import AttentionTile, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import AttentionTile
 from porttool.engines.torch.tile_cache import TileKey
 from porttool.engines.torch.tiles import tiles_at_build, tiles_at_load
 from porttool.errors import EngineError, UsageError

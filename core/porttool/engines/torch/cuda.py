@@ -23,6 +23,7 @@ from porttool.engines.torch.cuda_limits import (
 from porttool.engines.torch.cuda_packed import Packed, arrange
 from porttool.engines.torch.cuda_persistent import PersistentRow
 from porttool.engines.torch.cuda_prompts import Prompts
+from porttool.engines.torch.cuda_rule import default_tuning
 from porttool.engines.torch.cuda_state import (
     HISTORY,
     DeviceCache,
@@ -31,14 +32,7 @@ from porttool.engines.torch.cuda_state import (
     make_scratch,
     rotary_tables,
 )
-from porttool.engines.torch.cuda_tuning import (
-    SMALL_ROWS,
-    Tuning,
-    default_tuning,
-    gpu_name,
-    shapes,
-    tile_rows,
-)
+from porttool.engines.torch.cuda_tuning import SMALL_ROWS, Tuning, gpu_name, shapes, tile_rows
 from porttool.engines.torch.cuda_weights import pack_weights
 from porttool.engines.torch.device_decoder import DeviceDecoder
 from porttool.errors import EngineError, UsageError

@@ -9,6 +9,7 @@ from itertools import product
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_balanced import COPIED
 from porttool.engines.torch.cuda_balanced import shared as balanced_shared
+from porttool.engines.torch.cuda_rule import default_stream, default_wide
 from porttool.engines.torch.cuda_tuning import (
     SHARED_BYTES,
     SMALL_ROWS,
@@ -16,8 +17,6 @@ from porttool.engines.torch.cuda_tuning import (
     ClusterTile,
     StreamTile,
     WideTile,
-    default_stream,
-    default_wide,
     power_of_two,
 )
 

@@ -8,7 +8,8 @@ import torch
 
 from porttool.config import ModelConfig
 from porttool.engines.torch import cuda_balanced, cuda_cluster, cuda_hopper
-from porttool.engines.torch.cuda_tuning import Tuning, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import Tuning
 
 
 def usable(

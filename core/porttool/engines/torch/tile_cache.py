@@ -18,7 +18,8 @@ from porttool.builder import BuildRequest
 from porttool.checkpoint import Manifest, read_manifest
 from porttool.config import Closed, Dtype, ModelConfig
 from porttool.engines.torch.cuda_balanced import COPIED, group
-from porttool.engines.torch.cuda_tuning import Tuning, default_tuning
+from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_tuning import Tuning
 from porttool.errors import CheckpointError
 from porttool.folder import cache_folder
 
