@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
-from porttool.engines.torch.cuda_tune import random_weights
+from porttool.engines.torch.cuda_measure import random_weights
 from porttool.nn import Step
 from porttool.profiling import ProfileShape, profile
 from porttool.profiling.run import run_steps

@@ -221,6 +221,7 @@ def test_the_tuner_measures_it_beside_products_in_clusters(monkeypatch) -> None:
 
     monkeypatch.setattr(cuda_tune, "stageable", lambda *a: False)
     monkeypatch.setattr(cuda_tune, "step_milliseconds", lambda d, n, context: d.milliseconds())
+    monkeypatch.setattr(cuda_tune, "compile_tiles", lambda *a: None)
     offered = [replace(TILE, stages=stages) for stages in (3, 2, 6)]
     decoder = Decoder(shape_of())
     assert cuda_tune.refine(decoder, {}, 32, 512, None, offered) == pytest.approx(1.0)

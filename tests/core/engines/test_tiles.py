@@ -388,7 +388,7 @@ def test_tiles_of_other_kernels_are_measured_again(machine, checkpoint, tmp_path
 
 def test_the_smallest_model_is_measured_in_bounded_work(request_):
     """Cold weights would be tens of thousands of layers of this one."""
-    from porttool.engines.torch.cuda_tune import tuning_config
+    from porttool.engines.torch.cuda_measure import tuning_config
 
     assert tuning_config(request_.config).n_layer == 256
 

@@ -17,25 +17,18 @@ from porttool.engines.torch.cuda_candidates import (
     attention_candidates,
     balanced_candidates,
     persistent_candidates,
-    stream_candidates,
-    wide_candidates,
 )
 from porttool.engines.torch.cuda_cluster import unsuited as clusters_unsuited
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
 from porttool.engines.torch.cuda_hopper import programs_of
-from porttool.engines.torch.cuda_launch import stream, wide
 from porttool.engines.torch.cuda_limits import stageable
 from porttool.engines.torch.cuda_measure import (
-    captured,
-    cold_passes,
     limits_of,
-    milliseconds,
     random_weights,
-    tuning_config,
 )
 from porttool.engines.torch.cuda_persistent import unsuited
-from porttool.engines.torch.cuda_state import Scratch, make_scratch
-from porttool.engines.torch.cuda_tune_cluster import cluster_leaders
+from porttool.engines.torch.cuda_tune_alone import leaders
+from porttool.engines.torch.cuda_tune_cluster import asked_sooner, cluster_leaders, compile_tiles
 from porttool.engines.torch.cuda_tuning import (
     SMALL_ROWS,
     AttentionTile,
@@ -44,61 +37,13 @@ from porttool.engines.torch.cuda_tuning import (
     StreamTile,
     Tuning,
     WideTile,
-    shapes,
     tile_rows,
 )
-from porttool.engines.torch.cuda_weights import Linear
 from porttool.errors import EngineError
 from porttool.nn import Step
 
 _MEASURED_MS = 200
 """A step is measured for about this long, more often than three times only within it."""
-
-
-class _Bench:
-    """One kind of matrix in a chain of its like: cold weights, live activations."""
-
-    def __init__(self, decoder: CudaDecoder, name: str, rows: int) -> None:
-        self.decoder, self.name, self.rows = decoder, name, rows
-        w = decoder.model.weights
-        self.linears: list[Linear] = (
-            [w.head] if name == "head" else [getattr(layer, name) for layer in w.layers]
-        )
-        nbytes = sum(linear.nbytes for linear in self.linears)
-        self.passes = cold_passes(nbytes, len(self.linears))
-        c = decoder.config
-        self.scratch: Scratch = make_scratch(
-            c, max(rows, 16), splits=1, sums=8 * max(c.d_model, c.qkv_dim),
-            n_best=-(-c.vocab_size // 2), dtype=decoder.dtype, device=decoder.device,
-        )  # fmt: skip
-        for buffer in (self.scratch.x, self.scratch.normed, self.scratch.attended,
-                       self.scratch.hidden):  # fmt: skip
-            buffer.normal_()
-
-    def microseconds(self, tile: StreamTile | WideTile) -> float:
-        """Return the device time of one matrix; infinite for a tile that this GPU does not take."""
-
-        def work() -> None:
-            for _ in range(self.passes):
-                for linear in self.linears:
-                    self._enqueue(linear, tile)
-
-        try:
-            recorded = captured(work)
-        except TritonError:
-            return float("inf")
-        return milliseconds(recorded) * 1000 / (self.passes * len(self.linears))
-
-    def _enqueue(self, linear: Linear, tile: StreamTile | WideTile) -> None:
-        s, m, single = self.scratch, self.decoder.model, isinstance(tile, StreamTile)
-        x = {"out": s.attended, "down": s.hidden}.get(self.name, s.x if single else s.normed)
-        out = {"qkv": s.qkv, "up": s.hidden}.get(self.name)
-        act = m.config.activation if self.name == "up" else "none"
-        best = self.name == "head"
-        if isinstance(tile, StreamTile):
-            stream(m, s, linear, tile, self.rows, x, out, act=act, best=best)
-        else:
-            wide(m, s, linear, tile, self.rows, x, out, act=act, best=best)
 
 
 def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 8) -> float:
@@ -189,32 +134,12 @@ class _Search:
         for name, tiles in found.items():
             for tile in tiles:
                 attempt(name, tile)
-        for name, tile in best.items():
-            attempt(name, replace(tile, ahead=-(-3 * tile.stages // 4)))
-
-
-def leaders(
-    config: ModelConfig, *, dtype: torch.dtype, rows: int, device: str, count: int = 5
-) -> dict[str, list[StreamTile | WideTile]]:
-    """Measure every candidate alone, in a chain of its like; the fastest few of each matrix."""
-    small = tuning_config(config)
-    decoder = CudaDecoder(small, random_weights(small, dtype, device), dtype=dtype,
-                          limits=limits_of(1, 64), device=device)  # fmt: skip
-    out: dict[str, list[StreamTile | WideTile]] = {}
-    for name, (n, k) in shapes(config).items():
-        bench = _Bench(decoder, name, rows)
-        gated = config.gated and name == "up"
-        tiles: list[StreamTile | WideTile] = (
-            list(stream_candidates(n, k, gated=gated))
-            if rows == 1
-            else list(
-                wide_candidates(n, k, rows, name, gated=gated, staged=stageable(dtype, device))
-            )
-        )
-        timed = {tile: bench.microseconds(tile) for tile in dict.fromkeys(tiles)}
-        best = sorted(timed, key=timed.__getitem__)
-        out[name] = best[:count] + [tile for tile in best[count:] if not tile.block_n]
-    return out
+        sooner = {name: asked_sooner(tile) for name, tile in best.items()}
+        rows = tile_rows(self.n)
+        compile_tiles(self.decoder.config, self.decoder.dtype, rows, sooner)
+        for name, tiles in sooner.items():
+            for tile in tiles:
+                attempt(name, tile)
 
 
 def refine(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -51,7 +53,7 @@ def cluster_leaders(
             n, k, rows, programs_of(device), gated=config.gated and name == "up",
             residual=residual(name),
         ))  # fmt: skip
-        _compile([macros(config, dtype, name, tile, rows) for tile in tiles])
+        compile_tiles(config, dtype, rows, {name: tiles})
         kept = between(config, {name: tiles}, rows, device)
         timed = {t: _microseconds(decoder, scratch, kept, name, rows, t) for t in tiles}
         best = sorted((t for t in tiles if timed[t] < float("inf")), key=timed.__getitem__)
@@ -59,7 +61,16 @@ def cluster_leaders(
     return out
 
 
-def _compile(defined: list[dict[str, object]]) -> None:
+def asked_sooner(tile: ClusterTile) -> list[ClusterTile]:
+    """Return a tile with more slots ahead: worth a whole step, where what comes before matters."""
+    stages = tile.stages
+    more = dict.fromkeys((stages // 2 + 1, -(-3 * stages // 4), stages))
+    return [replace(tile, ahead=ahead) for ahead in more if ahead != tile.ahead]
+
+
+def compile_tiles(
+    config: ModelConfig, dtype: torch.dtype, rows: int, tiles: Mapping[str, Sequence[ClusterTile]]
+) -> None:
     """Put kernels in the cache, several at a time; what does not compile is found out later."""
 
     def attempt(one: dict[str, object]) -> None:
@@ -69,7 +80,9 @@ def _compile(defined: list[dict[str, object]]) -> None:
             return
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-        list(pool.map(attempt, defined))
+        list(pool.map(attempt, [
+            macros(config, dtype, name, tile, rows) for name in tiles for tile in tiles[name]
+        ]))  # fmt: skip
 
 
 def _microseconds(
