@@ -7,9 +7,9 @@ end tokens ignored. A decoded step of ours is a 64th of 64 tokens after the pref
 with the host waiting for the tokens, best of five after two warm-ups. Of transformers it is (time
 of 65 new tokens - time of 1) / 64, and of ours up to 32 rows too (`by difference`); at 128 rows
 that would be a difference of times that are mostly prefill. A prefill is the best of three in a row
-behind the decoded steps, and of two after a pause of the GPU (`rested`). Bandwidth and the matrix product's
-rate are measured in the same run. Tokens are compared with transformers' over 64 tokens of 32
-prompts: where they first part, the reference's own logits of the two candidates are compared
+behind the decoded steps, and of two after a pause of the GPU (`rested`). Bandwidth and the matrix
+product's rate are measured in the same run. Tokens are compared with transformers' over 64 tokens
+of 32 prompts: where they first part, the reference's own logits of the two candidates are compared
 (`gap`, beside the spread of the row's logits).
 """
 
