@@ -25,6 +25,10 @@ M_MMAP_THRESHOLD = -3
 MAX_SHARD_BYTES = 1 << 29
 """A shard is the unit of resuming and of parallel verification."""
 
+SIDE_BY_SIDE, SMALL_SHARD_BYTES = 16, 1 << 27
+"""Files that weights are divided into, at least, so that as many threads hash them, as long as none
+is smaller than this."""
+
 
 @dataclass(frozen=True)
 class TensorJob:
@@ -53,8 +57,10 @@ def plan_shards(
     """Divide jobs, in order, into files of at most max_bytes, or of one tensor: name → jobs."""
     shards: list[list[TensorJob]] = [[]]
     size = 0
+    each = sum(job.nbytes for job in jobs) // SIDE_BY_SIDE
+    most = min(max_bytes, max(each, SMALL_SHARD_BYTES))
     for job in jobs:
-        if shards[-1] and size + job.nbytes > max_bytes:
+        if shards[-1] and size + job.nbytes > most:
             shards.append([])
             size = 0
         shards[-1].append(job)

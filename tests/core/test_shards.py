@@ -61,6 +61,18 @@ def test_shards_are_planned_in_order():
     assert list(plan_shards(jobs, "m")) == ["m.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("count", "files"), [(1, 1), (4, 1), (8, 2), (64, 16), (200, 17), (1000, 63)]
+)
+def test_large_weights_become_files_to_hash_side_by_side(count, files):
+    """Jobs of 32 MB: none makes a tensor here."""
+    jobs = [TensorJob(str(i), (1 << 25,), "uint8", 0, lambda: None) for i in range(count)]
+    planned = plan_shards(jobs, "m")
+    assert len(planned) == files
+    assert [job for shard in planned.values() for job in shard] == jobs
+    assert all(len(shard) <= 16 for shard in planned.values())
+
+
 def test_shards_that_are_there_are_not_made_again(tmp_path):
     def never():
         raise AssertionError("made again")

@@ -151,16 +151,27 @@ class CpuDecoder(DeviceDecoder):
         x = module.embed(step.tokens, positions)  # [n, width, d_model]
         for index in range(self.config.n_layer):
             layer: Layer = module.layers[index]  # type: ignore[assignment]
-            x = x + self._attend(layer, layer.norm1(x), positions, plan)
+            last = index + 1 == self.config.n_layer and not all_positions and x.shape[1] > 1
+            ends = step.lengths - 1 if last else None
+            attended = self._attend(layer, layer.norm1(x), positions, plan, ends)
+            x = (x if ends is None else x[torch.arange(len(x)), ends, None]) + attended
             x = x + layer.mlp(layer.norm2(x))
-        if not all_positions:
-            x = x[torch.arange(len(x)), step.lengths - 1]
-        logits = module.logits(module.norm(x))
+        logits = module.logits(module.norm(x if all_positions else x[:, 0]))
         return logits.to(torch.promote_types(self.dtype, torch.float32))
 
-    def _attend(self, layer: Layer, x: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+    def _attend(
+        self, layer: Layer, x: Tensor, positions: Tensor, plan: Plan, ends: Tensor | None
+    ) -> Tensor:
+        """Attention [n, width, d_model] of all positions, or [n, 1, d_model] of the n at `ends`.
+
+        The last layer's others are of no use where only the last tokens' logits are wanted.
+        """
         attention = layer.attention
         query, key, value = attention.project(x, positions)
+        mask = plan.mask
+        if ends is not None:
+            query = query[torch.arange(len(query)), :, ends, None]
+            mask = torch.arange(plan.reach) <= (plan.step.starts + ends)[:, None, None, None]
         keys, values = (c[attention.layer] for c in (self.cache.keys, self.cache.values))
         where = (plan.step.slots[plan.rows], slice(None), plan.places)
         keys[where] = key[plan.rows, :, plan.columns]
@@ -170,8 +181,8 @@ class CpuDecoder(DeviceDecoder):
             value = values[plan.slots, :, : plan.reach]
         mixed = F.scaled_dot_product_attention(
             query, key, value,
-            attn_mask=plan.mask,
-            is_causal=plan.mask is None and query.shape[2] > 1,
+            attn_mask=mask,
+            is_causal=mask is None and query.shape[2] > 1,
             scale=attention.scale,
             enable_gqa=self.config.n_head != self.config.n_kv_head,
         )  # [n, n_head, width, head_dim]  # fmt: skip
