@@ -104,9 +104,16 @@ def require_free(
     """Raise UsageError if something stands at the target, or above it, that may not be replaced.
 
     What may be, if it is to `replace` it, is a folder that was finished with the manifest: never
-    what somebody else put there, and never what is being read.
+    what somebody else put there, and never what is being read. Nothing is put into a finished
+    folder of ours, which --force would take away with all that is in it.
     """
     require_place(target)
+    for above in target.absolute().parents:
+        if kind := kind_of(above):
+            raise UsageError(
+                f"{target} lies in {above}, which is {kind}, and would be lost when that is made "
+                "anew; choose an --output beside it"
+            )
     if not occupied(target):
         return
     if target.is_symlink():

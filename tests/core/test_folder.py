@@ -22,7 +22,7 @@ from porttool.folder import (
     require_space,
     verify_files,
 )
-from porttool.standing import occupied
+from porttool.standing import occupied, require_free
 
 MANIFEST = "manifest.json"
 
@@ -300,6 +300,19 @@ def test_force_takes_away_nothing_but_what_was_finished_there(tmp_path, what, mo
     with pytest.raises(UsageError, match=why):
         fill(target, replace=True)
     assert kept.read_text() == "years of work"
+
+
+@pytest.mark.parametrize("above", ["checkpoint.json", "engine.json", "prompt_table.json"])
+@pytest.mark.parametrize("place", ["engine", "some/where/else"])
+def test_nothing_is_put_into_a_finished_folder(tmp_path, monkeypatch, above, place):
+    """It would be lost with it; a relative path is no way in."""
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / above).write_text("{}")
+    monkeypatch.chdir(tmp_path / "made")
+    for target in (tmp_path / "made" / place, Path(place)):
+        with pytest.raises(UsageError, match=r"lies in .*made, which is .*choose an --output besid"):
+            require_free(target, "engine.json", replace=True)
+    require_free(tmp_path / "beside", "engine.json", replace=False)
 
 
 def test_force_takes_away_nothing_that_is_being_read(tmp_path):

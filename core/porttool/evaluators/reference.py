@@ -63,25 +63,22 @@ class ReferenceModel:
         return f"transformers {transformers.__version__} on {self.device}, {self.dtype}"
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        decoding: Decoding,
-        *,
-        batch_size: int = 8,
-        on_batch: Callable[[int], None] | None = None,
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int = 8
     ) -> list[Continuation]:
-        """Continue every prompt, greedily or by beams; `on_batch` is told how many are done.
+        """Continue every prompt: all `batches` of them."""
+        return [c for batch in self.batches(prompts, decoding, batch_size) for c in batch]
+
+    def batches(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, batch_size: int
+    ) -> Iterator[list[Continuation]]:
+        """Continue prompts, greedily or by beams; yield each batch when it is done.
 
         Batches are padded on the left, with a mask. Greedy steps keep the log-probabilities of
         the best candidates.
         """
-        results: list[Continuation] = []
         for first in range(0, len(prompts), batch_size):
-            batch = [list(p) for p in prompts[first : first + batch_size]]
-            results += self._generate_batch(batch, decoding)
-            if on_batch is not None:
-                on_batch(len(batch))
-        return results
+            batch = prompts[first : first + batch_size]
+            yield self._generate_batch([list(prompt) for prompt in batch], decoding)
 
     def first_token_seconds(self, prompts: Sequence[Sequence[int]], decoding: Decoding) -> float:
         """Median time from one prompt to its first token, after one more as a warm-up."""

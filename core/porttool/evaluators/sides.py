@@ -16,6 +16,7 @@ from porttool.evaluators.reference import (
     median_seconds,
 )
 from porttool.evaluators.results import Continuation, Decoding, SideResult, Speed, Task
+from porttool.evaluators.unfinished import Batch, Begun, Unfinished
 from porttool.folder import fingerprint
 from porttool.progress import Progress
 from porttool.text import Tokenizer
@@ -40,24 +41,44 @@ def run_reference(
     task: Task,
     *,
     batch_size: int,
+    output: Path,
     progress: Progress,
 ) -> SideResult:
-    """Summarise with the reference."""
+    """Summarise with the reference, going on where a run that was stopped left off in `output`."""
+    begun = Begun(
+        description=model.description,
+        model=fingerprint_model(model.folder),
+        batch_size=batch_size,
+        task=task,
+    )
+    done = Unfinished(output, begun)
     first = model.first_token_seconds(prompts, task.decoding)
     progress.start("Hugging Face", len(prompts), unit="prompts")
-    began = time.perf_counter()
-    found = model.generate(prompts, task.decoding, batch_size=batch_size, on_batch=progress.advance)
-    seconds = time.perf_counter() - began
+    try:
+        if done.n_done:
+            progress.note(f"{done.path} has {done.n_done} of {len(prompts)} prompts: it goes on")
+            progress.advance(done.n_done)
+        began = time.perf_counter()
+        for found in model.batches(prompts[done.n_done :], task.decoding, batch_size):
+            now = time.perf_counter()
+            done.add(Batch(seconds=now - began, continuations=tuple(found)))
+            began = now
+            progress.advance(len(found))
+    except KeyboardInterrupt as stop:
+        if done.n_done:
+            stop.add_note(f"{done.path} keeps {done.n_done} prompts: the same command goes on")
+        raise
     progress.finish()
+    continuations = [c for batch in done.batches for c in batch.continuations]
     return SideResult(
         side="reference",
         description=model.description,
-        model=fingerprint_model(model.folder),
+        model=begun.model,
         source=fingerprint(model.folder),
         dtype=model.dtype,
         task=task,
-        speed=speed_of(found, seconds, first),
-        continuations=tuple(with_text(c, tokenizer) for c in found),
+        speed=speed_of(continuations, done.seconds, first),
+        continuations=tuple(with_text(c, tokenizer) for c in continuations),
     )
 
 

@@ -21,6 +21,7 @@ from porttool.evaluators.results import (
     require_sides,
     result_file,
 )
+from porttool.evaluators.unfinished import unfinished_file
 from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -190,9 +191,10 @@ def run_sides(
         )
     reference, engine = saved_reference, saved_engine
     if port.source is not None:
-        made = make_reference(options, port, port.source, work, progress)
+        made = make_reference(options, port, port.source, work, output, progress)
         reference = made.model_copy(update={"counterpart": counterpart_of_reference(port)})
         reference.save(output)
+        unfinished_file(output).unlink(missing_ok=True)
     if port.runner is not None:
         from porttool.evaluators.sides import run_engine
 
@@ -219,8 +221,9 @@ def saved_side(output: Path, side: Literal["engine", "reference"], task: Task) -
 
 
 def make_reference(
-    options: SummarizeOptions, port: Port, source: Path, work: Assignment, progress: Progress
-) -> SideResult:
+    options: SummarizeOptions, port: Port, source: Path, work: Assignment, output: Path,
+    progress: Progress,
+) -> SideResult:  # fmt: skip
     """Load the source in Hugging Face, run it, and let it go again.
 
     Then its own rounding is measured: in the engine's type if it is half precision, or, for
@@ -234,7 +237,7 @@ def make_reference(
     model = ReferenceModel(source, dtype=dtype, device=device)
     found = run_reference(
         model, work.tokenizer, work.prompts, work.task, batch_size=options.batch_size,
-        progress=progress,
+        output=output, progress=progress,
     )  # fmt: skip
     del model
     if dtype != "float32" or not options.yardstick or options.num_beams > 1:

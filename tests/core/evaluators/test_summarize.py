@@ -12,13 +12,15 @@ import tiny
 from porttool.config import PromptTemplate
 from porttool.engine import Engine
 from porttool.engines.torch.runner import TorchRunner
-from porttool.errors import CheckFailed, UsageError
+from porttool.errors import CheckFailed, PorttoolError, UsageError
 from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
+from porttool.evaluators.reference import ReferenceModel
 from porttool.evaluators.results import load_result
 from porttool.evaluators.summarize import SummarizeEvaluator, summarize
+from porttool.evaluators.unfinished import unfinished_file
 from porttool.progress import Progress
 from porttool.text import load_tokenizer
 
@@ -206,11 +208,87 @@ class Stopper(Progress):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("side", [{"engine": False}, {"reference": False}])
-def test_an_interrupted_run_leaves_no_results(run, tmp_path, side):
+def test_an_interrupted_engine_leaves_no_results(run, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(progress=Stopper(), **side)
+        run(progress=Stopper(), reference=False)
     assert not (tmp_path / "out").exists()
+
+
+class Reference(Progress):
+    """What is said, and Ctrl-C at the third batch of prompts."""
+
+    def __init__(self, *, stops=False):
+        self.stops, self.batches, self.told = stops, 0, []
+
+    def note(self, text):
+        self.told.append(text)
+
+    def advance(self, amount):
+        self.batches += 1
+        if self.stops and self.batches == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def continued(monkeypatch):
+    """How many prompts each batch of the reference had, those for the first token left out."""
+    sizes, generate = [], ReferenceModel._generate_batch
+
+    def counted(self, prompts, decoding):
+        if decoding.max_new_tokens > 1:
+            sizes.append(len(prompts))
+        return generate(self, prompts, decoding)
+
+    monkeypatch.setattr(ReferenceModel, "_generate_batch", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("lost", [0, 100])
+def test_a_reference_that_was_stopped_goes_on(run, tmp_path, continued, lost):
+    """Also where the last line was cut off."""
+    out = tmp_path / "out"
+    run(engine=False)
+    wanted = load_result(out, "reference")
+    shutil.rmtree(out)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(engine=False, progress=Reference(stops=True))
+    file = unfinished_file(out)
+    assert stopped.value.__notes__ == [f"{file} keeps 9 prompts: the same command goes on"]
+    assert [path.name for path in out.iterdir()] == [file.name]
+    file.write_bytes(file.read_bytes()[: -lost or None])
+    continued.clear()
+    second = Reference()
+    run(engine=False, progress=second)
+    assert continued == ([3, 2] if not lost else [3, 3, 2])
+    done = 9 if not lost else 6
+    assert f"{file} has {done} of 14 prompts: it goes on" in second.told
+    found = load_result(out, "reference")
+    assert found.continuations == wanted.continuations
+    assert found.speed.n_tokens == wanted.speed.n_tokens
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_new_tokens": 11}, {"batch_size": 4}, {"reference_dtype": "bfloat16"}]
+)
+def test_another_run_does_not_go_on_with_it(run, continued, change):
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=True))
+    continued.clear()
+    run(engine=False, **change)
+    assert sum(continued) == 14
+
+
+def test_a_disk_that_is_full_is_named_with_the_file(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    class Fills(Progress):
+        def advance(self, amount):
+            monkeypatch.setattr("pathlib.Path.open", full)
+
+    with pytest.raises(PorttoolError, match=r"reference.unfinished.jsonl: the disk is full"):
+        run(engine=False, progress=Fills())
 
 
 def test_no_side_at_all(run):

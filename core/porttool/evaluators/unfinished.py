@@ -1,0 +1,89 @@
+"""A reference's run that was stopped: kept batch by batch, so that the next run goes on with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt, ValidationError
+
+from porttool.config import Closed
+from porttool.errors import PorttoolError, said_by_system
+from porttool.evaluator import write_whole
+from porttool.evaluators.results import Continuation, Task
+
+
+class Begun(Closed):
+    """Of which run the batches are: another one begins anew. `model` is the folder's fingerprint.
+
+    Batches are padded together, so that other batches may have other continuations.
+    """
+
+    format: Literal["porttool-unfinished"] = "porttool-unfinished"
+    description: str
+    model: str
+    batch_size: PositiveInt
+    task: Task
+
+
+class Batch(Closed):
+    """Continuations of the next prompts, and how long they took."""
+
+    seconds: float
+    continuations: tuple[Continuation, ...]
+
+
+def unfinished_file(folder: Path) -> Path:
+    """Return where batches are kept until there is a result."""
+    return folder / "reference.unfinished.jsonl"
+
+
+class Unfinished:
+    """The batches that are done, in a folder's `unfinished_file`: a line each.
+
+    `batches` begin with those that an earlier run of the same kind has left there.
+    """
+
+    def __init__(self, folder: Path, begun: Begun) -> None:
+        self.path = unfinished_file(folder)
+        self._head = begun.model_dump_json()
+        self.batches = self._read()
+        self._ours = False  # the file is this run's, and whole
+
+    @property
+    def n_done(self) -> int:
+        """Prompts that have been continued."""
+        return sum(len(batch.continuations) for batch in self.batches)
+
+    @property
+    def seconds(self) -> float:
+        """How long that took."""
+        return sum(batch.seconds for batch in self.batches)
+
+    def add(self, batch: Batch) -> None:
+        """Keep one more batch; PorttoolError where the system refuses."""
+        self.batches.append(batch)
+        if not self._ours:
+            lines = [self._head, *(batch.model_dump_json() for batch in self.batches)]
+            write_whole(self.path, "".join(f"{line}\n" for line in lines))
+            self._ours = True
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{batch.model_dump_json()}\n")
+        except OSError as error:
+            error.filename = str(self.path)
+            raise PorttoolError(said_by_system(error)) from error
+
+    def _read(self) -> list[Batch]:
+        """Return what another run left, up to the first line that was cut off."""
+        if not self.path.is_file():
+            return []
+        head, *lines = self.path.read_bytes().splitlines() or [b""]
+        found: list[Batch] = []
+        for line in lines if head == self._head.encode() else []:
+            try:
+                found.append(Batch.model_validate_json(line))
+            except ValidationError:
+                break
+        return found
