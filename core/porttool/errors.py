@@ -37,10 +37,12 @@ class SourceError(PorttoolError):
 
 
 class UntoldError(SourceError):
-    """A source does not say what an option has to.
+    """A source does not say what an option has to: the request lacks that option.
 
     `tensors` and `known`, fields of a model's config, are what it does say.
     """
+
+    exit_status = 2
 
     def __init__(
         self, message: str, tensors: TensorSource, known: Mapping[str, int | float | str]

@@ -122,6 +122,8 @@ def test_the_tokenizer_gives_the_ids(tmp_path, monkeypatch, model):
 def test_what_a_file_cannot_tell_is_asked_for(tmp_path, model):
     source = write_source(tmp_path / "megatron", model)
     refused(source, tmp_path, "say how many heads.*--n-head.*; nor how many ids .*--vocab-size")
+    output = str(tmp_path / "made")
+    assert invoke(["convert", str(source), "--model", "gpt2/megatron", "-o", output]) == 2
     refused(source, tmp_path, r"model_optim_rng\.pt: does not say how many heads", vocab_size=67)
     refused(source, tmp_path, "72 rows.*--vocab-size.*tokenizer", n_head=4)
     refused(source, tmp_path, "72 rows, fewer than the 80 ids", n_head=4, vocab_size=80)
