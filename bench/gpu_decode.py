@@ -33,7 +33,7 @@ import triton
 from torch import Tensor
 
 from gpu_models import REQUIRED, SHAPES, config, peer, weights_of
-from porttool.config import Limits
+from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_measure import milliseconds, random_weights
 from porttool.engines.torch.kernels.norm import blocking, residual_norm_kernel
@@ -162,14 +162,21 @@ def measure_porttool(decoder: CudaDecoder, name: str) -> dict[str, Any]:
             out[f"prefill {n}x512 ms, rested"] = round(rested(lambda s=step: decoder.step(s)), 2)
     long = first_step(prompts(c.vocab_size, 32, 924))
     out["prefill 32x924 ms"] = round(timed(lambda: decoder.step(long)), 2)
-    flops = 2 * 32 * 924 * (layer_parameters(decoder) + 924 * c.n_head * c.head_dim * c.n_layer)
+    flops = prefill_flops(c, 32, 924)
     out["prefill 32x924 TFLOP/s"] = round(flops / out["prefill 32x924 ms"] / 1e9, 1)
     return out
 
 
-def layer_parameters(decoder: CudaDecoder) -> int:
-    """Parameters of the layers' matrices."""
-    return sum(part.weight.numel() for part in decoder.model.weights.linears()[:-1])
+def prefill_flops(c: ModelConfig, rows: int, length: int) -> int:
+    """What a prefill computes; the last layer's part behind keys and values, for last tokens only.
+
+    A token of attention sees half of the row, in two products.
+    """
+    heads = c.n_head * c.head_dim
+    behind = c.d_model * (heads + c.up_dim + c.d_ff) + length * heads
+    layer = c.d_model * c.qkv_dim + behind
+    tokens = rows * length
+    return 2 * (tokens * (c.n_layer * layer - behind) + rows * behind)
 
 
 def make(name: str, weights: dict[str, Tensor], tuning: Any) -> tuple[CudaDecoder, dict[str, Any]]:
