@@ -76,3 +76,45 @@ def test_only_what_is_new_and_empty_is_taken_away(tmp_path):
             raise RuntimeError
         assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == left
         (tmp_path / "a/b/one").unlink(missing_ok=True)
+
+
+DEMO = Path(__file__).parent.parent.parent / "examples" / "demo"
+
+
+@pytest.fixture
+def stopped_demo(tmp_path, monkeypatch, capsys):
+    """A demo that is stopped in its first build, in a work folder with a `demo` of somebody's."""
+
+    def stop(*_, **__):
+        stopped = KeyboardInterrupt()
+        stopped.add_note("the same command with --test-engine goes on")
+        raise stopped
+
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "mine.txt").write_text("mine")
+    monkeypatch.setattr("porttool.api.build", stop)
+    return ["demo", "--data", str(DEMO), "--workdir", str(tmp_path)]
+
+
+def test_a_demo_takes_nothing_away_that_it_did_not_make(stopped_demo, tmp_path, capsys):
+    for _ in range(2):
+        assert invoke(stopped_demo) == 130
+        made = tmp_path / "demo" / "gpt2" / "checkpoint" / "checkpoint.json"
+        assert made.is_file()
+        assert (tmp_path / "demo" / "mine.txt").read_text() == "mine"
+
+
+def test_a_demo_that_is_stopped_promises_nothing(stopped_demo, capsys):
+    assert invoke(stopped_demo) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: interrupted"
+
+
+def test_a_stopped_check_names_no_folder_that_is_gone(monkeypatch, capsys):
+    def stop(*_, **__):
+        stopped = KeyboardInterrupt()
+        stopped.add_note("somewhere keeps what was written")
+        raise stopped
+
+    monkeypatch.setattr("porttool.testing.run_checks", stop)
+    assert invoke(["plugins", "check", "gpt2"]) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "error: interrupted"

@@ -7,7 +7,8 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from porttool.progress import Progress, format_bytes
@@ -66,6 +67,16 @@ def error(text: str) -> None:
     from rich.text import Text
 
     _console(stderr=True).print(Text.assemble(("error: ", "bold red"), text))
+
+
+@contextmanager
+def without_notes() -> Iterator[None]:
+    """Let Ctrl-C end a command without the notes of its parts on what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.__notes__ = []
+        raise
 
 
 def failure(raised: Exception, culprit: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import click
@@ -19,6 +18,7 @@ from porttool.errors import UsageError
               help="Where checkpoint, engine and report go.")  # fmt: skip
 @click.option("--max-articles", type=click.IntRange(min=1), default=200, show_default=True,
               help="Articles to summarise.")  # fmt: skip
+@console.without_notes()  # they tell how other commands go on
 def command(data: Path, workdir: Path, max_articles: int) -> None:
     """Convert a small trained GPT-2, build it, prove it, and summarise articles with it.
 
@@ -31,10 +31,9 @@ def command(data: Path, workdir: Path, max_articles: int) -> None:
     if not source.is_dir():
         raise UsageError(f"{source}: no demo model here; run this in a clone, or name it by --data")
     space = Workspace(workdir / "demo")
-    shutil.rmtree(space.root, ignore_errors=True)
     progress = console.ConsoleProgress()
     console.say("1. convert: the source's tensors under canonical names, every one accounted for")
-    checkpoint = api.convert(source, model="gpt2", workspace=space, progress=progress)
+    checkpoint = api.convert(source, model="gpt2", workspace=space, force=True, progress=progress)
     console.say("2. build: an engine for batches of 8")
     engine = api.build(
         model="gpt2", workspace=space, max_output_len=100, force=True, progress=progress
