@@ -53,15 +53,14 @@ def run_reference(
     )
     done = Unfinished(output, begun)
     first = model.first_token_seconds(prompts, task.decoding)
-    progress.start("Hugging Face", len(prompts), unit="prompts")
+    if done.n_done:
+        progress.note(f"{done.path} has {done.n_done} of {len(prompts)} prompts: it goes on")
+    progress.start("Hugging Face", len(prompts) - done.n_done, unit="prompts")
     try:
-        if done.n_done:
-            progress.note(f"{done.path} has {done.n_done} of {len(prompts)} prompts: it goes on")
-            progress.advance(done.n_done)
         began = time.perf_counter()
         for found in model.batches(prompts[done.n_done :], task.decoding, batch_size):
             now = time.perf_counter()
-            done.add(Batch(seconds=now - began, continuations=tuple(found)))
+            done.add(Batch(first=done.n_done, seconds=now - began, continuations=tuple(found)))
             began = now
             progress.advance(len(found))
     except KeyboardInterrupt as stop:

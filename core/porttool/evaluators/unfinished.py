@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt, ValidationError
+from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from porttool.config import Closed
 from porttool.errors import PorttoolError, said_by_system
@@ -27,8 +27,9 @@ class Begun(Closed):
 
 
 class Batch(Closed):
-    """Continuations of the next prompts, and how long they took."""
+    """Continuations of prompts from the `first` on, and how long they took."""
 
+    first: NonNegativeInt
     seconds: float
     continuations: tuple[Continuation, ...]
 
@@ -76,14 +77,19 @@ class Unfinished:
             raise PorttoolError(said_by_system(error)) from error
 
     def _read(self) -> list[Batch]:
-        """Return what another run left, up to the first line that was cut off."""
+        """Return what another run left, up to the first line that was cut off.
+
+        Two runs at a time write into one file: of a batch that is there twice one counts.
+        """
         if not self.path.is_file():
             return []
         head, *lines = self.path.read_bytes().splitlines() or [b""]
         found: list[Batch] = []
         for line in lines if head == self._head.encode() else []:
             try:
-                found.append(Batch.model_validate_json(line))
+                batch = Batch.model_validate_json(line)
             except ValidationError:
                 break
+            if batch.first == sum(len(b.continuations) for b in found):
+                found.append(batch)
         return found

@@ -18,9 +18,9 @@ from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
 from porttool.evaluators.reference import ReferenceModel
-from porttool.evaluators.results import load_result
+from porttool.evaluators.results import Continuation, Decoding, Task, load_result
 from porttool.evaluators.summarize import SummarizeEvaluator, summarize
-from porttool.evaluators.unfinished import unfinished_file
+from porttool.evaluators.unfinished import Batch, Begun, Unfinished, unfinished_file
 from porttool.progress import Progress
 from porttool.text import load_tokenizer
 
@@ -218,7 +218,10 @@ class Reference(Progress):
     """What is said, and Ctrl-C at the third batch of prompts."""
 
     def __init__(self, *, stops=False):
-        self.stops, self.batches, self.told = stops, 0, []
+        self.stops, self.batches, self.told, self.totals = stops, 0, [], {}
+
+    def start(self, label, total, *, unit="B"):
+        self.totals[label] = total
 
     def note(self, text):
         self.told.append(text)
@@ -262,6 +265,7 @@ def test_a_reference_that_was_stopped_goes_on(run, tmp_path, continued, lost):
     assert continued == ([3, 2] if not lost else [3, 3, 2])
     done = 9 if not lost else 6
     assert f"{file} has {done} of 14 prompts: it goes on" in second.told
+    assert second.totals["Hugging Face"] == 14 - done, "the rate is of this run's prompts"
     found = load_result(out, "reference")
     assert found.continuations == wanted.continuations
     assert found.speed.n_tokens == wanted.speed.n_tokens
@@ -277,6 +281,23 @@ def test_another_run_does_not_go_on_with_it(run, continued, change):
     continued.clear()
     run(engine=False, **change)
     assert sum(continued) == 14
+
+
+def test_of_two_runs_at_a_time_one_goes_on(tmp_path):
+    """Each appends to a file that the other has put in its own's place."""
+    task = Task(articles=(), prompts_sha256="", decoding=Decoding())
+    begun = Begun(description="", model="", batch_size=1, task=task)
+
+    def batch(first):
+        made = Continuation(tokens=(first,), ended=True)
+        return Batch(first=first, seconds=1.0, continuations=(made,))
+
+    runs = [Unfinished(tmp_path, begun) for _ in range(2)]
+    for first in range(3):
+        for one in runs:
+            one.add(batch(first))
+    assert unfinished_file(tmp_path).read_text().count("continuations") == 5
+    assert Unfinished(tmp_path, begun).batches == [batch(first) for first in range(3)]
 
 
 def test_a_disk_that_is_full_is_named_with_the_file(run, tmp_path, monkeypatch):
