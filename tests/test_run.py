@@ -6,6 +6,7 @@ import io
 import json
 import runpy
 import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -272,3 +273,17 @@ def test_a_stream_that_cannot_be_reconfigured_is_left(monkeypatch):
     monkeypatch.setattr("sys.stdout", io.StringIO())
     monkeypatch.setattr("sys.stderr", None)
     console.tolerate_encodings()
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_files_of_ours(closed, tmp_path):
+    """The lowest descriptor would be given to what is opened next, with what is printed."""
+    script = (
+        "import os; from porttool.cli import main\n"
+        "try: main(['plugins', 'list', '--json'])\n"
+        "finally: open('next', 'w').write(str(os.open(os.devnull, os.O_RDONLY) > 2))"
+    )
+    shell = ["sh", "-c", f'exec "$0" "$@" {closed}', sys.executable, "-c", script]
+    ended = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "next").read_text() == "True"

@@ -53,6 +53,7 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 a failed check or operation, 2 a usage error."""
+    console.open_closed_streams()
     console.tolerate_encodings()
     sys.exit(invoke(arguments))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
 import traceback
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from porttool.evaluator import Report
 
+LAST_STREAM = 2
+"""Descriptor of standard error."""
 PLAIN_INTERVAL = 5.0
 """Seconds between lines of progress where there is no terminal."""
 
@@ -27,6 +30,19 @@ def _console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+def open_closed_streams() -> None:
+    """Give standard streams that are closed (`>&-`) to the null device.
+
+    A file that is opened later would take their place, and a library's messages.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
+        pass
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115 - for as long as it runs
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def tolerate_encodings() -> None:
