@@ -275,6 +275,37 @@ def test_a_stream_that_cannot_be_reconfigured_is_left(monkeypatch):
     console.tolerate_encodings()
 
 
+@pytest.mark.parametrize("flag", ["--output-csv", "--output-json", "--output-npy"])
+def test_no_file_of_an_engine_is_written_over(run, engine, tmp_path, flag):
+    (tmp_path / "link").symlink_to(engine)
+    for place in (engine, tmp_path / "link"):
+        before = (engine / "engine.json").read_bytes()
+        status, _, said = run(*PROMPT, flag, str(place / "engine.json"))
+        assert (engine / "engine.json").read_bytes() == before
+        assert status == 2
+        assert f"lies in {engine}, which is an engine: choose another place" in said
+
+
+def test_what_is_printed_lies_in_no_folder(run, engine, monkeypatch):
+    monkeypatch.chdir(engine)
+    assert run(*PROMPT, "--output-json", "-")[0] == 0
+
+
+def test_two_results_take_two_files(run, tmp_path):
+    both = [
+        "--output-csv",
+        str(tmp_path / "a"),
+        "--output-json",
+        str(tmp_path / "." / "b" / ".." / "a"),
+    ]
+    (tmp_path / "b").mkdir()
+    status, _, said = run(*PROMPT, *both)
+    assert status == 2
+    assert "is named for two results, of which one would be lost" in said
+    null = ["--output-csv", "/dev/null", "--output-json", "/dev/null", "--max-output-len", "1"]
+    assert run(*PROMPT, *null)[0] == 0
+
+
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_files_of_ours(closed, tmp_path):
     """The lowest descriptor would be given to what is opened next, with what is printed."""

@@ -21,7 +21,7 @@ from porttool.cli.options import (
     table_options,
 )
 from porttool.errors import UsageError
-from porttool.standing import whole_file
+from porttool.standing import kind_of, whole_file
 
 if TYPE_CHECKING:
     from porttool.benchmark import BenchmarkResult
@@ -114,11 +114,19 @@ def read_sizes(flag: str, asked: dict[str, Any]) -> tuple[int, ...]:
 
 
 def require_writable(*files: Path | None) -> None:
-    """Refuse a result's place that cannot be, before anything is measured."""
-    for file in files:
-        if file is None:
-            continue
+    """Refuse a result's place that cannot be, before anything is measured.
+
+    Nor may it be in a finished folder of ours, whose files are sealed, or be another result's.
+    """
+    given = [file for file in files if file is not None]
+    for i, file in enumerate(given):
         folder = file.absolute().parent
+        again = any(file.resolve() == other.resolve() for other in given[:i])
+        if again and (file.is_file() or not file.exists()):  # /dev/null takes any number
+            raise UsageError(f"{file} is named for two results, of which one would be lost")
+        for above in file.resolve().parents:
+            if kind := kind_of(above):
+                raise UsageError(f"{file} lies in {above}, which is {kind}: choose another place")
         if not folder.is_dir():
             raise UsageError(f"{file}: there is no folder {folder}")
         if not os.access(file if file.exists() else folder, os.W_OK):

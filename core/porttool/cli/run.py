@@ -161,7 +161,7 @@ def check_places(asked: dict[str, Any]) -> None:
     for name in names[1:]:
         if str(asked[name]) == "-":
             raise UsageError("only --output-json writes to standard output: name a file")
-    require_writable(*(asked[name] for name in names))
+    require_writable(*(asked[name] for name in names if str(asked[name]) != "-"))
     if asked["logprobs"] and not asked["output_json"]:
         raise UsageError("--logprobs are written with --output-json alone: add it; `-` prints them")
 
