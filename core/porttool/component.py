@@ -21,9 +21,11 @@ UNKNOWN = "extra_forbidden"
 
 
 class Options(BaseModel):
-    """Options of a component: closed, frozen, settable as `--set NAME VALUE`."""
+    """Options of a component: closed, frozen, finite, settable as `--set NAME VALUE`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 PathOption = Annotated[Path, AfterValidator(Path.absolute)]

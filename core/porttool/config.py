@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -21,6 +21,9 @@ class Closed(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+
+LengthPenalty = Annotated[float, Field(ge=-32, le=32)]
+"""An exponent of lengths: beyond this, no float holds what it makes of a long one."""
 
 BEAM_OPTIONS = ("length_penalty", "early_stopping")
 """Options that only beam search has a use for."""
@@ -193,7 +196,7 @@ class Sampling(Closed):
     stop: tuple[str, ...] = ()
     num_beams: PositiveInt = 1
     num_return_sequences: PositiveInt = 1
-    length_penalty: float = 1.0
+    length_penalty: LengthPenalty = 1.0
     early_stopping: bool = False
     logprobs: bool = False
     keep_logits: bool = False

@@ -46,6 +46,40 @@ def said(capsys, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--margin inf", "margin: Input should be a finite number"),
+        ("--margin 1e-300", "margin: Input should be greater than or equal to 0.001"),
+        ("--rouge1-threshold nan", "--rouge1-threshold: Input should be a finite number"),
+        ("--set max_drift Infinity", "max_drift: Input should be a finite number"),
+        ("--set resamples 1", "resamples: Input should be greater than or equal to 100"),
+        ("--set resamples 99999999999", "resamples: Input should be less than or equal to 1000000"),
+        ("--set seed -1", "seed: Input should be greater than or equal to 0"),
+        ("--shuffle-seed -1", "--shuffle-seed: Input should be greater than or equal to 0"),
+        ("--num-beams 2 --set length_penalty 1e308", "length_penalty: Input should be less than"),
+    ],
+)
+def test_no_number_of_an_evaluation_ends_in_a_traceback(said, engine_folder, option, message):
+    """Most were found by the arithmetic, after both sides had run; an infinite bound passed all."""
+    status, told = said("summarize", engine_folder, "--dataset", "none.jsonl", *option.split())
+    assert (status, message in told) == (2, True), told
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("run {} --input-text x --num-beams 2 --length-penalty -1e308",
+         "--length-penalty: Input should be greater than or equal to -32"),
+        ("bench {} --seed 99999999999999999999", "--seed: Input should be less than"),
+        ("build --dummy -o new --rotary-pct nan", "--rotary-pct: Input should be less than"),
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_named(said, engine_folder, command, message):
+    status, told = said(*command.format(engine_folder).split())
+    assert (status, message in told) == (2, True), told
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json"])
 def test_a_pointer_of_git_lfs(copy, said, name):
     if name == "pytorch_model.bin":

@@ -29,7 +29,7 @@ class Method(Closed):
 
     warmup: NonNegativeInt = 2
     repeats: PositiveInt = 5
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
 
 class Ceiling(Closed):

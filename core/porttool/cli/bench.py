@@ -15,9 +15,11 @@ from porttool.cli.options import (
     ModelCommand,
     OptionTable,
     as_settings,
+    explaining,
     json_option,
     model_options,
     set_option,
+    spelling,
     table_options,
 )
 from porttool.errors import UsageError
@@ -79,12 +81,14 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
     if picture and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"--picture {picture}: its name should end in {', '.join(PICTURES)}")
     space = Workspace.choose(asked["workdir"])
+    with spelling({"seed": "--seed"}), explaining():
+        method = Method(warmup=asked["warmup"], repeats=asked["repeats"], seed=asked["seed"])
     found = bench(
         tuple(space.find_engine(engine, asked["model"]) for engine in engines or (None,)),
         cells,
         hf_model=asked["hf_model"],
         compiled=not asked["no_compile"],
-        method=Method(warmup=asked["warmup"], repeats=asked["repeats"], seed=asked["seed"]),
+        method=method,
         options=as_settings(asked["settings"]),
         progress=console.ConsoleProgress(),
     )

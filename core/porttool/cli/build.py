@@ -15,9 +15,11 @@ from porttool.cli.options import (
     ModelCommand,
     OptionTable,
     as_settings,
+    explaining,
     json_option,
     model_options,
     set_option,
+    spelling,
     table_options,
 )
 from porttool.errors import UsageError
@@ -135,11 +137,13 @@ def open_source(
     from porttool.dummy import Knobs, dummy_checkpoint
 
     knobs = {name_of(flag): asked[name_of(flag)] for flag, _ in KNOBS if flag != "--no-bias"}
+    with spelling({name_of(flag): flag for flag, _ in KNOBS}), explaining():
+        shape = Knobs(**knobs, bias=False if asked["no_bias"] else None)
     return dummy_checkpoint(
         asked["output"],
         model=asked["model"],
         config=asked["config"],
-        knobs=Knobs(**knobs, bias=False if asked["no_bias"] else None),
+        knobs=shape,
         dtype=asked["dtype"] or "float16",
         seed=asked["random_seed"] or 0,
         force=asked["force"],

@@ -135,6 +135,19 @@ def spelling(flags: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Turn what a closed model says of the values it was given into a UsageError."""
+    from pydantic import ValidationError
+
+    from porttool.component import explain
+
+    try:
+        yield
+    except ValidationError as error:
+        raise UsageError(explain(error)) from error
+
+
 UNTOLD: OptionTable = (
     ("--n-head", {"type": click.IntRange(min=1), "help": "Heads, where the source cannot tell."}),
     ("--vocab-size", {"type": click.IntRange(min=1),

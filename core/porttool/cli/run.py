@@ -17,6 +17,7 @@ from porttool.cli.options import (
     ModelCommand,
     OptionTable,
     as_settings,
+    explaining,
     flags_in,
     model_options,
     names_in,
@@ -234,9 +235,6 @@ FLAGS |= {"max_new_tokens": "--max-output-len", "min_new_tokens": "--min-output-
 @spelling(FLAGS)
 def read_sampling(asked: dict[str, Any], loaded: LoadedEngine | None = None) -> Sampling:
     """Return the sampling that the options ask for; without an engine, as far as that goes."""
-    from pydantic import ValidationError
-
-    from porttool.component import explain
     from porttool.config import Sampling
 
     values = {name: asked[name] for name in names_in(SAMPLING)}
@@ -251,7 +249,5 @@ def read_sampling(asked: dict[str, Any], loaded: LoadedEngine | None = None) -> 
     encode = loaded.tokenizer.encode if loaded and loaded.tokenizer else str.encode
     values["bad_words"] = tuple(tuple(encode(word)) for word in asked["bad_words"])
     values["keep_logits"] = asked["output_logits_npy"] is not None
-    try:
+    with explaining():
         return Sampling.model_validate(values)
-    except ValidationError as error:
-        raise UsageError(explain(error)) from error

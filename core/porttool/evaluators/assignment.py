@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from porttool.component import Options
-from porttool.config import BEAM_OPTIONS, Dtype, Limits, PromptTemplate, refuse_idle
+from porttool.config import (
+    BEAM_OPTIONS,
+    Dtype,
+    LengthPenalty,
+    Limits,
+    PromptTemplate,
+    refuse_idle,
+)
 from porttool.errors import UsageError
 from porttool.evaluator import Port
 from porttool.evaluators.results import Decoding, Task
@@ -21,6 +28,13 @@ if TYPE_CHECKING:
 
 ANCESTOR_INPUT_LEN = 923
 """Prompt tokens that the ancestor's recipe keeps: with 100 new ones they fit 1024 positions."""
+
+
+Points = Annotated[float, Field(ge=1e-3, le=100)]
+"""A difference of scores in percent; of a smaller one no number of articles could say anything."""
+
+Resamples = Annotated[int, Field(ge=100, le=1_000_000)]
+"""With fewer a confidence interval need not hold the mean that it is of."""
 
 
 class SummarizeOptions(Options):
@@ -40,7 +54,7 @@ class SummarizeOptions(Options):
     highlights_column: str = "highlights"
     article_ids: Path | None = None
     max_articles: PositiveInt = 200
-    shuffle_seed: int | None = None
+    shuffle_seed: NonNegativeInt | None = None
 
     prompt: Literal["auto", "suffix", "instruction"] = "auto"
     suffix: str = " TL;DR: "
@@ -48,7 +62,7 @@ class SummarizeOptions(Options):
     max_input_len: PositiveInt | None = None
     max_new_tokens: PositiveInt = 100
     num_beams: PositiveInt = 1
-    length_penalty: float = 1.0
+    length_penalty: LengthPenalty = 1.0
     early_stopping: bool = True
     batch_size: PositiveInt = 8
 
@@ -56,14 +70,14 @@ class SummarizeOptions(Options):
     reference_device: Literal["auto", "cpu", "cuda"] = "auto"
     yardstick: bool = True
 
-    margin: PositiveFloat | None = None
-    assumed_sd: PositiveFloat = 2.0
+    margin: Points | None = None
+    assumed_sd: Points = 2.0
     min_agreement: float | None = Field(default=None, gt=0, le=1)
     max_drift: PositiveFloat | None = None
     rouge1_threshold: float | None = None
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    resamples: PositiveInt = 10_000
-    seed: int = 0
+    resamples: Resamples = 10_000
+    seed: NonNegativeInt = 0
 
     n_examples: int = Field(default=4, ge=0)
     parity_report: Path | None = None

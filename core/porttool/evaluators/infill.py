@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from porttool.component import Options
 from porttool.config import Dtype, InfillTokens
@@ -14,6 +14,8 @@ from porttool.errors import UsageError
 from porttool.evaluator import Evaluator, Port, Report, Table, Verdict
 from porttool.evaluators.assignment import (
     Assignment,
+    Points,
+    Resamples,
     SummarizeOptions,
     end_tokens,
     input_len,
@@ -50,12 +52,12 @@ class InfillOptions(Options):
     batch_size: PositiveInt = 8
     reference_dtype: Dtype | None = None
     reference_device: Literal["auto", "cpu", "cuda"] = "auto"
-    margin: PositiveFloat | None = None
+    margin: Points | None = None
     min_agreement: float | None = Field(default=None, gt=0, le=1)
     max_drift: PositiveFloat | None = None
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    resamples: PositiveInt = 10_000
-    seed: int = 0
+    resamples: Resamples = 10_000
+    seed: NonNegativeInt = 0
 
     @property
     def as_summaries(self) -> SummarizeOptions:
