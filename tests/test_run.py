@@ -240,6 +240,20 @@ def test_only_a_newline_ends_a_prompt(run, tmp_path, monkeypatch):
     assert err == "blank lines skipped: 2\n"
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(run, tmp_path, monkeypatch):
+    """Editors on Windows write one."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfThe mayor"))
+    monkeypatch.setattr("sys.stdin", stdin)
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfThe mayor\r\n")
+    (tmp_path / "ids.csv").write_bytes(b"\xef\xbb\xbf5,9\r\n")
+    ask = ("--max-output-len", "1", "--output-json", "-")
+    wanted = run(*PROMPT, *ask)
+    assert run("--input-file", tmp_path / "text", *ask) == wanted
+    assert run("--input-text", "-", *ask) == wanted
+    status, out, _ = run("--input-tokens", tmp_path / "ids.csv", *ask)
+    assert (status, json.loads(out)["prompt_tokens"]) == (0, [5, 9])
+
+
 def test_python_runs_the_package(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["porttool", "--version"])
     with pytest.raises(SystemExit) as ended:

@@ -32,7 +32,7 @@ def read_tokens(path: Path) -> list[list[int]]:
 
 def read_csv(path: Path) -> list[list[int]]:
     """Read one prompt a line; a value that is no integer is named with its line."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         try:
             rows = [[int(value) for value in row if value.strip()] for row in reader]

@@ -203,15 +203,19 @@ def with_virtual_tokens(
     return prompts
 
 
+TEXT = "utf-8-sig"
+"""UTF-8, after a byte order mark if there is one: it is no part of the first prompt."""
+
+
 def read_texts(asked: dict[str, Any]) -> list[str]:
     """Return the texts of a file, of standard input, or of the command line."""
     try:
         if asked["input_file"]:
-            if lines := read_lines(asked["input_file"].read_bytes().decode("utf-8")):
+            if lines := read_lines(asked["input_file"].read_bytes().decode(TEXT)):
                 return lines
             raise UsageError(f"{asked['input_file']}: there is no prompt in it")
         return [
-            sys.stdin.buffer.read().decode("utf-8") if text == "-" else text
+            sys.stdin.buffer.read().decode(TEXT) if text == "-" else text
             for text in asked["input_text"]
         ]
     except UnicodeDecodeError as error:
