@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 
 from porttool.component import explain
 from porttool.config import Closed, Dtype
@@ -34,7 +34,13 @@ class Decoding(Closed):
     eos: tuple[int, ...] = ()
 
 
-class Continuation(Closed):
+class Kept(Closed):
+    """A record that is read again, numbers that are none included: models overflow, in float16."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+
+class Continuation(Kept):
     """New tokens of one prompt without the end token; `ended` says that there was one.
 
     `logprobs` are the chosen tokens'. `candidates` are the reference's best few of every step,
@@ -91,7 +97,7 @@ class Task(Closed):
         return cls(articles=articles, prompts_sha256=digest, decoding=decoding)
 
 
-class SideResult(Closed):
+class SideResult(Kept):
     """One side's continuations of a task. `model` fingerprints the source or the checkpoint.
 
     `engine` is the seal of an engine's manifest: one checkpoint gives many engines.

@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError
 from porttool.config import Closed
 from porttool.errors import PorttoolError, said_by_system
 from porttool.evaluator import write_whole
-from porttool.evaluators.results import Continuation, Task
+from porttool.evaluators.results import Continuation, Kept, Task
 
 
 class Begun(Closed):
@@ -26,7 +26,7 @@ class Begun(Closed):
     task: Task
 
 
-class Batch(Closed):
+class Batch(Kept):
     """Continuations of prompts from the `first` on, and how long they took."""
 
     first: NonNegativeInt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -298,6 +299,20 @@ def test_of_two_runs_at_a_time_one_goes_on(tmp_path):
             one.add(batch(first))
     assert unfinished_file(tmp_path).read_text().count("continuations") == 5
     assert Unfinished(tmp_path, begun).batches == [batch(first) for first in range(3)]
+
+
+def test_what_overflowed_can_be_read_again(run, tmp_path, monkeypatch):
+    """A reference's rounding in float16 is no number where its activations overflow there."""
+    nan, low = float("nan"), float("-inf")
+    monkeypatch.setattr("porttool.evaluators.sides.measure_rounding", lambda *_: nan)
+    run(engine=False)
+    found = load_result(tmp_path / "out", "reference")
+    assert math.isnan(found.rounding["float16"])
+    made = Continuation(tokens=(1,), ended=False, logprobs=(low,), candidates=(((1, low),),))
+    batch = Batch(first=0, seconds=1.0, continuations=(made,))
+    begun = Begun(description="", model="", batch_size=1, task=found.task)
+    Unfinished(tmp_path, begun).add(batch)
+    assert Unfinished(tmp_path, begun).batches == [batch]
 
 
 def test_a_disk_that_is_full_is_named_with_the_file(run, tmp_path, monkeypatch):
