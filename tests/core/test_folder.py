@@ -310,7 +310,7 @@ def test_nothing_is_put_into_a_finished_folder(tmp_path, monkeypatch, above, pla
     (tmp_path / "made" / above).write_text("{}")
     monkeypatch.chdir(tmp_path / "made")
     for target in (tmp_path / "made" / place, Path(place)):
-        with pytest.raises(UsageError, match=r"lies in .*made, which is .*choose an --output besid"):
+        with pytest.raises(UsageError, match=r"lies in .*made, which is .*an --output beside"):
             require_free(target, "engine.json", replace=True)
     require_free(tmp_path / "beside", "engine.json", replace=False)
 

@@ -231,5 +231,25 @@ def test_the_tuner_tries_more_slots_ahead_in_whole_steps(measured) -> None:
     assert decoder.tuning.cluster["32"] == chosen
 
 
+def test_the_tuner_chooses_products_again_beside_what_they_brought_about(measured) -> None:
+    """One that is slower at first is faster beside the attention that the others made faster."""
+    wide, tall = ClusterTile(64, 1, 8, 4), ClusterTile(64, 2, 8, 4)
+    together = replace(default_tuning(shape_of("multi-query"), "cpu").attention, balanced=True)
+
+    class Mutual(Decoder):
+        def milliseconds(self) -> float:
+            tiles = self.tuning.cluster.get("32")
+            if tiles is None:
+                return 1.0
+            balanced = self.tuning.wide_attention["32"].balanced
+            split = any(tile.split == 2 for tile in tiles.values())
+            return 0.9 - 0.1 * balanced - 0.1 * split if balanced else 0.9 + 0.1 * split
+
+    decoder = Mutual(shape_of("multi-query"))
+    found = {name: [wide, tall] if name == "up" else [wide] for name in NAMES}
+    assert measured.refine(decoder, {}, 32, 512, found, [together]) == pytest.approx(0.7)
+    assert decoder.tuning.cluster["32"] == {**dict.fromkeys(NAMES, wide), "up": tall}
+
+
 def test_rows_of_a_tile_cover_every_batch() -> None:
     assert {tile_rows(n) for n in range(2, 300)} == {16, 32, 64, 128}
