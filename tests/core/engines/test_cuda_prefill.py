@@ -323,6 +323,18 @@ class TestUnderTheInterpreter:
         assert_same(graphed, plain, steps)
         assert captures == [0] and len(graphed._prompts.graphs._graphs) == 2
 
+    def test_rows_of_one_token_are_no_more_than_tokens(self) -> None:
+        """34 tokens are padded to 48, and 33 rows would be to 64."""
+        shape = cases.config("grouped rms")
+        plain = cases.drawn(shape, torch.float32)
+        made = CudaDecoder(shape, plain.state_dict(), dtype=torch.float32,
+                           limits=cases.limits(33, 4), device="cpu", graphs=False)  # fmt: skip
+        cache = KVCache(shape, 33, 4, dtype=torch.float64)
+        step = Step.prefill([[i] for i in range(32)] + [[5, 6]])
+        assert padded_size(Packed(step)) == (48, 48)
+        wanted = cases.reference(plain, cache, step)
+        assert cases.relative_error(made.step(step), wanted) < 2e-5
+
     def test_larger_prompts_take_larger_buffers(self, captures: list[int]) -> None:
         """Graphs of the old ones are captured anew, at the size's next prompt."""
         graphed, plain = make("learned", graphs=True), make("learned", graphs=False)
