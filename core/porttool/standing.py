@@ -108,7 +108,7 @@ def require_free(
     folder of ours, which --force would take away with all that is in it.
     """
     require_place(target)
-    for above in target.absolute().parents:
+    for above in Path(os.path.realpath(target)).parents:
         if kind := kind_of(above):
             raise UsageError(
                 f"{target} lies in {above}, which is {kind}, and would be lost when that is made "
