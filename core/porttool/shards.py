@@ -71,6 +71,12 @@ def plan_shards(
     return {f"{stem}-{i + 1:05}-of-{n:05}.safetensors": shard for i, shard in enumerate(shards)}
 
 
+def work_key(manifest: str, shards: Mapping[str, Sequence[TensorJob]]) -> str:
+    """Say what work it is, for resuming: files of another division hold other tensors."""
+    division = [len(shard) for shard in shards.values()]
+    return hashlib.sha256(f"{manifest}{division}".encode()).hexdigest()
+
+
 def encode_header(jobs: Sequence[TensorJob], metadata: Mapping[str, str]) -> bytes:
     """Return the length prefix and the header, padded so that the data is aligned to 64 bytes."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}

@@ -311,7 +311,7 @@ def test_nothing_is_put_into_a_finished_folder(tmp_path, monkeypatch, above, pla
     (tmp_path / "link").symlink_to(tmp_path / "made" / "some")
     monkeypatch.chdir(tmp_path / "made")
     for target in (tmp_path / "made" / place, Path(place), tmp_path / "link" / place):
-        with pytest.raises(UsageError, match=r"lies in .*made, which is .*choose an --output besid"):
+        with pytest.raises(UsageError, match=r"lies in .*made, which is .*an --output beside it"):
             require_free(target, "engine.json", replace=True)
     for beside in (tmp_path / "beside", Path("../beside"), Path("../link/../../beside")):
         require_free(beside, "engine.json", replace=False)
