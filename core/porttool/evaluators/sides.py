@@ -47,7 +47,6 @@ def run_reference(
     """Summarise with the reference, going on where a run that was stopped left off in `output`."""
     begun = Begun(
         description=model.description,
-        model=fingerprint_model(model.folder),
         source=fingerprint(model.folder),
         batch_size=batch_size,
         task=task,
@@ -73,7 +72,7 @@ def run_reference(
     return SideResult(
         side="reference",
         description=model.description,
-        model=begun.model,
+        model=fingerprint_model(model.folder),
         source=begun.source,
         dtype=model.dtype,
         task=task,

@@ -17,14 +17,12 @@ from porttool.evaluators.results import Continuation, Task
 class Begun(Closed):
     """Of which run the batches are: another one begins anew.
 
-    `model` and `source` are a `SideResult`'s: the first does not see every weight, the second sees
-    every change of a file. Batches are padded together, so that other batches may have other
-    continuations.
+    `source` is the folder's `fingerprint`, which sees every change of a file. Batches are padded
+    together, so that other batches may have other continuations.
     """
 
     format: Literal["porttool-unfinished"] = "porttool-unfinished"
     description: str
-    model: str
     source: str
     batch_size: PositiveInt
     task: Task
@@ -51,7 +49,7 @@ class Unfinished:
 
     def __init__(self, folder: Path, begun: Begun) -> None:
         self.path = unfinished_file(folder)
-        self._begun, self._head = begun, begun.model_dump_json()
+        self._head = begun.model_dump_json()
         self.batches: list[Batch] = []
         self._read()
         self._ours = False  # the file is this run's, and whole
@@ -95,8 +93,6 @@ class Unfinished:
                 batch = Batch.model_validate_json(line)
             except ValidationError:
                 return
-            left = len(self._begun.task.articles) - self.n_done
-            next_one = self.n_done, min(self._begun.batch_size, left)
-            if (batch.first, len(batch.continuations)) != next_one:
+            if batch.first != self.n_done:
                 return
             self.batches.append(batch)

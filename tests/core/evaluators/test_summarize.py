@@ -279,6 +279,22 @@ def test_another_run_does_not_go_on_with_it(run, continued, change):
     assert sum(continued) == 14
 
 
+def test_a_reference_may_be_stopped_again(run, tmp_path, continued):
+    """What was cut off is not in the way; times add up."""
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=True))
+    file = unfinished_file(tmp_path / "out")
+    head, first, *rest = file.read_text().splitlines(keepends=True)
+    slow = json.dumps({**json.loads(first), "seconds": 1000.0}) + "\n"
+    file.write_text("".join([head, slow, *rest])[:-100])
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=True))
+    continued.clear()
+    run(engine=False)
+    assert continued == [2]
+    assert 1000 < load_result(tmp_path / "out", "reference").speed.seconds < 1100
+
+
 def test_weights_that_were_changed_meanwhile_are_another_run(run, continued, writer, tmp_path):
     """Where the fingerprint does not look: here even to the same."""
     model = tmp_path / "model"
