@@ -26,8 +26,8 @@ MAX_SHARD_BYTES = 1 << 29
 """A shard is the unit of resuming and of parallel verification."""
 
 SIDE_BY_SIDE, SMALL_SHARD_BYTES = 16, 1 << 27
-"""Files that weights are divided into, at least, so that as many threads hash them, as long as none
-is smaller than this."""
+"""Weights are divided into so many files, at least, for as many threads to hash: into fewer where
+files of so many bytes would do."""
 
 
 @dataclass(frozen=True)
