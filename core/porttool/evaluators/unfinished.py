@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,21 +15,23 @@ from porttool.evaluators.results import Continuation, Task
 
 
 class Begun(Closed):
-    """Of which run the batches are: another one begins anew. `model` is the folder's fingerprint.
+    """Of which run the batches are: another one begins anew.
 
-    Batches are padded together, so that other batches may have other continuations.
+    `source` is the folder's `fingerprint`, which sees every change of a file. Batches are padded
+    together, so that other batches may have other continuations.
     """
 
     format: Literal["porttool-unfinished"] = "porttool-unfinished"
     description: str
-    model: str
+    source: str
     batch_size: PositiveInt
     task: Task
 
 
 class Batch(Closed):
-    """Continuations of the next prompts, and how long they took."""
+    """Continuations of the prompts from the `first` on, and how long they took."""
 
+    first: int
     seconds: float
     continuations: tuple[Continuation, ...]
 
@@ -47,7 +50,8 @@ class Unfinished:
     def __init__(self, folder: Path, begun: Begun) -> None:
         self.path = unfinished_file(folder)
         self._head = begun.model_dump_json()
-        self.batches = self._read()
+        self.batches: list[Batch] = []
+        self._read()
         self._ours = False  # the file is this run's, and whole
 
     @property
@@ -60,8 +64,9 @@ class Unfinished:
         """How long that took."""
         return sum(batch.seconds for batch in self.batches)
 
-    def add(self, batch: Batch) -> None:
-        """Keep one more batch; PorttoolError where the system refuses."""
+    def add(self, found: Sequence[Continuation], seconds: float) -> None:
+        """Keep the next batch; PorttoolError where the system refuses."""
+        batch = Batch(first=self.n_done, seconds=seconds, continuations=tuple(found))
         self.batches.append(batch)
         if not self._ours:
             lines = [self._head, *(batch.model_dump_json() for batch in self.batches)]
@@ -75,15 +80,19 @@ class Unfinished:
             error.filename = str(self.path)
             raise PorttoolError(said_by_system(error)) from error
 
-    def _read(self) -> list[Batch]:
-        """Return what another run left, up to the first line that was cut off."""
+    def _read(self) -> None:
+        """Take what another run left, up to the first line that was cut off.
+
+        Two runs at once may have left their lines among each other's.
+        """
         if not self.path.is_file():
-            return []
+            return
         head, *lines = self.path.read_bytes().splitlines() or [b""]
-        found: list[Batch] = []
         for line in lines if head == self._head.encode() else []:
             try:
-                found.append(Batch.model_validate_json(line))
+                batch = Batch.model_validate_json(line)
             except ValidationError:
-                break
-        return found
+                return
+            if batch.first != self.n_done:
+                return
+            self.batches.append(batch)

@@ -279,6 +279,50 @@ def test_another_run_does_not_go_on_with_it(run, continued, change):
     assert sum(continued) == 14
 
 
+def test_a_reference_may_be_stopped_again(run, tmp_path, continued):
+    """What was cut off is not in the way; times add up."""
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=True))
+    file = unfinished_file(tmp_path / "out")
+    head, first, *rest = file.read_text().splitlines(keepends=True)
+    slow = json.dumps({**json.loads(first), "seconds": 1000.0}) + "\n"
+    file.write_text("".join([head, slow, *rest])[:-100])
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=True))
+    continued.clear()
+    run(engine=False)
+    assert continued == [2]
+    assert 1000 < load_result(tmp_path / "out", "reference").speed.seconds < 1100
+
+
+def test_weights_that_were_changed_meanwhile_are_another_run(run, continued, writer, tmp_path):
+    """Where the fingerprint does not look: here even to the same."""
+    model = tmp_path / "model"
+    shutil.copytree(writer, model)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, source=model, progress=Reference(stops=True))
+    (weights,) = model.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes())
+    continued.clear()
+    run(engine=False, source=model)
+    assert sum(continued) == 14
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1, 2], [0, 2, 1], [0, 1, 3, 3]])
+def test_lines_of_two_runs_at_once_are_not_mistaken(run, tmp_path, continued, order):
+    run(engine=False)
+    wanted = load_result(tmp_path / "out", "reference").continuations
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=True))
+    file = unfinished_file(tmp_path / "out")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[i] for i in order))
+    continued.clear()
+    run(engine=False)
+    assert sum(continued) == 14 - 3 * (order[1] == 1)
+    assert load_result(tmp_path / "out", "reference").continuations == wanted
+
+
 def test_a_disk_that_is_full_is_named_with_the_file(run, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
