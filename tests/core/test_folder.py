@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -307,7 +308,9 @@ def test_force_takes_away_nothing_but_what_was_finished_there(tmp_path, what, mo
 def test_nothing_is_put_into_a_finished_folder(tmp_path, monkeypatch, above, place):
     """It would be lost with it; a relative path or a link is no way in."""
     (tmp_path / "made" / "some").mkdir(parents=True)
-    (tmp_path / "made" / above).write_text('{"format":"porttool-engine"}')
+    (tmp_path / "made" / above).write_text(
+        json.dumps({"seal": "0" * 64, "format": "porttool-engine"}, indent=1)
+    )
     (tmp_path / above).write_text('{"format":"somebody else\'s"}')
     (tmp_path / "link").symlink_to(tmp_path / "made" / "some")
     monkeypatch.chdir(tmp_path / "made")
