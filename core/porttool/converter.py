@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +26,14 @@ from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, Sp
 from porttool.errors import SourceError, naming
 from porttool.folder import fingerprint, pending_folder, require_space
 from porttool.progress import SILENT, Progress
-from porttool.shards import MAX_SHARD_BYTES, TensorJob, digest, plan_shards, write_shards
+from porttool.shards import (
+    MAX_SHARD_BYTES,
+    TensorJob,
+    digest,
+    plan_shards,
+    work_key,
+    write_shards,
+)
 from porttool.sources.places import scratch_folder
 from porttool.sources.tokenizer_files import NO_TOKENIZER, read_tokenizer
 from porttool.standing import require_free
@@ -204,7 +210,7 @@ def convert(
             progress.note(NO_TOKENIZER)
         require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
         shards = plan_shards(jobs, "model", max_shard_bytes)
-        key = hashlib.sha256(f"{manifest.model_dump_json()}{max_shard_bytes}".encode()).hexdigest()
+        key = work_key(manifest.model_dump_json(), shards)
         with pending_folder(
             output, key, manifest=MANIFEST, replace=replace, sources=[source_path]
         ) as folder:

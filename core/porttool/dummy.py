@@ -35,7 +35,7 @@ from porttool.gpt2_layout import ACTIVATIONS
 from porttool.hookspecs import API_VERSION
 from porttool.plugins import Registry, choose_converter, load_registry, named_converters
 from porttool.progress import SILENT, Progress
-from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.shards import TensorJob, plan_shards, work_key, write_shards
 from porttool.sources.json_file import read_json
 from porttool.standing import require_free
 from porttool.workspace import Workspace
@@ -227,11 +227,12 @@ def drawn_checkpoint(
     n_bytes = sum(job.nbytes for job in jobs)
     require_space(target, n_bytes)
     manifest = describe(config, shapes, dtype, seed, family)
-    key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+    shards = plan_shards(jobs, "model")
+    key = work_key(manifest.model_dump_json(), shards)
     with pending_folder(target, key, manifest=MANIFEST, replace=True) as folder:
         progress.start("random weights", n_bytes)
         workers = min(8, cpu_count() or 1)
-        write_shards(folder, plan_shards(jobs, "model"), workers=workers, progress=progress)
+        write_shards(folder, shards, workers=workers, progress=progress)
         finished = manifest.model_copy(update={"files": dict(folder.files)})
         folder.finish(MANIFEST, finished.sealed())
         progress.finish()

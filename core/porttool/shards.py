@@ -26,8 +26,8 @@ MAX_SHARD_BYTES = 1 << 29
 """A shard is the unit of resuming and of parallel verification."""
 
 SIDE_BY_SIDE, SMALL_SHARD_BYTES = 16, 1 << 27
-"""Files that weights are divided into, at least, so that as many threads hash them, as long as none
-is smaller than this."""
+"""Weights are divided into so many files, at least, for as many threads to hash: into fewer where
+files of so many bytes would do."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ def plan_shards(
         return {f"{stem}.safetensors": shards[0]}
     n = len(shards)
     return {f"{stem}-{i + 1:05}-of-{n:05}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def work_key(manifest: str, shards: Mapping[str, Sequence[TensorJob]]) -> str:
+    """Say what work it is, for resuming: files of another division hold other tensors."""
+    division = [len(shard) for shard in shards.values()]
+    return hashlib.sha256(f"{manifest}{division}".encode()).hexdigest()
 
 
 def encode_header(jobs: Sequence[TensorJob], metadata: Mapping[str, str]) -> bytes:

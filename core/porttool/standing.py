@@ -26,6 +26,15 @@ def kind_of(folder: Path) -> str | None:
     return next((kind for name, kind in KINDS.items() if (folder / name).is_file()), None)
 
 
+def finished_kind(folder: Path) -> str | None:
+    """As `kind_of`, but None where a file of that name is somebody else's."""
+    for name in KINDS:
+        with suppress(OSError), (folder / name).open("rb") as file:
+            if b'"porttool-' in file.read(200):
+                return KINDS[name]
+    return None
+
+
 def described(folder: Path) -> str:
     """Say what a finished folder of ours is and what it was made of; empty for any other."""
     for name in (name for name in KINDS if (folder / name).is_file()):
@@ -108,8 +117,8 @@ def require_free(
     folder of ours, which --force would take away with all that is in it.
     """
     require_place(target)
-    for above in target.absolute().parents:
-        if kind := kind_of(above):
+    for above in Path(os.path.realpath(target)).parents:
+        if kind := finished_kind(above):
             raise UsageError(
                 f"{target} lies in {above}, which is {kind}, and would be lost when that is made "
                 "anew; choose an --output beside it"

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from porttool import shards
 from porttool.checkpoint import Checkpoint
 from porttool.errors import PorttoolError, SourceError, UsageError
 from porttool.progress import Progress
@@ -262,6 +263,17 @@ def test_other_settings_do_not_take_over_what_was_left(tmp_path, copy):
     assert before
     assert not before.items() & after.items()
     Checkpoint.open(tmp_path / "out")
+
+
+def test_another_division_into_files_takes_nothing_over(tmp_path, copy, monkeypatch):
+    """As another version's is: a file left behind would hold tensors twice."""
+    with pytest.raises(KeyboardInterrupt):
+        tiny.converted(copy, tmp_path / "out", max_shard_bytes=9000, progress=Interrupted())
+    assert list((tmp_path / ".out.partial").glob("*.safetensors"))
+    monkeypatch.setattr(shards, "SMALL_SHARD_BYTES", 1 << 12)
+    found = tiny.converted(copy, tmp_path / "out", max_shard_bytes=9000)
+    files = {name for name in found.manifest.files if name.endswith(".safetensors")}
+    assert files == set(found.weight_files())
 
 
 def test_an_output_that_is_there_already(tmp_path, copy, checkpoint):

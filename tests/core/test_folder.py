@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -305,14 +306,19 @@ def test_force_takes_away_nothing_but_what_was_finished_there(tmp_path, what, mo
 @pytest.mark.parametrize("above", ["checkpoint.json", "engine.json", "prompt_table.json"])
 @pytest.mark.parametrize("place", ["engine", "some/where/else"])
 def test_nothing_is_put_into_a_finished_folder(tmp_path, monkeypatch, above, place):
-    """It would be lost with it; a relative path is no way in."""
-    (tmp_path / "made").mkdir()
-    (tmp_path / "made" / above).write_text("{}")
+    """It would be lost with it; a relative path or a link is no way in."""
+    (tmp_path / "made" / "some").mkdir(parents=True)
+    (tmp_path / "made" / above).write_text(
+        json.dumps({"seal": "0" * 64, "format": "porttool-engine"}, indent=1)
+    )
+    (tmp_path / above).write_text('{"format":"somebody else\'s"}')
+    (tmp_path / "link").symlink_to(tmp_path / "made" / "some")
     monkeypatch.chdir(tmp_path / "made")
-    for target in (tmp_path / "made" / place, Path(place)):
-        with pytest.raises(UsageError, match=r"lies in .*made, which is .*choose an --output besid"):
+    for target in (tmp_path / "made" / place, Path(place), tmp_path / "link" / place):
+        with pytest.raises(UsageError, match=r"lies in .*made, which is .*an --output beside it"):
             require_free(target, "engine.json", replace=True)
-    require_free(tmp_path / "beside", "engine.json", replace=False)
+    for beside in (tmp_path / "beside", Path("../beside"), Path("../link/../../beside")):
+        require_free(beside, "engine.json", replace=False)
 
 
 def test_force_takes_away_nothing_that_is_being_read(tmp_path):

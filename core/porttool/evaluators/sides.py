@@ -16,7 +16,7 @@ from porttool.evaluators.reference import (
     median_seconds,
 )
 from porttool.evaluators.results import Continuation, Decoding, SideResult, Speed, Task
-from porttool.evaluators.unfinished import Batch, Begun, Unfinished
+from porttool.evaluators.unfinished import Begun, Unfinished
 from porttool.folder import fingerprint
 from porttool.progress import Progress
 from porttool.text import Tokenizer
@@ -47,7 +47,7 @@ def run_reference(
     """Summarise with the reference, going on where a run that was stopped left off in `output`."""
     begun = Begun(
         description=model.description,
-        model=fingerprint_model(model.folder),
+        source=fingerprint(model.folder),
         batch_size=batch_size,
         task=task,
     )
@@ -59,10 +59,9 @@ def run_reference(
     try:
         began = time.perf_counter()
         for found in model.batches(prompts[done.n_done :], task.decoding, batch_size):
-            now = time.perf_counter()
-            done.add(Batch(first=done.n_done, seconds=now - began, continuations=tuple(found)))
-            began = now
+            done.add(found, time.perf_counter() - began)
             progress.advance(len(found))
+            began = time.perf_counter()
     except KeyboardInterrupt as stop:
         if done.n_done:
             stop.add_note(f"{done.path} keeps {done.n_done} prompts: the same command goes on")
@@ -72,8 +71,8 @@ def run_reference(
     return SideResult(
         side="reference",
         description=model.description,
-        model=begun.model,
-        source=fingerprint(model.folder),
+        model=fingerprint_model(model.folder),
+        source=begun.source,
         dtype=model.dtype,
         task=task,
         speed=speed_of(continuations, done.seconds, first),

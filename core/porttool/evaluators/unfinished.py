@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, ValidationError
+from pydantic import PositiveInt, ValidationError
 
 from porttool.config import Closed
 from porttool.errors import PorttoolError, said_by_system
@@ -14,22 +15,23 @@ from porttool.evaluators.results import Continuation, Kept, Task
 
 
 class Begun(Closed):
-    """Of which run the batches are: another one begins anew. `model` is the folder's fingerprint.
+    """Of which run the batches are: another one begins anew.
 
-    Batches are padded together, so that other batches may have other continuations.
+    `source` is the folder's `fingerprint`, which sees every change of a file. Batches are padded
+    together, so that other batches may have other continuations.
     """
 
     format: Literal["porttool-unfinished"] = "porttool-unfinished"
     description: str
-    model: str
+    source: str
     batch_size: PositiveInt
     task: Task
 
 
 class Batch(Kept):
-    """Continuations of prompts from the `first` on, and how long they took."""
+    """Continuations of the prompts from the `first` on, and how long they took."""
 
-    first: NonNegativeInt
+    first: int
     seconds: float
     continuations: tuple[Continuation, ...]
 
@@ -48,7 +50,8 @@ class Unfinished:
     def __init__(self, folder: Path, begun: Begun) -> None:
         self.path = unfinished_file(folder)
         self._head = begun.model_dump_json()
-        self.batches = self._read()
+        self.batches: list[Batch] = []
+        self._read()
         self._ours = False  # the file is this run's, and whole
 
     @property
@@ -61,8 +64,9 @@ class Unfinished:
         """How long that took."""
         return sum(batch.seconds for batch in self.batches)
 
-    def add(self, batch: Batch) -> None:
-        """Keep one more batch; PorttoolError where the system refuses."""
+    def add(self, found: Sequence[Continuation], seconds: float) -> None:
+        """Keep the next batch; PorttoolError where the system refuses."""
+        batch = Batch(first=self.n_done, seconds=seconds, continuations=tuple(found))
         self.batches.append(batch)
         if not self._ours:
             lines = [self._head, *(batch.model_dump_json() for batch in self.batches)]
@@ -76,20 +80,19 @@ class Unfinished:
             error.filename = str(self.path)
             raise PorttoolError(said_by_system(error)) from error
 
-    def _read(self) -> list[Batch]:
-        """Return what another run left, up to the first line that was cut off.
+    def _read(self) -> None:
+        """Take what another run left, up to the first line that was cut off.
 
-        Two runs at a time write into one file: of a batch that is there twice one counts.
+        Two runs at once may have left their lines among each other's.
         """
         if not self.path.is_file():
-            return []
+            return
         head, *lines = self.path.read_bytes().splitlines() or [b""]
-        found: list[Batch] = []
         for line in lines if head == self._head.encode() else []:
             try:
                 batch = Batch.model_validate_json(line)
             except ValidationError:
-                break
-            if batch.first == sum(len(b.continuations) for b in found):
-                found.append(batch)
-        return found
+                return
+            if batch.first != self.n_done:
+                return
+            self.batches.append(batch)

@@ -188,13 +188,22 @@ class Decoder(cases.TunedDecoder):
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def compiled(monkeypatch):
+    """What was put in the cache."""
+    from porttool.engines.torch import cuda_tune_cluster
+
+    found = []
+    monkeypatch.setattr(cuda_tune_cluster, "compile_kernel", lambda _, one: found.append(one))
+    return found
+
+
+@pytest.fixture
+def measured(monkeypatch, compiled):
     from porttool.engines.torch import cuda_tune
 
     monkeypatch.setattr(cuda_tune, "stageable", lambda *a: False)
     monkeypatch.setattr(cuda_tune, "unsuited", lambda *a: "no persistent kernel here")
     monkeypatch.setattr(cuda_tune, "step_milliseconds", lambda d, n, context: d.milliseconds())
-    monkeypatch.setattr(cuda_tune, "compile_tiles", lambda *a: None)
     return cuda_tune
 
 
@@ -214,7 +223,7 @@ def test_the_tuner_takes_clusters_where_the_whole_step_is_faster(measured) -> No
     assert decoder.tuning.cluster == other  # a single row has no business with them
 
 
-def test_the_tuner_tries_more_slots_ahead_in_whole_steps(measured) -> None:
+def test_the_tuner_tries_more_slots_ahead_in_whole_steps(measured, compiled) -> None:
     class Eager(Decoder):
         def milliseconds(self) -> float:
             tiles = self.tuning.cluster.get("32")
@@ -229,6 +238,38 @@ def test_the_tuner_tries_more_slots_ahead_in_whole_steps(measured) -> None:
     assert measured.refine(decoder, {}, 32, 512, found) == pytest.approx(0.5)
     chosen = {name: replace(offered, ahead=n) for name, n in fastest.items()}
     assert decoder.tuning.cluster["32"] == chosen
+    tried = {pair for used in decoder.used for pair in used.cluster.get("32", {}).items()}
+    sooner = [(name, tile) for name, tile in tried if tile != offered]
+    assert len(sooner) == len(compiled) == 12  # side by side, before they are measured
+    assert all(macros(decoder.config, decoder.dtype, *one, 32) in compiled for one in sooner)
+
+
+def test_no_tile_is_asked_for_twice() -> None:
+    from porttool.engines.torch.cuda_tune_cluster import asked_sooner
+
+    for stages, ahead, more in ((8, 4, [5, 6, 8]), (8, 6, [5, 8]), (2, 1, [2]), (2, 2, [])):
+        tile = ClusterTile(64, 2, stages, ahead)
+        assert asked_sooner(tile) == [replace(tile, ahead=n) for n in more]
+
+
+def test_the_tuner_chooses_products_again_beside_what_they_brought_about(measured) -> None:
+    """One that is slower at first is faster beside the attention that the others made faster."""
+    wide, tall = ClusterTile(64, 1, 8, 4), ClusterTile(64, 2, 8, 4)
+    together = replace(default_tuning(shape_of("multi-query"), "cpu").attention, balanced=True)
+
+    class Mutual(Decoder):
+        def milliseconds(self) -> float:
+            tiles = self.tuning.cluster.get("32")
+            if tiles is None:
+                return 1.0
+            balanced = self.tuning.wide_attention["32"].balanced
+            split = any(tile.split == 2 for tile in tiles.values())
+            return 0.9 - 0.1 * balanced - 0.1 * split if balanced else 0.9 + 0.1 * split
+
+    decoder = Mutual(shape_of("multi-query"))
+    found = {name: [wide, tall] if name == "up" else [wide] for name in NAMES}
+    assert measured.refine(decoder, {}, 32, 512, found, [together]) == pytest.approx(0.7)
+    assert decoder.tuning.cluster["32"] == {**dict.fromkeys(NAMES, wide), "up": tall}
 
 
 def test_rows_of_a_tile_cover_every_batch() -> None:

@@ -6,6 +6,7 @@ covers what may not change between capture and replay. On a GPU the graphs are r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from porttool.engines.torch.cuda_prefill import (
     _mlp_width,
     _parts,
     make_buffers,
+    prefill_bytes,
     tokens_together,
 )
 from porttool.engines.torch.cuda_prefill_graph import (
@@ -322,6 +324,44 @@ class TestUnderTheInterpreter:
         ]
         assert_same(graphed, plain, steps)
         assert captures == [0] and len(graphed._prompts.graphs._graphs) == 2
+
+    def test_rows_of_one_token_are_no_more_than_tokens(self) -> None:
+        """34 tokens are padded to 48, and 33 rows would be to 64."""
+        shape = cases.config("grouped rms")
+        plain = cases.drawn(shape, torch.float32)
+        made = CudaDecoder(shape, plain.state_dict(), dtype=torch.float32,
+                           limits=cases.limits(33, 4), device="cpu", graphs=False)  # fmt: skip
+        cache = KVCache(shape, 33, 4, dtype=torch.float64)
+        step = Step.prefill([[i] for i in range(32)] + [[5, 6]])
+        assert padded_size(Packed(step)) == (48, 48)
+        wanted = cases.reference(plain, cache, step)
+        assert cases.relative_error(made.step(step), wanted) < 2e-5
+
+    def test_what_prompts_take_is_known_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Room for all that the cache holds, and for each row's last token."""
+        made, taken, empty = make("gated rotary", graphs=False), list[int](), Tensor.new_empty
+
+        def counted(like: Tensor, *shape: int, **options: Any) -> Tensor:
+            taken.append(like.element_size() * math.prod(shape))
+            return empty(like, *shape, **options)
+
+        monkeypatch.setattr(Tensor, "new_empty", counted)
+        monkeypatch.setattr(cuda_prompts, "suits_graph", lambda *_: False)
+        made.step(Step.prefill([[1] * 60] * 4))
+        kept = sum(part.nbytes for part in made.model.weights.linears())
+        kept += made.model.cache.keys.nbytes + made.model.cache.values.nbytes
+        assert sum(taken) == prefill_bytes(made.config, kept, 4, 4, 4 * 60)
+
+    def test_several_padded_groups_of_a_step(self, captures: list[int]) -> None:
+        """Each takes the buffers of the one before."""
+        made = make("learned", graphs=True)
+        plain = cases.drawn(made.config, torch.float32)
+        made._prompts.together = Together(20, 20)
+        cache = KVCache(made.config, 4, 60, dtype=torch.float64)
+        step = Step.prefill([[3] * 18, [5] * 20, [7] * 17], [2, 0, 1])
+        for _ in range(3):
+            assert cases.relative_error(made.step(step), cases.reference(plain, cache, step)) < 2e-5
+        assert len(captures) == 1
 
     def test_larger_prompts_take_larger_buffers(self, captures: list[int]) -> None:
         """Graphs of the old ones are captured anew, at the size's next prompt."""

@@ -62,14 +62,15 @@ class Pair:
         self.tolerance = TOLERANCE.get(dtype, 1e-9)
 
     def check(self, step: Step) -> None:
-        """Feed both; every real token's logits agree."""
+        """Feed both; every real token's logits agree, and the last ones asked for alone."""
         wanted = self.reference(step, self.cache)
+        last = self.decoder.step(step, all_positions=False)
         got = self.decoder.step(step, all_positions=True)
         real = torch.arange(step.tokens.shape[1]) < step.lengths[:, None]
-        scale = float(wanted[real].std())
-        torch.testing.assert_close(
-            got[real].double(), wanted[real], rtol=0, atol=self.tolerance * scale
-        )
+        ends = wanted[torch.arange(len(wanted)), step.lengths - 1]
+        bound = self.tolerance * float(wanted[real].std())
+        torch.testing.assert_close(got[real].double(), wanted[real], rtol=0, atol=bound)
+        torch.testing.assert_close(last.double(), ends, rtol=0, atol=bound)
 
 
 def prompts(n: int, vocab: int = 211) -> list[list[int]]:
@@ -225,6 +226,27 @@ def test_slots_are_copied(native):
             source, target = torch.tensor(source), torch.tensor(target)
         held.copy_slots(source, target)
     pair.check(one_each(pair, [3, 8], [1, 3]))
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_a_step_may_be_wider_than_its_rows(start):
+    pair = Pair(native=False)
+    pair.check(Step.prefill([[9, 8], [7, 6]], [3, 1]))
+    tokens = torch.arange(18).view(2, 9)
+    pair.check(Step(torch.tensor([3, 1]), tokens, torch.tensor([start, 0]), torch.tensor([5, 1])))
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "relu"])
+def test_the_last_layer_is_run_for_what_is_asked_for(shape):
+    """The second has no other layer."""
+    pair, tokens = Pair(shape, native=False), []
+    for layer in pair.decoder.module.layers:
+        layer.mlp.register_forward_hook(lambda _, given, __: tokens.append(given[0].shape[:2]))
+    n_layer, step = pair.config.n_layer, Step.prefill(prompts(3))
+    pair.decoder.step(step, all_positions=False)
+    assert tokens == [(3, 13)] * (n_layer - 1) + [(3, 1)]
+    pair.decoder.step(step, all_positions=True)
+    assert tokens[n_layer:] == [(3, 13)] * n_layer
 
 
 def test_the_last_place_of_the_cache_survives_padding():

@@ -19,9 +19,9 @@ from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
 from porttool.evaluators.reference import ReferenceModel
-from porttool.evaluators.results import Continuation, Decoding, Task, load_result
+from porttool.evaluators.results import Continuation, load_result
 from porttool.evaluators.summarize import SummarizeEvaluator, summarize
-from porttool.evaluators.unfinished import Batch, Begun, Unfinished, unfinished_file
+from porttool.evaluators.unfinished import Begun, Unfinished, unfinished_file
 from porttool.progress import Progress
 from porttool.text import load_tokenizer
 
@@ -216,9 +216,9 @@ def test_an_interrupted_engine_leaves_no_results(run, tmp_path):
 
 
 class Reference(Progress):
-    """What is said, and Ctrl-C at the third batch of prompts."""
+    """What is said, and Ctrl-C at a batch of prompts, if one is named."""
 
-    def __init__(self, *, stops=False):
+    def __init__(self, *, stops=0):
         self.stops, self.batches, self.told, self.totals = stops, 0, [], {}
 
     def start(self, label, total, *, unit="B"):
@@ -229,7 +229,7 @@ class Reference(Progress):
 
     def advance(self, amount):
         self.batches += 1
-        if self.stops and self.batches == 3:
+        if self.batches == self.stops:
             raise KeyboardInterrupt
 
 
@@ -255,7 +255,7 @@ def test_a_reference_that_was_stopped_goes_on(run, tmp_path, continued, lost):
     wanted = load_result(out, "reference")
     shutil.rmtree(out)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        run(engine=False, progress=Reference(stops=True))
+        run(engine=False, progress=Reference(stops=3))
     file = unfinished_file(out)
     assert stopped.value.__notes__ == [f"{file} keeps 9 prompts: the same command goes on"]
     assert [path.name for path in out.iterdir()] == [file.name]
@@ -278,27 +278,54 @@ def test_a_reference_that_was_stopped_goes_on(run, tmp_path, continued, lost):
 )
 def test_another_run_does_not_go_on_with_it(run, continued, change):
     with pytest.raises(KeyboardInterrupt):
-        run(engine=False, progress=Reference(stops=True))
+        run(engine=False, progress=Reference(stops=3))
     continued.clear()
     run(engine=False, **change)
     assert sum(continued) == 14
 
 
-def test_of_two_runs_at_a_time_one_goes_on(tmp_path):
-    """Each appends to a file that the other has put in its own's place."""
-    task = Task(articles=(), prompts_sha256="", decoding=Decoding())
-    begun = Begun(description="", model="", batch_size=1, task=task)
+def test_a_reference_may_be_stopped_again(run, tmp_path, continued):
+    """What was cut off is not in the way; times add up."""
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=3))
+    file = unfinished_file(tmp_path / "out")
+    head, first, *rest = file.read_text().splitlines(keepends=True)
+    slow = json.dumps({**json.loads(first), "seconds": 1000.0}) + "\n"
+    file.write_text("".join([head, slow, *rest])[:-100])
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=2))
+    continued.clear()
+    run(engine=False)
+    assert continued == [2]
+    assert 1000 < load_result(tmp_path / "out", "reference").speed.seconds < 1100
 
-    def batch(first):
-        made = Continuation(tokens=(first,), ended=True)
-        return Batch(first=first, seconds=1.0, continuations=(made,))
 
-    runs = [Unfinished(tmp_path, begun) for _ in range(2)]
-    for first in range(3):
-        for one in runs:
-            one.add(batch(first))
-    assert unfinished_file(tmp_path).read_text().count("continuations") == 5
-    assert Unfinished(tmp_path, begun).batches == [batch(first) for first in range(3)]
+def test_weights_that_were_changed_meanwhile_are_another_run(run, continued, writer, tmp_path):
+    """Where the fingerprint does not look: here even to the same."""
+    model = tmp_path / "model"
+    shutil.copytree(writer, model)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, source=model, progress=Reference(stops=3))
+    (weights,) = model.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes())
+    continued.clear()
+    run(engine=False, source=model)
+    assert sum(continued) == 14
+
+
+@pytest.mark.parametrize("order", [[0, 1, 1, 2], [0, 2, 1], [0, 1, 3, 3]])
+def test_lines_of_two_runs_at_once_are_not_mistaken(run, tmp_path, continued, order):
+    run(engine=False)
+    wanted = load_result(tmp_path / "out", "reference").continuations
+    with pytest.raises(KeyboardInterrupt):
+        run(engine=False, progress=Reference(stops=3))
+    file = unfinished_file(tmp_path / "out")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[i] for i in order))
+    continued.clear()
+    run(engine=False)
+    assert sum(continued) == 14 - 3 * (order[1] == 1)
+    assert load_result(tmp_path / "out", "reference").continuations == wanted
 
 
 def test_what_overflowed_can_be_read_again(run, tmp_path, monkeypatch):
@@ -309,10 +336,9 @@ def test_what_overflowed_can_be_read_again(run, tmp_path, monkeypatch):
     found = load_result(tmp_path / "out", "reference")
     assert math.isnan(found.rounding["float16"])
     made = Continuation(tokens=(1,), ended=False, logprobs=(low,), candidates=(((1, low),),))
-    batch = Batch(first=0, seconds=1.0, continuations=(made,))
-    begun = Begun(description="", model="", batch_size=1, task=found.task)
-    Unfinished(tmp_path, begun).add(batch)
-    assert Unfinished(tmp_path, begun).batches == [batch]
+    begun = Begun(description="", source="", batch_size=1, task=found.task)
+    Unfinished(tmp_path, begun).add([made], 1.0)
+    assert Unfinished(tmp_path, begun).batches[0].continuations == (made,)
 
 
 def test_a_disk_that_is_full_is_named_with_the_file(run, tmp_path, monkeypatch):

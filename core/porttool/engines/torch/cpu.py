@@ -168,10 +168,6 @@ class CpuDecoder(DeviceDecoder):
         """
         attention = layer.attention
         query, key, value = attention.project(x, positions)
-        mask = plan.mask
-        if ends is not None:
-            query = query[torch.arange(len(query)), :, ends, None]
-            mask = torch.arange(plan.reach) <= (plan.step.starts + ends)[:, None, None, None]
         keys, values = (c[attention.layer] for c in (self.cache.keys, self.cache.values))
         where = (plan.step.slots[plan.rows], slice(None), plan.places)
         keys[where] = key[plan.rows, :, plan.columns]
@@ -179,6 +175,10 @@ class CpuDecoder(DeviceDecoder):
         if plan.step.starts.any():  # otherwise everything there is to see is in this step
             key = keys[plan.slots, :, : plan.reach]
             value = values[plan.slots, :, : plan.reach]
+        mask = plan.mask
+        if ends is not None:
+            query = query[torch.arange(len(query)), :, ends, None]
+            mask = torch.arange(key.shape[2]) <= (plan.step.starts + ends)[:, None, None, None]
         mixed = F.scaled_dot_product_attention(
             query, key, value,
             attn_mask=mask,

@@ -99,8 +99,9 @@ class Captured(NamedTuple):
 
 
 def padded_size(group: Packed) -> Size:
-    """Return the size whose graph runs a group."""
-    return Size(padded_tokens(group.n_tokens), power_of_two(group.n_rows))
+    """Return the size whose graph runs a group: no more rows than tokens, as buffers hold."""
+    tokens = padded_tokens(group.n_tokens)
+    return Size(tokens, min(power_of_two(group.n_rows), tokens))
 
 
 class PrefillGraphs:

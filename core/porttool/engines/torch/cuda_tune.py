@@ -45,6 +45,9 @@ from porttool.nn import Step
 _MEASURED_MS = 200
 """A step is measured for about this long, more often than three times only within it."""
 
+RETRIED = 8
+"""Kinds of attention that are measured again, when the products beside them have been chosen."""
+
 
 def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 8) -> float:
     """Return the device time of one greedy step of n rows at about `context` tokens."""
@@ -99,14 +102,16 @@ class _Search:
         """Measure one matrix in another tile."""
         self.offer(with_tile(self.best, name, tile, self.n))
 
-    def offer_attention(self, tiles: Iterable[AttentionTile]) -> None:
-        """Measure cuts of the context."""
+    def offer_attention(self, tiles: Iterable[AttentionTile]) -> list[AttentionTile]:
+        """Measure cuts of the context; return them, the fastest first."""
+        times = {}
         for tile in tiles:
             if self.n == 1:
-                self.offer(replace(self.best, attention=tile))
+                times[tile] = self.offer(replace(self.best, attention=tile))
             else:
                 several = {**self.best.wide_attention, str(tile_rows(self.n)): tile}
-                self.offer(replace(self.best, wide_attention=several))
+                times[tile] = self.offer(replace(self.best, wide_attention=several))
+        return sorted(times, key=times.__getitem__)
 
     def offer_persistent(self) -> None:
         """Measure the persistent kernel, one of its numbers after the other."""
@@ -121,13 +126,17 @@ class _Search:
 
     def offer_clusters(self, found: Mapping[str, list[ClusterTile]]) -> None:
         """Measure products in clusters, one matrix after the other, beside what was best so far."""
+        rows = tile_rows(self.n)
         best, time = {name: tiles[0] for name, tiles in found.items()}, float("inf")
+        if now := self.best.cluster.get(str(rows)):
+            best, time = dict(now), self.time
 
         def attempt(name: str, tile: ClusterTile) -> None:
             nonlocal best, time
             several = {**best, name: tile}
-            rows = {**self.best.cluster, str(tile_rows(self.n)): several}
-            took = self.offer(replace(self.best, cluster=rows))
+            if several == now:
+                return
+            took = self.offer(replace(self.best, cluster={**self.best.cluster, str(rows): several}))
             if took < time:
                 best, time = several, took
 
@@ -135,7 +144,6 @@ class _Search:
             for tile in tiles:
                 attempt(name, tile)
         sooner = {name: asked_sooner(tile) for name, tile in best.items()}
-        rows = tile_rows(self.n)
         compile_tiles(self.decoder.config, self.decoder.dtype, rows, sooner)
         for name, tiles in sooner.items():
             for tile in tiles:
@@ -159,13 +167,15 @@ def refine(
     search = _Search(decoder, n, context)
     staged = stageable(decoder.dtype, decoder.device)
     search.offer_attention(attention_candidates(decoder.config, n, staged=staged))
-    search.offer_attention(balanced)
+    balanced = search.offer_attention(balanced)
     for name, tiles in found.items():
         for tile in tiles:
             search.offer_tile(name, tile)
     if clustered and all(clustered.values()):
         search.offer_clusters(clustered)
-        search.offer_attention(balanced)  # its neighbours are others now
+        search.offer_attention(balanced[:RETRIED])  # its neighbours are others now
+        if rows in search.best.cluster:
+            search.offer_clusters(clustered)  # and so may theirs be
     if n == 1:
         search.offer(replace(search.best, join_in_out=True))
         search.offer_persistent()
