@@ -23,7 +23,7 @@ from porttool.cli.options import (
     table_options,
 )
 from porttool.errors import UsageError
-from porttool.standing import kind_of, whole_file
+from porttool.standing import finished_kind, whole_file
 
 if TYPE_CHECKING:
     from porttool.benchmark import BenchmarkResult
@@ -129,7 +129,7 @@ def require_writable(*files: Path | None) -> None:
         if again and (file.is_file() or not file.exists()):  # /dev/null takes any number
             raise UsageError(f"{file} is named for two results, of which one would be lost")
         for above in file.resolve().parents:
-            if kind := kind_of(above):
+            if kind := finished_kind(above):
                 raise UsageError(f"{file} lies in {above}, which is {kind}: choose another place")
         if not folder.is_dir():
             raise UsageError(f"{file}: there is no folder {folder}")

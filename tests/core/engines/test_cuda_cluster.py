@@ -240,8 +240,7 @@ def test_the_tuner_tries_more_slots_ahead_in_whole_steps(measured, compiled) -> 
     assert decoder.tuning.cluster["32"] == chosen
     tried = {pair for used in decoder.used for pair in used.cluster.get("32", {}).items()}
     sooner = [(name, tile) for name, tile in tried if tile != offered]
-    ready = {frozenset(defined.items()) for defined in compiled}  # twice, for two rounds
-    assert len(sooner) == len(ready) == 12  # side by side, before they are measured
+    assert len(sooner) == 12  # side by side, before they are measured
     assert all(macros(decoder.config, decoder.dtype, *one, 32) in compiled for one in sooner)
 
 
