@@ -34,45 +34,47 @@ ROUNDING_PROMPTS = 32
 Prompts = Sequence[Sequence[int]]
 
 
-def run_reference(
-    model: ReferenceModel,
-    tokenizer: Tokenizer,
-    prompts: Prompts,
-    task: Task,
-    *,
-    batch_size: int,
-    output: Path,
-    progress: Progress,
-) -> SideResult:
-    """Summarise with the reference, going on where a run that was stopped left off in `output`."""
+def begin_reference(
+    model: ReferenceModel, task: Task, *, batch_size: int, output: Path
+) -> Unfinished:
+    """Return what a run of the same kind that was stopped has left in `output`."""
     begun = Begun(
         description=model.description,
         source=fingerprint(model.folder),
         batch_size=batch_size,
         task=task,
     )
-    done = Unfinished(output, begun)
+    return Unfinished(output, begun)
+
+
+def run_reference(
+    model: ReferenceModel,
+    tokenizer: Tokenizer,
+    prompts: Prompts,
+    done: Unfinished,
+    *,
+    progress: Progress,
+) -> SideResult:
+    """Summarise with the reference, going on behind what is done."""
+    task = done.begun.task
+    if done.replaces:
+        progress.note(f"{done.path} is of a run with other options or models: it begins anew")
     first = model.first_token_seconds(prompts, task.decoding)
     if done.n_done:
         progress.note(f"{done.path} has {done.n_done} of {len(prompts)} prompts: it goes on")
     progress.start("Hugging Face", len(prompts) - done.n_done, unit="prompts")
-    try:
+    began = time.perf_counter()
+    for found in model.batches(prompts[done.n_done :], task.decoding, done.begun.batch_size):
+        done.add(found, time.perf_counter() - began)
+        progress.advance(len(found))
         began = time.perf_counter()
-        for found in model.batches(prompts[done.n_done :], task.decoding, batch_size):
-            done.add(found, time.perf_counter() - began)
-            progress.advance(len(found))
-            began = time.perf_counter()
-    except KeyboardInterrupt as stop:
-        if done.n_done:
-            stop.add_note(f"{done.path} keeps {done.n_done} prompts: the same command goes on")
-        raise
     progress.finish()
     continuations = [c for batch in done.batches for c in batch.continuations]
     return SideResult(
         side="reference",
         description=model.description,
         model=fingerprint_model(model.folder),
-        source=begun.source,
+        source=done.begun.source,
         dtype=model.dtype,
         task=task,
         speed=speed_of(continuations, done.seconds, first),

@@ -230,20 +230,19 @@ def make_reference(
     engines yet to come, in both such types.
     """
     from porttool.evaluators.reference import ReferenceModel
-    from porttool.evaluators.sides import measure_rounding, run_reference
+    from porttool.evaluators.sides import begin_reference, measure_rounding, run_reference
 
     device: Device = options.reference_device
     dtype = options.reference_dtype or "float32"
     model = ReferenceModel(source, dtype=dtype, device=device)
-    found = run_reference(
-        model, work.tokenizer, work.prompts, work.task, batch_size=options.batch_size,
-        output=output, progress=progress,
-    )  # fmt: skip
-    del model
-    if dtype != "float32" or not options.yardstick or options.num_beams > 1:
-        return found
-    halves: tuple[Dtype, ...] = ("float16", "bfloat16")
-    if port.runner is not None:
-        halves = tuple(h for h in halves if h == port.runner.engine.manifest.dtype)
-    rounding = {h: measure_rounding(source, device, work.prompts, found, h) for h in halves}
+    done = begin_reference(model, work.task, batch_size=options.batch_size, output=output)
+    with done.told_when_stopped():
+        found = run_reference(model, work.tokenizer, work.prompts, done, progress=progress)
+        del model
+        if dtype != "float32" or not options.yardstick or options.num_beams > 1:
+            return found
+        halves: tuple[Dtype, ...] = ("float16", "bfloat16")
+        if port.runner is not None:
+            halves = tuple(h for h in halves if h == port.runner.engine.manifest.dtype)
+        rounding = {h: measure_rounding(source, device, work.prompts, found, h) for h in halves}
     return found.model_copy(update={"rounding": rounding})

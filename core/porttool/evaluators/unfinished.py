@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -44,13 +45,15 @@ def unfinished_file(folder: Path) -> Path:
 class Unfinished:
     """The batches that are done, in a folder's `unfinished_file`: a line each.
 
-    `batches` begin with those that an earlier run of the same kind has left there.
+    `batches` begin with those that an earlier run of the same kind has left there; `replaces` says
+    that the file is of a run of another kind.
     """
 
     def __init__(self, folder: Path, begun: Begun) -> None:
-        self.path = unfinished_file(folder)
+        self.path, self.begun = unfinished_file(folder), begun
         self._head = begun.model_dump_json()
         self.batches: list[Batch] = []
+        self.replaces = False
         self._read()
         self._ours = False  # the file is this run's, and whole
 
@@ -63,6 +66,16 @@ class Unfinished:
     def seconds(self) -> float:
         """How long that took."""
         return sum(batch.seconds for batch in self.batches)
+
+    @contextmanager
+    def told_when_stopped(self) -> Iterator[None]:
+        """Let Ctrl-C say what is kept."""
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if self.n_done:
+                stop.add_note(f"{self.path} keeps {self.n_done} prompts: the same command goes on")
+            raise
 
     def add(self, found: Sequence[Continuation], seconds: float) -> None:
         """Keep the next batch; PorttoolError where the system refuses."""
@@ -88,7 +101,8 @@ class Unfinished:
         if not self.path.is_file():
             return
         head, *lines = self.path.read_bytes().splitlines() or [b""]
-        for line in lines if head == self._head.encode() else []:
+        self.replaces = head != self._head.encode()
+        for line in [] if self.replaces else lines:
             try:
                 batch = Batch.model_validate_json(line)
             except ValidationError:

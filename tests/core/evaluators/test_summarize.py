@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -280,8 +281,22 @@ def test_another_run_does_not_go_on_with_it(run, continued, change):
     with pytest.raises(KeyboardInterrupt):
         run(engine=False, progress=Reference(stops=3))
     continued.clear()
-    run(engine=False, **change)
+    other = Reference()
+    run(engine=False, progress=other, **change)
     assert sum(continued) == 14
+    assert any("is of a run with other options or models: it begins anew" in t for t in other.told)
+
+
+def test_stopped_while_its_rounding_is_measured_a_reference_is_kept(run, monkeypatch, continued):
+    monkeypatch.setattr(ReferenceModel, "logits", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run(engine=False)
+    assert "keeps 14 prompts: the same command goes on" in stopped.value.__notes__[0]
+    monkeypatch.undo()
+    told = Reference()
+    run(engine=False, progress=told)
+    assert any("has 14 of 14 prompts" in text for text in told.told)
+    assert not any("begins anew" in text for text in told.told)
 
 
 def test_a_reference_may_be_stopped_again(run, tmp_path, continued):
