@@ -62,13 +62,14 @@ def run_reference(
     first = model.first_token_seconds(prompts, task.decoding)
     if done.n_done:
         progress.note(f"{done.path} has {done.n_done} of {len(prompts)} prompts: it goes on")
-    progress.start("Hugging Face", len(prompts) - done.n_done, unit="prompts")
-    began = time.perf_counter()
-    for found in model.batches(prompts[done.n_done :], task.decoding, done.begun.batch_size):
-        done.add(found, time.perf_counter() - began)
-        progress.advance(len(found))
+    if left := prompts[done.n_done :]:
+        progress.start("Hugging Face", len(left), unit="prompts")
         began = time.perf_counter()
-    progress.finish()
+        for found in model.batches(left, task.decoding, done.begun.batch_size):
+            done.add(found, time.perf_counter() - began)
+            progress.advance(len(found))
+            began = time.perf_counter()
+        progress.finish()
     continuations = [c for batch in done.batches for c in batch.continuations]
     return SideResult(
         side="reference",

@@ -296,6 +296,7 @@ def test_stopped_while_its_rounding_is_measured_a_reference_is_kept(run, monkeyp
     told = Reference()
     run(engine=False, progress=told)
     assert any("has 14 of 14 prompts" in text for text in told.told)
+    assert "Hugging Face" not in told.totals
     assert not any("begins anew" in text for text in told.told)
 
 
