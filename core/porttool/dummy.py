@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -216,10 +216,10 @@ def drawn_checkpoint(
 
     The same seed gives the same weights. Memory holds two of the largest tensor at most.
     """
-    from porttool.nn import meta_decoder
+    from porttool.nn import canonical_shapes
 
     target = output.absolute().with_name(f".{output.absolute().name}.weights")
-    shapes = {n: tuple(t.shape) for n, t in meta_decoder(config).state_dict().items()}
+    shapes = canonical_shapes(config)
     jobs = [
         TensorJob(name, shape, dtype, 0, partial(draw, name, shape, dtype, seed, config))
         for name, shape in shapes.items()
@@ -243,7 +243,7 @@ def drawn_checkpoint(
 
 
 def describe(
-    config: ModelConfig, shapes: dict[str, tuple[int, ...]], dtype: Dtype, seed: int, family: str
+    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype, seed: int, family: str
 ) -> CheckpointManifest:
     """Return the manifest of random weights, marked as such."""
     return CheckpointManifest(
@@ -261,7 +261,7 @@ def describe(
         prompt=None,
         dtype=dtype,
         dummy=True,
-        tensors=shapes,
+        tensors=dict(shapes),
         files={},
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -92,9 +93,18 @@ class Engine:
             engine.verify()
         return engine
 
-    def verify(self) -> None:
-        """Check every file's size and hash; a CheckpointError names the first that is wrong."""
-        verify_files(self.path, self.manifest.files)
+    def verify(self, but: Collection[str] = ()) -> None:
+        """Check every file's size and hash; a CheckpointError names the first that is wrong.
+
+        Of the manifest's files named in `but`, which somebody else hashes, the size alone.
+        """
+        verify_files(self.path, self.manifest.files, but)
+
+    def weight_files(self, rank: int = 0) -> list[str]:
+        """Names, as the manifest has them, of the safetensors files of one rank."""
+        folder = f"{self.rank_path(rank).name}/"
+        names = (name for name in self.manifest.files if name.startswith(folder))
+        return sorted(name for name in names if name.endswith(".safetensors"))
 
     def rank_path(self, rank: int = 0) -> Path:
         """Return the folder of one rank's files."""

@@ -154,9 +154,9 @@ def megatron_weight_map(
     `qkv` orders the fused projection's rows; with `two_matrices` a gate's halves lie apart. A tied
     head may be stored once more, on the last pipeline stage.
     """
-    from porttool.nn import meta_decoder
+    from porttool.nn import canonical_shapes
 
-    rules = identity_rules(meta_decoder(config).state_dict())
+    rules = identity_rules(canonical_shapes(config))
     for name in {"embedding.weight", "head.weight"} & rules.keys():
         rules[name] = take(name, via=unpadded)
     for part in ("weight", "bias"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -55,8 +54,8 @@ class Runner(Component):
     traces: ClassVar[bool] = False
     """True when `trace` is implemented."""
 
-    reads_data: ClassVar[bool] = False
-    """True when the engine's files are plain tensors: safe to read before their hash is known."""
+    hashes_weights: ClassVar[bool] = False
+    """True when loading checks the hash of every file of `Engine.weight_files` that it reads."""
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(options)
@@ -153,18 +152,17 @@ def load_verified(
 ) -> Runner:
     """Open an engine, check every file's hash and load it with the runner of its kind.
 
-    Plain tensors are loaded while they are hashed. A wrong file is reported as such, whatever it
-    did to the loader, and no runner is returned before every hash was right.
+    A runner may hash weights as it reads them. A wrong file is reported as such, whatever it did
+    to the loader, and no runner is returned before every hash was right.
     """
     from porttool.engine import Engine
 
     opened = Engine.open(path, registry, verify=False)
-    if not registry.runners.get(opened.manifest.kind).reads_data:
-        opened.verify()
+    hashed = registry.runners.get(opened.manifest.kind).hashes_weights
+    opened.verify(but=opened.weight_files() if hashed else ())
+    try:
         return load_runner(opened, registry, options)
-    with ThreadPoolExecutor(1) as pool:
-        verified = pool.submit(opened.verify)
-        try:
-            return load_runner(opened, registry, options)
-        finally:
-            verified.result()
+    except Exception:
+        if hashed:
+            opened.verify()
+        raise

@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from porttool import folder
 from porttool.checkpoint import Checkpoint
 from porttool.config import Limits
 from porttool.engine import Engine, choose_limits
 from porttool.errors import CheckpointError, PluginError, UsageError
-from porttool.runner import load_runner
+from porttool.folder import hash_file
+from porttool.runner import load_runner, load_verified
 from tiny import full_logits, reference_logits
 
 
@@ -59,6 +61,26 @@ def test_a_flipped_bit(copy, registry):
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"rank0/.*: its SHA-256 is not the manifest's"):
         Engine.open(copy, registry)
+
+
+@pytest.mark.parametrize("damage", ["data", "header", "length"])
+def test_a_flipped_bit_is_found_while_weights_are_loaded(copy, registry, damage):
+    """Whatever the loader thinks of it: the file's name, and that it was altered."""
+    file = next((copy / "rank0").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[{"data": -3, "header": 9, "length": 0}[damage]] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{file.name}: its SHA-256 is not the manifest's"):
+        load_verified(copy, registry, {"device": "cpu"})
+
+
+def test_weights_are_hashed_once(copy, registry, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(folder, "hash_file", lambda path: hashed.append(path) or hash_file(path))
+    load_verified(copy, registry, {"device": "cpu"})
+    assert not hashed  # by any but the loader: there are no other files
+    Engine.open(copy, registry)
+    assert [path.suffix for path in hashed] == [".safetensors"]
 
 
 def test_a_file_that_is_gone(copy, registry):

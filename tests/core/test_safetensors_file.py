@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from porttool.errors import SourceError
+from porttool.folder import hash_file
 from porttool.sources.safetensors_file import SafetensorsFile, read_exactly
 
 TENSORS = {
@@ -51,6 +52,25 @@ def test_reads_rows(tmp_path):
     assert file.load_rows("a", 1, 3).equal(TENSORS["a"][1:3])
     assert file.load_rows("half", 1, None).equal(TENSORS["half"][1:])
     assert file.load_rows("b", 2, 2).shape == (0,)
+
+
+@pytest.mark.parametrize("size", [3, 16, 1000])
+def test_reads_through_a_file_once_and_hashes_it(tmp_path, size):
+    save_file(TENSORS, tmp_path / "m.safetensors")
+    file = SafetensorsFile(tmp_path / "m.safetensors")
+    left = {name: info.nbytes for name, info in file.infos().items()}
+    found = dict.fromkeys(left, b"")
+
+    def room(name, begin):
+        assert begin == len(found[name])
+        return torch.empty(min(size, left[name] - begin), dtype=torch.uint8)
+
+    def filled(name, begin, piece):
+        found[name] += bytes(piece.tolist())
+
+    assert file.read_through(room, filled) == hash_file(tmp_path / "m.safetensors")
+    for name, tensor in TENSORS.items():
+        assert found[name] == bytes(tensor.view(-1).view(torch.uint8).tolist())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ decoder runs as the engine's config says, on the source's own weights in float32
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from porttool.config import ModelConfig
@@ -42,11 +42,11 @@ def check_arithmetic(probe: Probe, derivation: Derivation) -> tuple[Verdict, Log
     return judge_logits(NAME, error, "float32"), error
 
 
-def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """Return the name and shape of every canonical tensor of a config."""
-    from porttool.nn import meta_decoder
+    from porttool.nn import canonical_shapes
 
-    return {name: tuple(t.shape) for name, t in meta_decoder(config).state_dict().items()}
+    return canonical_shapes(config)
 
 
 def source_logits(

@@ -45,25 +45,20 @@ def find_folder(source: Path) -> Path:
 
 def open_folder(source: Path) -> Source:
     """Read config.ini and check that every file is there, whole, and that there are no others."""
+    from porttool.nn import canonical_shapes
+
     folder = find_folder(source)
     has_head = (folder / "model.lm_head.weight.bin").is_file()
     read = read_folder_config(folder / CONFIG, has_head=has_head)
     tp = count_ranks(folder, read.tensor_parallel)
     check_parallel(read.config, tp)
-    names = canonical_names(read.config)
+    names = canonical_shapes(read.config)
     return Source(
         config=read.config,
         tokens=read.tokens,
         tensors=BinFolder(folder, read.config, read.dtype, tp, names),
         tokenizer=tuple(folder / n for n in TOKENIZER_FILES if (folder / n).is_file()),
     )
-
-
-def canonical_names(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the canonical tensors of a model, with their shapes."""
-    from porttool.nn import meta_decoder
-
-    return {name: tuple(t.shape) for name, t in meta_decoder(config).state_dict().items()}
 
 
 def count_ranks(folder: Path, declared: int | None) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -129,9 +132,21 @@ def meta_decoder(config: ModelConfig) -> Decoder:
         return Decoder(config)
 
 
+@lru_cache(8)
+def canonical_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of everything that a canonical checkpoint holds, in its order."""
+    state = meta_decoder(config).state_dict()
+    return MappingProxyType({name: tuple(tensor.shape) for name, tensor in state.items()})
+
+
+def n_parameters(config: ModelConfig) -> int:
+    """Count a canonical checkpoint's numbers."""
+    return sum(math.prod(shape) for shape in canonical_shapes(config).values())
+
+
 def require_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse an engine's weights that are not those of its config, in name or shape."""
-    wanted = {name: tuple(t.shape) for name, t in meta_decoder(config).state_dict().items()}
+    wanted = canonical_shapes(config)
     names = wanted.keys() | shapes.keys()
     if wrong := sorted(name for name in names if wanted.get(name) != shapes.get(name)):
         raise EngineError(

@@ -7,16 +7,17 @@ bounded; a memory map would count every page that was touched.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
-from porttool.folder import Stamp
+from porttool.folder import FileRecord, Stamp
 from porttool.memory import empty
 from porttool.sources.places import refuse_pointer
 from porttool.weights import TensorInfo, TensorSource
@@ -39,7 +40,7 @@ class SafetensorsFile(TensorSource):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offsets: dict[str, int] = {}
+        self._offsets: dict[str, int] = {}  # in the file, ascending
         self._infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self.stamp = stamp_of(path)
@@ -69,12 +70,35 @@ class SafetensorsFile(TensorSource):
         shape = (last - first, *info.shape[1:]) if info.shape else ()
         return buffer.view(getattr(torch, info.dtype)).view(shape)
 
+    def read_through(
+        self, room: Callable[[str, int], Tensor], filled: Callable[[str, int, Tensor], None]
+    ) -> FileRecord:
+        """Read the whole file once, in order; return its size and SHA-256.
+
+        room(name, begin): a uint8 tensor on the CPU for a tensor's bytes from `begin` on, of one
+        byte or more and no longer than the tensor goes on; filled(name, begin, piece) is told when
+        they are in it.
+        """
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            first = next(iter(self._offsets.values()), self._size)
+            digest.update(file.read(first))
+        for name, offset in self._offsets.items():
+            begin = 0
+            while begin < self._infos[name].nbytes:
+                piece = room(name, begin)
+                read_exactly(self.path, piece, offset + begin)
+                digest.update(memoryview(piece.numpy()))  # type: ignore[arg-type]
+                filled(name, begin, piece)
+                begin += len(piece)
+        return FileRecord(bytes=self._size, sha256=digest.hexdigest())
+
     def _require_unchanged(self) -> None:
         if stamp_of(self.path) != self.stamp:
             raise SourceError(f"{self.path}: changed while it was read; run the command again")
 
     def _index(self, header: dict[str, Any], start: int) -> None:
-        size = self.path.stat().st_size
+        size = self._size = self.path.stat().st_size
         expected = 0
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
         for name, entry in sorted(entries.items(), key=lambda item: _begin(item[1])):

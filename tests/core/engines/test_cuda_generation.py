@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import tiny
 from porttool import api
 from porttool.config import Sampling
+from porttool.engines.torch import loading
 from porttool.generate import Completion, generate
 from porttool.nn import Step
 from porttool.runner import Runner
@@ -108,7 +109,8 @@ def load_case(folder: Path, name: str, device: str) -> Loaded:
 def interpret(runner: Runner) -> None:
     """Put the kernels' decoder in place of the CPU's."""
     from porttool.engines.torch.cuda import CudaDecoder
-    from porttool.engines.torch.runner import TorchRunner, load_weights
+    from porttool.engines.torch.loading import load_weights
+    from porttool.engines.torch.runner import TorchRunner
 
     assert isinstance(runner, TorchRunner)
     limits = runner.engine.manifest.limits
@@ -117,9 +119,16 @@ def interpret(runner: Runner) -> None:
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU's memory")
-def test_a_gpus_weights_lie_in_one_allocation(tmp_path: Path) -> None:
-    from porttool.engines.torch.runner import load_weights
+@pytest.mark.parametrize("size", [500, loading.PIECE])
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu:0", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="stands in for a GPU's memory")),
+    pytest.param("cuda:0", marks=ON_GPU),
+])  # fmt: skip
+def test_a_gpus_weights_lie_in_one_allocation(tmp_path: Path, monkeypatch, device, size) -> None:
+    from porttool.engines.torch.loading import load_weights
+
+    monkeypatch.setattr(loading, "PIECE", size)  # bytes: tensors come in several
 
     CASES[0]().write_source(tmp_path / "source", 0)
     tiny.converted(tmp_path / "source", tmp_path / "checkpoint")
@@ -127,12 +136,12 @@ def test_a_gpus_weights_lie_in_one_allocation(tmp_path: Path) -> None:
     engine = api.load(tmp_path / "engine").runner.engine
     wanted = load_weights(engine)
     with torch.inference_mode():  # as a caller of the library may be
-        placed = load_weights(engine, "cpu:0")
+        placed = load_weights(engine, device)
     assert list(placed) == list(wanted)
     assert len({w.untyped_storage().data_ptr() for w in wanted.values()}) == len(wanted)
     assert len({w.untyped_storage().data_ptr() for w in placed.values()}) == 1
     for name, tensor in placed.items():
-        assert torch.equal(tensor, wanted[name]) and tensor.dtype == wanted[name].dtype
+        assert torch.equal(tensor.cpu(), wanted[name]) and tensor.dtype == wanted[name].dtype
         assert tensor.storage_offset() * tensor.itemsize % 256 == 0
 
 

@@ -11,7 +11,7 @@ from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_prefill import prefill_bytes
 from porttool.engines.torch.cuda_tuning import SHARED_BYTES
 from porttool.errors import EngineError
-from porttool.nn import meta_decoder
+from porttool.nn import n_parameters
 from porttool.progress import format_bytes
 
 LIBRARY_BYTES = 64 << 20
@@ -70,7 +70,7 @@ def require_memory(
         return
     size: int = dtype.itemsize
     slot: int = 2 * config.n_layer * config.n_kv_head * limits.max_len * config.head_dim * size
-    weights: int = size * sum(t.numel() for t in meta_decoder(config).state_dict().values())
+    weights = size * n_parameters(config)
     free: int = torch.cuda.mem_get_info(device)[0]
     free += sum(w.nbytes for w in given.values() if w.device.type == "cuda")
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.component import Options
 from porttool.errors import EngineError, MissingExtra, UsageError
 from porttool.runner import Choose, Runner
-from porttool.sources.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 """Where loading says what takes minutes or is not as built; on standard error by default."""
-
-READERS = 8
-"""Tensors that are read at once when an engine is loaded."""
 
 
 class TorchOptions(Options):
@@ -49,7 +44,7 @@ class TorchRunner(Runner):
     name = "torch"
     Options = TorchOptions
     traces = True
-    reads_data = True
+    hashes_weights = True
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(engine, options)
@@ -113,6 +108,7 @@ class TorchRunner(Runner):
         import torch
 
         from porttool.engines.torch.device_decoder import CanonicalDecoder
+        from porttool.engines.torch.loading import load_weights
 
         manifest = self.engine.manifest
         return CanonicalDecoder(
@@ -133,6 +129,7 @@ class TorchRunner(Runner):
         if self.device != "cpu":
             return self._cuda()
         from porttool.engines.torch.cpu import CpuDecoder
+        from porttool.engines.torch.loading import load_weights
 
         return CpuDecoder(
             manifest.config,
@@ -149,6 +146,7 @@ class TorchRunner(Runner):
         try:
             from porttool.engines.torch.cuda import CudaDecoder
             from porttool.engines.torch.cuda_limits import unsupported
+            from porttool.engines.torch.loading import load_weights
             from porttool.engines.torch.tiles import tiles_at_load
         except ModuleNotFoundError as error:
             raise MissingExtra("gpu", "triton") from error
@@ -180,37 +178,3 @@ def choose_device(wanted: str) -> str:
     if wanted == "cuda" and not available:
         raise UsageError("device cuda was asked for, but torch sees no GPU; use device cpu")
     return ("cuda" if available else "cpu") if wanted == "auto" else wanted
-
-
-def load_weights(engine: Engine, device: str = "cpu", rank: int = 0) -> dict[str, Tensor]:
-    """Read every tensor of one rank's files, which are those that the manifest knows.
-
-    Several are read at once: one thread copies from the page cache at a fraction of what the
-    memory, or the way to a GPU, can take. On a GPU they lie in one allocation.
-    """
-    import torch
-
-    from porttool.engines.torch.cuda_weights import allocate
-
-    folder = engine.rank_path(rank).name
-    names = [n for n in engine.manifest.files if n.startswith(f"{folder}/")]
-    weights = sorted(n for n in names if n.endswith(".safetensors"))
-    files = [SafetensorsFile(engine.path / name) for name in weights]
-    infos = {name: (file, info) for file in files for name, info in file.infos().items()}
-
-    def read(name: str) -> Tensor:
-        return infos[name][0].load(name)
-
-    with ThreadPoolExecutor(READERS) as pool:
-        if device == "cpu":
-            return dict(zip(infos, pool.map(read, infos), strict=True))
-        kinds = {name: (i.shape, getattr(torch, i.dtype)) for name, (_, i) in infos.items()}
-        room = allocate(kinds, device)
-
-        def place(name: str) -> None:
-            with torch.inference_mode():  # as the caller may be, whose tensors these are
-                room[name].copy_(read(name))
-
-        for _ in pool.map(place, infos):
-            pass
-    return room

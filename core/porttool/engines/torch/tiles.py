@@ -16,7 +16,7 @@ from porttool.engines.torch.cuda_limits import unsupported
 from porttool.engines.torch.cuda_tuning import Tuning, gpu_name, multiprocessors
 from porttool.engines.torch.tile_cache import Say, TileKey, keep_tiles, read_tiles, read_tuning
 from porttool.errors import EngineError, UsageError
-from porttool.nn import meta_decoder
+from porttool.nn import n_parameters
 
 Wish = bool | Literal["auto"]
 
@@ -165,9 +165,8 @@ def obstacle(request: BuildRequest) -> str | None:
 
 def small(request: BuildRequest) -> bool:
     """Return true for a model that is not worth the minutes."""
-    n_weights = sum(t.numel() for t in meta_decoder(request.config).state_dict().values())
     itemsize: int = getattr(torch, request.dtype).itemsize
-    return bool(n_weights * itemsize < WORTH_BYTES)
+    return n_parameters(request.config) * itemsize < WORTH_BYTES
 
 
 def key_of(request: BuildRequest, device: str) -> TileKey:
