@@ -32,7 +32,11 @@ SHAPES = {
     "gated rotary": {"head_dim": 32, "d_model": 256, "d_ff": 704, **_LONG},
     "grouped rms": {"head_dim": 64, "d_model": 768, "d_ff": 3072, **_LONG},
 }
-TILES = [PersistentTile(24, 3, 4), PersistentTile(50, 2, 1, 2, 2), PersistentTile(7, 4, 8, 4, 4)]
+TILES = [
+    PersistentTile(24, 3, 4),
+    PersistentTile(50, 2, 1, 2, 2),
+    PersistentTile(7, 4, 8, 4, 4, 12),
+]
 HOPPER = 132  # multiprocessors of an H200
 
 
@@ -116,7 +120,10 @@ def test_the_plan_has_as_many_words_as_the_kernel_is_told() -> None:
     assert len(words) == macros(shape, torch.float16, TILES[0], HOPPER)["PLAN_WORDS"]
 
 
-@pytest.mark.parametrize("numbers", [(0, 3, 4), (24, 3, 4, 0), (24, 3, 4, 4, 3), (24, 3, 4, 4, 16)])
+@pytest.mark.parametrize(
+    "numbers",
+    [(0, 3, 4), (24, 3, 4, 0), (24, 3, 4, 4, 3), (24, 3, 4, 4, 16), (24, 3, 4, 4, 8, 12)],
+)
 def test_a_tile_of_nothing_is_refused(numbers: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="no row is decoded in PersistentTile"):
         PersistentTile(*numbers)
@@ -128,7 +135,7 @@ def test_a_tile_travels_with_the_tuning() -> None:
     assert plain.persistent is None
     assert Tuning.from_dict(tuned.as_dict()) == tuned
     assert "one persistent kernel" in tuned.described(1)
-    assert "shared by 8 warps" in tuned.described(1)
+    assert "shared by 8 of 8 warps" in tuned.described(1)
     assert "persistent" not in tuned.described(2)
 
 
@@ -139,6 +146,9 @@ def test_candidates_vary_what_was_fastest() -> None:
     assert lists[1] == [{"sharing": 4}, {"sharing": 2}]
     assert lists[2] == [{"steps": 25, "flying": 2}, {"steps": 25, "flying": 4}]
     assert all(tile["splits"] <= 2 for tile in next(persistent_candidates(shape, 17)))
+    assert not any("warps" in tile for tiles in lists for tile in tiles)
+    wide = shape_of("multi-query", d_model=6144)
+    assert list(persistent_candidates(wide, HOPPER))[-1] == [{"warps": 12, "sharing": 4}]
 
 
 def test_a_row_alone_goes_to_the_kernel_in_one_launch(monkeypatch) -> None:

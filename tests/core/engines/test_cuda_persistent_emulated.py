@@ -88,13 +88,13 @@ def made_with(case: str, dtype: torch.dtype, tile: PersistentTile, **changes: An
 
 
 MODELS = [
-    ("learned", torch.float16, PersistentTile(2, 2, 2, 2, sharing=2),
+    ("learned", torch.float16, PersistentTile(2, 2, 2, 2, 2, 2),
      {"n_head": 2, "n_kv_head": 2, "vocab_size": 331}),  # the head takes several batches
-    ("gated rotary", torch.bfloat16, PersistentTile(1, 3, 1, 2, sharing=1),
+    ("gated rotary", torch.bfloat16, PersistentTile(1, 3, 1, 2, 1, 2),
      {"n_head": 2, "n_kv_head": 2, "activation": "silu"}),
-    ("grouped rms", torch.float16, PersistentTile(3, 2, 1, 3, sharing=2),
+    ("grouped rms", torch.float16, PersistentTile(3, 2, 1, 3, 2, 2),
      {"n_head": 4, "n_kv_head": 2, "head_dim": 16}),
-    ("grouped rms", torch.float16, PersistentTile(1, 2, 1, 3, sharing=1),
+    ("grouped rms", torch.float16, PersistentTile(1, 2, 1, 3, 1, 2),
      {"n_head": 4, "n_kv_head": 2, "head_dim": 16}),
 ]  # fmt: skip
 
@@ -136,8 +136,9 @@ WIDE = {"d_model": 800, "d_ff": 1120, "n_head": 10, "n_kv_head": 1, "head_dim": 
 @pytest.mark.parametrize(
     ("machine", "tile", "changes"),
     [  # more words a thread than it asks for at once or ahead; two teams of two
-        ({"programs": 40, "threads": 32, "shared": 40 << 10}, PersistentTile(5, 2, 3, 2, 1), WIDE),
-        ({"threads": 128, "shared": 19 << 10}, PersistentTile(1, 2, 2, 2, 2),
+        ({"programs": 40, "threads": 32, "shared": 40 << 10},
+         PersistentTile(5, 2, 3, 2, 1, 1), WIDE),
+        ({"threads": 128, "shared": 19 << 10}, PersistentTile(1, 2, 2, 2, 2, 4),
          {"n_head": 2, "n_kv_head": 2}),
     ],
 )  # fmt: skip

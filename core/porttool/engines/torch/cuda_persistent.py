@@ -25,7 +25,7 @@ KERNEL = "decode_row"
 SHARED = 227 << 10
 """Shared memory of a multiprocessor's only program: all that Hopper gives it."""
 
-_COMPUTING = 256  # threads of a program; others fill its ring
+_COMPUTING = 256  # threads of a program, at least; others fill its ring
 _MOST_FLAGS = 1 << 31
 
 
@@ -65,7 +65,7 @@ def macros(
         "RMS": int(c.norm == "rmsnorm"), f"ACT_{c.activation}": 1, "EPS": f"{c.norm_eps!r}f",
         "BF16": int(dtype == torch.bfloat16), "GRID": programs, "SHARED": SHARED,
         "PLAN_WORDS": 21 + 15 * c.n_layer, "MOST_STEPS": tile.steps, "FLYING": tile.flying,
-        "SPLITS": tile.splits, "FILLERS": tile.fillers, "THREADS": _COMPUTING,
+        "SPLITS": tile.splits, "FILLERS": tile.fillers, "THREADS": 32 * tile.warps,
         "TEAM": tile.sharing,
     }  # fmt: skip
 
@@ -101,7 +101,7 @@ class PersistentRow:
         plan = plan_words(model, rows, (x, *self._words))
         self._plan = torch.tensor(plan, device=x.device)
         self._flags, self._told = 2 * c.n_layer, 0
-        threads = _COMPUTING + 32 * tile.fillers
+        threads = 32 * (tile.warps + tile.fillers)
         with torch.cuda.device(x.device):
             cubin = compile_row(c, model.dtype, tile, self.programs)
             self._kernel = CompiledKernel(cubin, KERNEL, threads=threads, shared=SHARED)

@@ -130,7 +130,7 @@ class PersistentTile:
 
     Pieces of up to `steps` x 64 bytes of a matrix row, `flying` slots of eight such pieces on their
     way to a multiprocessor at a time, the context of a head in `splits` parts, `fillers` warps that
-    ask for all of it, `sharing` warps that multiply a slot together.
+    ask for all of it, `sharing` of the `warps` that compute multiply a slot together.
     """
 
     steps: int
@@ -138,10 +138,11 @@ class PersistentTile:
     splits: int
     fillers: int = 4
     sharing: int = 8
+    warps: int = 8
 
     def __post_init__(self) -> None:
         """Refuse a tile of nothing, with a ValueError: tiles are read from files."""
-        if min(asdict(self).values()) < 1 or self.sharing not in (1, 2, 4, 8):
+        if min(asdict(self).values()) < 1 or self.warps % self.sharing:
             raise ValueError(f"no row is decoded in {self!r}")
 
 
@@ -188,7 +189,8 @@ class Tuning:
             tile = self.persistent
             return (
                 f"one persistent kernel, pieces of {64 * tile.steps} bytes, {tile.flying} slots on "
-                f"their way, each shared by {tile.sharing} warps, attention in {tile.splits} parts"
+                f"their way, each shared by {tile.sharing} of {tile.warps} warps, attention in "
+                f"{tile.splits} parts"
             )
         rows = str(tile_rows(n))
         tiles: dict[str, Any] = {**(self.stream if n == 1 else self.wide[rows])}
