@@ -67,6 +67,12 @@ inline float __uint_as_float(u32 bits) {
     return value;
 }
 inline u16 __ldg(const u16* from) { return *from; }
+inline u32 __byte_perm(u32 a, u32 b, u32 which) {
+    const u64 both = u64(b) << 32 | a;
+    u32 bytes = 0;
+    for (int i = 0; i < 4; ++i) bytes |= u32(both >> (which >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return bytes;
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 // ---- fibers ----
@@ -268,12 +274,17 @@ inline float exchange(float value, int from) {
 inline float __shfl_xor_sync(u32, float value, int step) {
     return exchange(value, running->thread % 32 ^ step);
 }
+inline float __shfl_sync(u32, float value, int from) { return exchange(value, from); }
 inline float __shfl_down_sync(u32, float value, int step) {
     const int lane = running->thread % 32;
     return exchange(value, lane + step < 32 ? lane + step : lane);
 }
 inline int __shfl_xor_sync(u32 all, int value, int step) {
     return __float_as_uint(__shfl_xor_sync(all, __uint_as_float(value), step));
+}
+inline int __reduce_max_sync(u32 all, int v) {
+    for (int step = 16; step; step /= 2) v = max(v, __shfl_xor_sync(all, v, step));
+    return v;
 }
 inline float warp_sum(float v) {
     for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);

@@ -52,13 +52,17 @@ def programs(shape, tile: AttentionTile) -> int:
     return (228 << 10) // (macros(shape, torch.float16, tile)["SHARED"] + 1024)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_candidates_for_heads_of_their_own(head_dim: int, compiler) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "cut"),
+    [(64, {(64, 4), (128, 8), (128, 4)}), (128, {(32, 2), (64, 4)}), (256, {(16, 1), (32, 2)})],
+)
+def test_candidates_for_heads_of_their_own(head_dim: int, cut, compiler) -> None:
     """The kernel itself asserts that it gets no less shared memory than it needs."""
     shape = shape_of(head_dim)
     found = list(balanced_candidates(shape, 32, 512))
-    assert len(set(found)) == len(found) == 6
-    assert [programs(shape, tile) for tile in found] == [2, 2, 1, 2, 2, 1]
+    assert {(tile.block_t, tile.warps) for tile in found} == cut
+    assert len(set(found)) == len(found) == 2 * len(cut)
+    assert [programs(shape, tile) for tile in found] == [2, 1] * len(cut)
     for tile in (found[0], found[-1]):
         assert_it_compiles(shape, tile)
 
@@ -94,8 +98,8 @@ def assert_it_compiles(shape, tile: AttentionTile) -> None:
     ("changes", "reason"),
     [
         ({"DIM": 96}, "share a key evenly"),
-        ({"SLOT": 48}, "all warps take a slot"),
-        ({"SLOTS": 1}, "all warps take a slot"),
+        ({"SLOT": 40}, "take blocks of a slot"),
+        ({"SLOTS": 1}, "take blocks of a slot"),
         ({"SHARED": 40 << 10}, "more shared memory than there is"),
         ({"KV": 2}, "keys of its own"),
     ],

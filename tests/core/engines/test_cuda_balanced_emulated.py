@@ -39,7 +39,7 @@ KINDS = [
     (MIXED, torch.bfloat16, tile(64, 4, 2), {"n_head": 2, "head_dim": 128}),
     (MIXED, torch.float16, tile(16, 8, 2),
      {"n_head": 1, "head_dim": 128, "parts": 2, "biased": True, **ROTARY}),
-    (MIXED[:3], torch.float16, tile(8, 4, 3), {"n_head": 1, "head_dim": 256, "parts": 2}),
+    (MIXED[:3], torch.float16, tile(16, 4, 3), {"n_head": 1, "head_dim": 256, "parts": 2}),
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ BROKEN = {
 def test_what_the_emulation_finds(what: str) -> None:
     """A test that cannot fail is none: each of these must hang or give wrong numbers."""
     rows = [(4, 0), (-1, 3), (-1, 5), (1, 1), (0, 30), (3, 35), (2, 2), (5, 3)]
-    case = Case(rows, torch.float16, tile(16, 4, 2), n_head=2, head_dim=64)
+    case = Case(rows, torch.float16, tile(32, 2, 2), n_head=2, head_dim=64)
     wanted, appended = case.wanted(), case.appended()
 
     def wrong(seed: int, broken: tuple[str, str]) -> bool:

@@ -22,6 +22,9 @@ from porttool.engines.torch.cuda_tuning import AttentionTile
 COPIED = 16
 """Positions of a copy where heads share keys; `AttentionTile.stages` counts those of a ring."""
 
+BLOCK = 16
+"""Positions that a warp takes at once where heads have keys of their own."""
+
 _DIMS = (64, 128, 256)
 _MOST_HEADS = 64  # that share keys
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from porttool.config import ModelConfig
-from porttool.engines.torch.cuda_balanced import COPIED
+from porttool.engines.torch.cuda_balanced import BLOCK, COPIED
 from porttool.engines.torch.cuda_balanced import shared as balanced_shared
 from porttool.engines.torch.cuda_rule import default_stream, default_wide
 from porttool.engines.torch.cuda_tuning import (
@@ -152,11 +152,13 @@ def balanced_candidates(config: ModelConfig, n: int, context: int) -> Iterator[A
     if config.n_head > config.n_kv_head:
         yield from _group_candidates(config, n, context)
         return
-    for slot in (16 << 10, 32 << 10):
-        for room, warps in ((_HALF, 8), (_HALF, 4), (2 * _HALF, 8)):
-            tile = AttentionTile(1, slot // (4 * config.head_dim), warps, balanced=True)
-            more = (room - 1024 - balanced_shared(config, tile)) // (slot + 16)
-            yield replace(tile, stages=tile.stages + more)
+    tiles: dict[AttentionTile, None] = {}
+    for slot, most, room in product((16 << 10, 32 << 10), (8, 4), (_HALF, 2 * _HALF)):
+        positions = slot // (4 * config.head_dim)
+        tile = AttentionTile(1, positions, min(positions // BLOCK, most), balanced=True)
+        more = (room - 1024 - balanced_shared(config, tile)) // (slot + 16)
+        tiles[replace(tile, stages=tile.stages + more)] = None
+    yield from tiles
 
 
 def _group_candidates(config: ModelConfig, n: int, context: int) -> Iterator[AttentionTile]:
