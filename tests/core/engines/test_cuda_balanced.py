@@ -32,7 +32,7 @@ from porttool.engines.torch.cuda_tune import balanced_for
 from porttool.engines.torch.cuda_tuning import AttentionTile, ClusterTile, Tuning
 from porttool.engines.torch.tile_cache import read_tuning
 
-TILE = AttentionTile(1, 64, 8, 3, balanced=True)
+TILE = AttentionTile(1, 64, 4, 3, balanced=True)
 
 
 def shape_of(head_dim: int = 64, *, n_head: int = 4, n_kv_head: int = 4):
@@ -182,7 +182,16 @@ def test_tiles_of_the_time_when_slots_had_one_size_are_measured_again() -> None:
     assert read_tuning(data, shape)
     data["wide_attention"]["32"]["block_t"] = COPIED
     assert read_tuning(data, shape) is None
-    assert read_tuning(data, shape_of())  # heads of their own take as many as they like
+
+
+def test_tiles_of_the_time_when_warps_took_other_positions_are_measured_again() -> None:
+    shape = shape_of()
+    data = tuned(shape).as_dict()
+    tile = data["wide_attention"]["32"]
+    assert (tile["block_t"], tile["warps"]) == (64, 4)
+    assert read_tuning(data, shape)
+    tile["warps"] = 8
+    assert read_tuning(data, shape) is None
 
 
 @pytest.mark.parametrize("place", ["attention", "wide_attention"])

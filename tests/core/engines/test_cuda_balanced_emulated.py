@@ -66,13 +66,26 @@ BROKEN = {
         "barrier_wait(shared_address(&s.joined[which]), (n / 2 & 1) ^ 1);", ""),
     "the kernel before is not awaited": ("await_last();", ""),
     "the count is not put back": ("if (number == heads - 1) *a.drawn = 0;", ""),
+    "keys beyond the end are compared": ("holds && row < live ? low", "holds ? low"),
+    "keys beyond the first half's end are compared": (
+        "holds && row + 8 < live ? high", "holds ? high"),
+    "values beyond the end are multiplied": (
+        "if (first + t >= live) v[i] = {0, 0, 0, 0};", ""),
+    "chances meet other lanes' units": ("{row == group ? a : 0, row == group ? b : 0}", "{a, b}"),
+    "every warp counts the step's own position": (
+        "if (warp == 0) begin_with_own(", "begin_with_own("),
+    "what was found before does not shrink": ("acc[l][i / 4][i % 4] *= shrink;", ";"),
+    "a slot is given back while it is read": (
+        "                __syncwarp();\n                if (lane == 0) barrier_arrive("
+        "shared_address(&s.empty[i]), 1);",
+        "                if (lane == 31) barrier_arrive(shared_address(&s.empty[i]), 1);"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", list(BROKEN))
 def test_what_the_emulation_finds(what: str) -> None:
     """A test that cannot fail is none: each of these must hang or give wrong numbers."""
-    rows = [(4, 0), (-1, 3), (-1, 5), (1, 1), (0, 30), (3, 35), (2, 2), (5, 3)]
+    rows = [(4, 0), (-1, 3), (-1, 5), (1, 1), (0, 30), (3, 140), (2, 2), (5, 3)]
     case = Case(rows, torch.float16, tile(32, 2, 2), n_head=2, head_dim=64)
     wanted, appended = case.wanted(), case.appended()
 

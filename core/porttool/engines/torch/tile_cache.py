@@ -17,13 +17,13 @@ from pydantic import ValidationError
 from porttool.builder import BuildRequest
 from porttool.checkpoint import Manifest, read_manifest
 from porttool.config import Closed, Dtype, ModelConfig
-from porttool.engines.torch.cuda_balanced import COPIED, group
+from porttool.engines.torch.cuda_balanced import BLOCK, COPIED, group
 from porttool.engines.torch.cuda_rule import default_tuning
 from porttool.engines.torch.cuda_tuning import Tuning
 from porttool.errors import CheckpointError
 from porttool.folder import cache_folder
 
-KERNELS = 7
+KERNELS = 8
 """To be raised when the kernels change so that other tiles are the fastest."""
 
 Say = Callable[[str], None]
@@ -88,9 +88,11 @@ def read_tuning(data: Mapping[str, Any], config: ModelConfig) -> Tuning | None:
         tuning = Tuning.from_dict(data)
     except ValidationError:
         return None
-    tiles = tuning.wide_attention.values()
-    if group(config) > 1 and any(t.balanced and t.block_t == COPIED for t in tiles):
+    tiles = [tile for tile in tuning.wide_attention.values() if tile.balanced]
+    if group(config) > 1 and any(tile.block_t == COPIED for tile in tiles):
         return None  # when slots had one size, this stood for a copy's
+    if group(config) == 1 and any(tile.block_t < tile.warps * BLOCK for tile in tiles):
+        return None  # warps would have nothing to do: they took other positions once
     return tuning if outline(tuning) == outline(default_tuning(config, "cpu")) else None
 
 

@@ -3,12 +3,15 @@
 // of 128 rows were all asked for after 108 us by the slowest program, after 73 by the fastest.
 //
 // One warp asks for keys and values, head after head, into a ring that is always full; another
-// fetches queries one head ahead; those that compute take 16 positions at a time, on the tensor
-// cores, each warp with a softmax of its own positions; a last one joins what they found, while
-// they are at the next head. So the memory never waits for a head to begin or end. (On the other
-// cores it took four times the instructions, and power that GPT-Next at 128 rows has not.) Moves
-// each key and value once. To a step it adds, a layer of GPT-2 XL: 109 MB at 32 rows in 26 us, 4.2
-// TB/s, 436 MB at 128 rows in 99 us, 4.4 TB/s, the memory's own speed.
+// fetches queries one head ahead; those that compute take 16 positions at a time, each warp with a
+// softmax of its own positions; a last one joins what they found, while they are at the next head.
+// So the memory never waits for a head to begin or end. Products run on the tensor cores, though a
+// single query fills an eighth of them: the ordinary ones take four times the instructions, and
+// power, which is the limit at 128 rows.
+//
+// Moves each key and value once. To a step it adds, a layer of GPT-2 XL: 109 MB at 32 rows in 26
+// us, 4.2 TB/s, 436 MB at 128 rows in 99 us, 4.4 TB/s, the memory's own speed. (Measured on the
+// ordinary cores; whole steps have changed by 0.2 % since.)
 //
 // Behind machine.cuh, overlap.cuh and heads.cuh. Defined outside beside heads.cuh's: SLOT
 // (positions of a slot of the ring), SLOTS, WARPS (that compute).
@@ -128,8 +131,8 @@ struct Query {
 
 // The largest number of a warp. As integers floats are in order, those below zero the other way.
 __device__ __forceinline__ float warp_most(float v) {
-    const int bits = __float_as_uint(v),
-              most = __reduce_max_sync(~0u, bits ^ (bits >> 31 & 0x7fffffff));
+    const int bits = __float_as_uint(v);
+    const int most = __reduce_max_sync(~0u, bits ^ (bits >> 31 & 0x7fffffff));
     return __uint_as_float(most ^ (most >> 31 & 0x7fffffff));
 }
 
