@@ -24,7 +24,7 @@ from porttool.checkpoint import (
 from porttool.component import Component, explain
 from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, SpecialTokens
 from porttool.errors import SourceError, naming
-from porttool.folder import fingerprint, pending_folder, require_space
+from porttool.folder import fingerprint, pending_folder
 from porttool.progress import SILENT, Progress
 from porttool.shards import (
     MAX_SHARD_BYTES,
@@ -36,7 +36,7 @@ from porttool.shards import (
 )
 from porttool.sources.places import scratch_folder
 from porttool.sources.tokenizer_files import NO_TOKENIZER, read_tokenizer
-from porttool.standing import require_free
+from porttool.standing import require_free, require_space
 from porttool.weights import (
     Take,
     TensorInfo,

@@ -30,14 +30,14 @@ from porttool.component import explain
 from porttool.config import Activation, Closed, Dtype, ModelConfig, SpecialTokens
 from porttool.engine import MANIFEST as ENGINE
 from porttool.errors import UsageError
-from porttool.folder import pending_folder, require_space
+from porttool.folder import pending_folder
 from porttool.gpt2_layout import ACTIVATIONS
 from porttool.hookspecs import API_VERSION
 from porttool.plugins import Registry, choose_converter, load_registry, named_converters
 from porttool.progress import SILENT, Progress
 from porttool.shards import TensorJob, plan_shards, work_key, write_shards
 from porttool.sources.json_file import read_json
-from porttool.standing import require_free
+from porttool.standing import require_free, require_space
 from porttool.workspace import Workspace
 
 if TYPE_CHECKING:

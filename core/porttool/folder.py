@@ -23,7 +23,6 @@ from pydantic import ValidationError
 
 from porttool.config import Closed
 from porttool.errors import CheckpointError, PorttoolError, explain_os_error, intact
-from porttool.progress import format_bytes
 from porttool.standing import made_folder, occupied, require_free
 
 JOURNAL = "journal.jsonl"
@@ -223,19 +222,6 @@ def sync_folder(path: Path) -> None:
 def cache_folder() -> Path:
     """Return where the user's caches are, by the XDG Base Directory Specification."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "porttool"
-
-
-def require_space(target: Path, n_bytes: int, *, advice: str = "") -> None:
-    """Raise before the work begins if the disk has no room for so many bytes."""
-    parent = target.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < n_bytes:
-        raise PorttoolError(
-            f"{target}: {format_bytes(n_bytes)} are needed, {format_bytes(free)} are free; "
-            f"free some space, or {advice or 'choose another --output or a smaller --dtype'}"
-        )
 
 
 def hash_file(path: Path) -> FileRecord:

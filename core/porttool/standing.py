@@ -1,4 +1,4 @@
-"""What already stands where something is to be written, and whether it may be replaced."""
+"""What already stands where something is to be written, whether it may be replaced, and room."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from porttool.errors import FULL, PorttoolError, UsageError, said_by_system
+from porttool.progress import format_bytes
 
 KINDS = {
     "checkpoint.json": "a checkpoint",
@@ -146,3 +147,16 @@ def require_free(
                 f"{source} is being read and lies in {target}, which --force would replace; choose "
                 "another --output"
             )
+
+
+def require_space(target: Path, n_bytes: int, *, advice: str = "") -> None:
+    """Raise before the work begins if the disk has no room for so many bytes."""
+    parent = target.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < n_bytes:
+        raise PorttoolError(
+            f"{target}: {format_bytes(n_bytes)} are needed, {format_bytes(free)} are free; "
+            f"free some space, or {advice or 'choose another --output or a smaller --dtype'}"
+        )

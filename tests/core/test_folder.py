@@ -20,10 +20,9 @@ from porttool.folder import (
     fingerprint,
     hash_file,
     pending_folder,
-    require_space,
     verify_files,
 )
-from porttool.standing import occupied, require_free
+from porttool.standing import occupied, require_free, require_space
 
 MANIFEST = "manifest.json"
 

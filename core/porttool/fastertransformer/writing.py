@@ -11,9 +11,10 @@ from porttool.config import Dtype, ModelConfig
 from porttool.errors import UsageError
 from porttool.fastertransformer.config_file import CONFIG, NAMES, OwnSection, format_config
 from porttool.fastertransformer.layout import BinFile, bin_files, check_parallel
-from porttool.folder import FileRecord, PendingFolder, pending_folder, require_space, sync
+from porttool.folder import FileRecord, PendingFolder, pending_folder, sync
 from porttool.progress import SILENT, Progress
 from porttool.shards import as_bytes, write_all
+from porttool.standing import require_space
 from porttool.weights import cast
 
 if TYPE_CHECKING:

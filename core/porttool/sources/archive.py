@@ -20,10 +20,10 @@ from tempfile import NamedTemporaryFile
 from typing import IO, BinaryIO, cast
 
 from porttool.errors import SourceError
-from porttool.folder import require_space
 from porttool.progress import Progress
 from porttool.sources.places import refuse_pointer
 from porttool.sources.tar_headers import read_headers
+from porttool.standing import require_space
 
 MAX_GROWTH = 200
 """Weights hardly compress: what unpacks to more than this many times itself is a trap."""

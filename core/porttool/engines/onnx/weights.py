@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 from porttool.config import Dtype
 from porttool.engines.onnx.element_types import ELEMENT_TYPES
 from porttool.errors import EngineError
-from porttool.folder import PendingFolder, require_space
+from porttool.folder import PendingFolder
 from porttool.nn import require_shapes
 from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.sources.safetensors_file import SafetensorsFile, check_entry, read_header
+from porttool.standing import require_space
 from porttool.weights import cast, listing
 
 if TYPE_CHECKING:

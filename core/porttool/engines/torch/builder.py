@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.component import Options
 from porttool.config import Dtype
-from porttool.folder import PendingFolder, require_space
+from porttool.folder import PendingFolder
 from porttool.sharding import rank_config, shard
 from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.standing import require_space
 from porttool.weights import cast as cast_tensor
 
 if TYPE_CHECKING:
