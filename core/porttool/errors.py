@@ -73,12 +73,17 @@ class CheckpointError(PorttoolError):
 
 
 @contextmanager
-def intact(folder: Path) -> Iterator[None]:
-    """Turn what the system says of files that cannot be read into a CheckpointError."""
+def intact(place: Path) -> Iterator[None]:
+    """Turn what the system says of a file or folder's that cannot be read into a CheckpointError.
+
+    It names the file where one is not to be opened, and does not where reading fails.
+    """
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{folder}: {error.strerror}: {error.filename!s:.300}") from error
+        other = error.filename and str(error.filename) != str(place)
+        named = f": {error.filename!s:.300}" if other else ""
+        raise CheckpointError(f"{place}: {error.strerror}{named}") from error
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -270,11 +270,15 @@ def verify_files(
     taken before: a file that has its stamp still is the one verified.
     """
     stamps = find_files(folder, files)
-    hashed = [name for name in files if name not in but]
-    with ThreadPoolExecutor() as pool, intact(folder):
-        records = pool.map(hash_file, [folder / name for name in hashed])
-        for name, found in zip(hashed, records, strict=True):
-            require_record(folder / name, found, files[name])
+
+    def check(name: str) -> None:
+        with intact(folder / name):
+            found = hash_file(folder / name)
+        require_record(folder / name, found, files[name])
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(check, (name for name in files if name not in but)):
+            pass
     return stamps
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from porttool.component import Component
-from porttool.errors import EngineError, UsageError
+from porttool.errors import CheckpointError, EngineError, MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,7 +153,8 @@ def load_verified(
     """Open an engine, check every file's hash and load it with the runner of its kind.
 
     A runner may hash weights as it reads them. A wrong file is reported as such, whatever it did
-    to the loader, and no runner is returned before every hash was right.
+    to the loader, which may have stopped before its hash was known, and no runner is returned
+    before every hash was right.
     """
     from porttool.engine import Engine
 
@@ -162,6 +163,8 @@ def load_verified(
     opened.verify(but=opened.weight_files() if hashed else ())
     try:
         return load_runner(opened, registry, options)
+    except (CheckpointError, UsageError, MissingExtra):  # no wrong file explains it better
+        raise
     except Exception:
         if hashed:
             opened.verify()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -12,7 +14,8 @@ from porttool import folder
 from porttool.checkpoint import Checkpoint
 from porttool.config import Limits
 from porttool.engine import Engine, choose_limits
-from porttool.errors import CheckpointError, PluginError, UsageError
+from porttool.engines.torch.loading import load_weights, open_weights
+from porttool.errors import CheckpointError, EngineError, PluginError, UsageError
 from porttool.folder import hash_file
 from porttool.runner import load_runner, load_verified
 from tiny import full_logits, reference_logits
@@ -74,11 +77,57 @@ def test_a_flipped_bit_is_found_while_weights_are_loaded(copy, registry, damage)
         load_verified(copy, registry, {"device": "cpu"})
 
 
+def test_weights_that_cannot_be_read_are_named(copy, registry, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    file = next((copy / "rank0").glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match=rf"{file.name}: Input/output error$"):
+        load_verified(copy, registry, {"device": "cpu"})
+    with pytest.raises(CheckpointError, match=r"gone\.safetensors: Not a directory"):
+        open_weights(file / "gone.safetensors")
+
+
+def test_a_tensor_in_two_files_is_refused(copy, registry):
+    file = next((copy / "rank0").glob("*.safetensors"))
+    more = file.with_name("more.safetensors")
+    save_file({"norm.bias": torch.zeros(1, dtype=torch.float64)}, more)
+
+    def add(values):
+        values["files"][f"rank0/{more.name}"] = hash_file(more).model_dump()
+
+    edit_manifest(copy, add)
+    with pytest.raises(CheckpointError, match=r"'norm\.bias' is in another of the engine's files"):
+        load_verified(copy, registry, {"device": "cpu"})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_files_without_tensors_are_hashed_too(copy, registry, device):
+    file = next((copy / "rank0").glob("*.safetensors"))
+    save_file({}, file)
+
+    def alter(values):
+        values["files"][f"rank0/{file.name}"] = hash_file(file).model_dump()
+
+    edit_manifest(copy, alter)
+    engine = Engine.open(copy, registry)
+    assert load_weights(engine, device) == {}
+    with pytest.raises(EngineError, match="embedding"):
+        load_verified(copy, registry, {"device": "cpu"})
+    save_file({}, file, metadata={"a": "b"})
+    with pytest.raises(CheckpointError, match=rf"{file.name}: its SHA-256 is not"):
+        load_weights(engine, device)
+
+
 def test_weights_are_hashed_once(copy, registry, monkeypatch):
     hashed = []
     monkeypatch.setattr(folder, "hash_file", lambda path: hashed.append(path) or hash_file(path))
     load_verified(copy, registry, {"device": "cpu"})
     assert not hashed  # by any but the loader: there are no other files
+    with pytest.raises(UsageError, match="devise"):
+        load_verified(copy, registry, {"devise": "cpu"})
+    assert not hashed  # what is wrong is not in a file
     Engine.open(copy, registry)
     assert [path.suffix for path in hashed] == [".safetensors"]
 

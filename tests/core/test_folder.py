@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 
 from porttool import folder as folder_module
 from porttool import standing
-from porttool.errors import CheckpointError, PorttoolError, UsageError
+from porttool.errors import CheckpointError, PorttoolError, UsageError, intact
 from porttool.folder import (
     FileRecord,
     fingerprint,
@@ -264,6 +265,16 @@ def test_verifying(tmp_path):
     (tmp_path / "a").unlink()
     with pytest.raises(CheckpointError, match=r"a: the file is missing"):
         verify_files(tmp_path, files)
+
+
+def test_verifying_names_the_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "a").symlink_to("/proc/self/mem")  # opens, of no size, and fails at its first byte
+    with pytest.raises(CheckpointError, match=r"a: Input/output error$"):
+        verify_files(tmp_path, {"a": FileRecord(bytes=0, sha256="")})
+    with pytest.raises(CheckpointError, match=r"^b: Is a directory$"), intact(Path("b")):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", "b")
+    with pytest.raises(CheckpointError, match=r"^b: Is a directory: b/c$"), intact(Path("b")):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", "b/c")
 
 
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "sub/../../a"])

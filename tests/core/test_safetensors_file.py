@@ -73,6 +73,17 @@ def test_reads_through_a_file_once_and_hashes_it(tmp_path, size):
         assert found[name] == bytes(tensor.view(-1).view(torch.uint8).tolist())
 
 
+def test_another_file_behind_the_header_is_not_taken_for_it(tmp_path):
+    """Not even if it is the one that was expected: its tensors lie elsewhere."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(4), "b": torch.ones(4)}, path)
+    file = SafetensorsFile(path)
+    save_file({"b": torch.ones(4), "c": torch.zeros(4)}, path)
+    found = file.read_through(lambda *_: torch.empty(16, dtype=torch.uint8), lambda *_: None)
+    assert found.bytes == hash_file(path).bytes
+    assert found.sha256 != hash_file(path).sha256
+
+
 @pytest.mark.parametrize(
     ("header", "data", "said"),
     [

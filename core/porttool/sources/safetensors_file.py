@@ -44,8 +44,9 @@ class SafetensorsFile(TensorSource):
         self._infos: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
         self.stamp = stamp_of(path)
-        header, start = read_header(path)
-        self._index(header, start)
+        header, head = read_header(path)
+        self._digest = hashlib.sha256(head)
+        self._index(header, len(head))
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Return every tensor's name, shape, type and size."""
@@ -73,16 +74,15 @@ class SafetensorsFile(TensorSource):
     def read_through(
         self, room: Callable[[str, int], Tensor], filled: Callable[[str, int, Tensor], None]
     ) -> FileRecord:
-        """Read the whole file once, in order; return its size and SHA-256.
+        """Read all data once, in order; return the size and SHA-256 of the file that was read.
 
+        The header is hashed as it was when it said where the data lies: a file that was put in
+        another's place since is not taken for either.
         room(name, begin): a uint8 tensor on the CPU for a tensor's bytes from `begin` on, of one
         byte or more and no longer than the tensor goes on; filled(name, begin, piece) is told when
         they are in it.
         """
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            first = next(iter(self._offsets.values()), self._size)
-            digest.update(file.read(first))
+        digest = self._digest.copy()
         for name, offset in self._offsets.items():
             begin = 0
             while begin < self._infos[name].nbytes:
@@ -136,8 +136,8 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Return the JSON header and where the data starts; a lying length is a SourceError."""
+def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the JSON header and all bytes before the data; a lying length is a SourceError."""
     try:
         with path.open("rb") as file:
             prefix = file.read(8)
@@ -145,14 +145,15 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             if not 2 <= length <= min(MAX_HEADER, path.stat().st_size - 8):
                 refuse_pointer(path)
                 raise SourceError(f"{path}: not a safetensors file, or its header length lies")
-            header = json.loads(file.read(length), object_pairs_hook=unique_pairs)
+            text = file.read(length)
+            header = json.loads(text, object_pairs_hook=unique_pairs)
     except FileNotFoundError as error:
         raise SourceError(f"{path}: the file is missing") from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: the safetensors header is damaged: {error}") from error
     if not isinstance(header, dict):
         raise SourceError(f"{path}: the safetensors header is not an object")
-    return header, 8 + length
+    return header, prefix + text
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -101,8 +101,9 @@ def stored_weights(engine: Engine) -> dict[str, StoredTensor]:
 def tensors_in(file: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of a weight file."""
     SafetensorsFile(file)  # refuses one whose header does not fit its size
-    header, start = read_header(file)
+    header, head = read_header(file)
     for name, entry in header.items():
         if name != "__metadata__":
             info, begin = check_entry(file, name, entry)
-            yield StoredTensor(name, info.shape, info.dtype, file.name, start + begin, info.nbytes)
+            begin += len(head)
+            yield StoredTensor(name, info.shape, info.dtype, file.name, begin, info.nbytes)

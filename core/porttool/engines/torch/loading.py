@@ -7,14 +7,16 @@ slower than anything else here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from porttool.engines.torch.cuda_weights import allocate
+from porttool.errors import CheckpointError, intact
 from porttool.folder import require_record
 from porttool.memory import empty
 from porttool.sources.safetensors_file import SafetensorsFile
@@ -73,24 +75,22 @@ def load_weights(engine: Engine, device: str = "cpu", rank: int = 0) -> dict[str
     """Read every tensor of one rank's files, which are those that the manifest knows.
 
     On a GPU they lie in one allocation. Raises CheckpointError for a file that is not the one that
-    the manifest knows.
+    the manifest knows, that cannot be read, or that has a tensor of another file's; SourceError for
+    one that is no safetensors file.
     """
     names = engine.weight_files(rank)
-    files = [SafetensorsFile(engine.path / name) for name in names]
-    kinds = {
-        name: (info.shape, getattr(torch, info.dtype))
-        for file in files
-        for name, info in file.infos().items()
-    }
+    files = [open_weights(engine.path / name) for name in names]
+    kinds = kinds_in(files)
     if device == "cpu":
         tensors = {name: empty(*kind) for name, kind in kinds.items()}
     else:
         tensors = allocate(kinds, device)
     places = {name: tensor.view(-1).view(torch.uint8) for name, tensor in tensors.items()}
-    reading = _Reader if device == "cpu" else _CopyingReader
+    reading = _CopyingReader if places and device != "cpu" else _Reader
 
     def read(name: str, file: SafetensorsFile) -> None:
-        with torch.inference_mode():  # as the caller may be, whose tensors these are
+        # inference mode: as the caller may be in, whose tensors these are
+        with torch.inference_mode(), intact(file.path):
             reader = reading(places)
             found = file.read_through(reader.room, reader.filled)
         require_record(file.path, found, engine.manifest.files[name])
@@ -101,3 +101,23 @@ def load_weights(engine: Engine, device: str = "cpu", rank: int = 0) -> dict[str
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)  # the caller's stream may not be the readers'
     return tensors
+
+
+def open_weights(path: Path) -> SafetensorsFile:
+    """Read a file's header; a CheckpointError where the system does not let it be read."""
+    with intact(path):
+        return SafetensorsFile(path)
+
+
+def kinds_in(files: Sequence[SafetensorsFile]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and type of every tensor; a CheckpointError for one that is there twice."""
+    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for file in files:
+        for name, info in file.infos().items():
+            if name in kinds:
+                raise CheckpointError(
+                    f"{file.path}: {name!r:.200} is in another of the engine's files, too; "
+                    "build the engine again"
+                )
+            kinds[name] = info.shape, getattr(torch, info.dtype)
+    return kinds
