@@ -122,9 +122,10 @@ def test_the_plan_has_as_many_words_as_the_kernel_is_told() -> None:
 
 @pytest.mark.parametrize(
     "numbers",
-    [(0, 3, 4), (24, 3, 4, 0), (24, 3, 4, 4, 3), (24, 3, 4, 4, 16), (24, 3, 4, 4, 8, 12)],
-)
-def test_a_tile_of_nothing_is_refused(numbers: tuple[int, ...]) -> None:
+    [(0, 3, 4), (24, 3, 4, 0), (24, 3, 4, 4, 3), (24, 3, 4, 4, 16), (24, 3, 4, 4, 8, 12),
+     (24, 3, 4, 4, 8, 0), (24, 3, 4, 4, 8, 1000), (24, 3, 4, 25, 8, 8), (24, 3, 1 << 40)],
+)  # fmt: skip
+def test_a_tile_that_no_kernel_is_made_for_is_refused(numbers: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="no row is decoded in PersistentTile"):
         PersistentTile(*numbers)
 

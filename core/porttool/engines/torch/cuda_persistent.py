@@ -25,7 +25,7 @@ KERNEL = "decode_row"
 SHARED = 227 << 10
 """Shared memory of a multiprocessor's only program: all that Hopper gives it."""
 
-_COMPUTING = 256  # threads of a program, at least; others fill its ring
+_COMPUTING = 256  # threads of a program in the narrowest tile that is tried; others fill its ring
 _MOST_FLAGS = 1 << 31
 
 

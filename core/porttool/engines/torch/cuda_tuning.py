@@ -22,6 +22,10 @@ SHARED_BYTES = 220 << 10
 """Shared memory of one program, at most: what a Hopper multiprocessor has for it."""
 
 
+PROGRAM_WARPS = 32
+"""Warps of one program, at most."""
+
+
 @dataclass(frozen=True)
 class StreamTile:
     """How a single row's matrix is cut; `held` tiles are loaded before the predecessor ends."""
@@ -141,8 +145,9 @@ class PersistentTile:
     warps: int = 8
 
     def __post_init__(self) -> None:
-        """Refuse a tile of nothing, with a ValueError: tiles are read from files."""
-        if min(asdict(self).values()) < 1 or self.warps % self.sharing:
+        """Refuse what no kernel is made for, with a ValueError: tiles are read from files."""
+        many = self.warps + self.fillers > PROGRAM_WARPS or self.splits > 32 * self.warps
+        if min(asdict(self).values()) < 1 or self.warps % self.sharing or many:
             raise ValueError(f"no row is decoded in {self!r}")
 
 
