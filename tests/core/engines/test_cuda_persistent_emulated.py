@@ -135,10 +135,12 @@ WIDE = {"d_model": 800, "d_ff": 1120, "n_head": 10, "n_kv_head": 1, "head_dim": 
 
 @pytest.mark.parametrize(
     ("machine", "tile", "changes"),
-    [  # more words a thread than it asks for at once or ahead; two teams of two
+    [  # more words a thread than it asks for at once or ahead; two teams of two, three
         ({"programs": 40, "threads": 32, "shared": 40 << 10},
          PersistentTile(5, 2, 3, 2, 1, 1), WIDE),
         ({"threads": 128, "shared": 19 << 10}, PersistentTile(1, 2, 2, 2, 2, 4),
+         {"n_head": 2, "n_kv_head": 2}),
+        ({"threads": 192, "shared": 36 << 10}, PersistentTile(1, 2, 2, 2, 2, 6),
          {"n_head": 2, "n_kv_head": 2}),
     ],
 )  # fmt: skip
