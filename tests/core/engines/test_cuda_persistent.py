@@ -77,6 +77,7 @@ def test_a_refused_source_says_why(compiler) -> None:
         (PersistentTile(24, 3, 67), "one part of a head"),
         (PersistentTile(24, 3, 1, 1), "keys, another for the values"),
         (PersistentTile(50, 2, 1, 4, 1), "which turn its next slot is in"),
+        (PersistentTile(1, 2, 1, 2, 1, 1), "sets up the barriers"),
     ],
 )
 def test_tiles_that_would_hang_are_refused(compiler, tile: PersistentTile, reason: str) -> None:
