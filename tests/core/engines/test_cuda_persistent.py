@@ -85,6 +85,13 @@ def test_tiles_that_would_hang_are_refused(compiler, tile: PersistentTile, reaso
         compile_row(shape_of("learned", d_ff=12800), torch.float16, tile, HOPPER)
 
 
+def test_a_warp_alone_is_refused_wide_heads(compiler) -> None:
+    shape = shape_of("learned", n_head=4, n_kv_head=4, head_dim=128)
+    with pytest.raises(CompilerUnavailable, match="two elements of a head"):
+        compile_row(shape, torch.float16, PersistentTile(24, 2, 1, 4, 1, 1), HOPPER)
+    assert compile_row(shape, torch.float16, PersistentTile(24, 2, 1, 4, 2, 2), HOPPER)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -111,6 +111,7 @@ struct Desk {
 // Two barriers a slot; 256 bytes for the rest and for alignment.
 constexpr int SLOTS = (SHARED - sizeof(Desk) - 256) / (SLOT + 16);
 static_assert(SLOTS >= 2, "too little shared memory for the ring");
+static_assert(DIM <= 2 * THREADS, "a thread tells two elements of a head");
 static_assert(SLOTS <= ALL_THREADS, "a thread sets up the barriers of each slot");
 static_assert(FLYING >= 1 && FLYING <= SLOTS, "a filler waits for slots that it has asked for");
 static_assert(WARPS % TEAM == 0, "every warp is in a team");
