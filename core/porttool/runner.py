@@ -55,7 +55,8 @@ class Runner(Component):
     """True when `trace` is implemented."""
 
     hashes_weights: ClassVar[bool] = False
-    """True when loading checks the hash of every file of `Engine.weight_files` that it reads."""
+    """True when loading reads every file of `Engine.weight_files`, hashes what it reads and refuses
+    one that is not the manifest's: nobody else hashes these then."""
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(options)
