@@ -140,7 +140,8 @@ __device__ __forceinline__ float warp_most(float v) {
 // first factor, transposed: lane 4 c + g loads 16 bytes of positions 2 g, 2 g + 1, and the same of
 // the next eight, the (c + 2 g)-th unit of each line, so that no bank is met twice. Units of
 // different lanes g must not be added: column g of the second factor has the chances of g's
-// positions, and zeros.
+// positions, and zeros. (Infinity in a value so makes the same word of other units NaN, too: such a
+// row's logits are lost either way.)
 struct Running {
     float top = LOWEST, total = 0.0f;  // the sum of this lane's chances
     float own = 0.0f;             // chance of the step's own position, which is not in the ring
