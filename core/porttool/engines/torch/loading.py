@@ -95,12 +95,18 @@ def load_weights(engine: Engine, device: str = "cpu", rank: int = 0) -> dict[str
             found = file.read_through(reader.room, reader.filled)
         require_record(file.path, found, engine.manifest.files[name])
 
+    _settle(device)
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(read, names, files):
             pass
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)  # the caller's stream may not be the readers'
+    _settle(device)
     return tensors
+
+
+def _settle(device: str) -> None:
+    """Wait for a GPU: the caller's stream may not be the readers', and uses the same memory."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
 
 
 def open_weights(path: Path) -> SafetensorsFile:
