@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from porttool.component import Component
-from porttool.errors import CheckpointError, EngineError, MissingExtra, UsageError
+from porttool.errors import EngineError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,9 +153,8 @@ def load_verified(
 ) -> Runner:
     """Open an engine, check every file's hash and load it with the runner of its kind.
 
-    A runner may hash weights as it reads them. A wrong file is reported as such, whatever it did
-    to the loader, which may have stopped before its hash was known, and no runner is returned
-    before every hash was right.
+    A runner may hash weights as it reads them. A wrong file is reported as such, also where the
+    loader stopped before its hash was known, and no runner is returned before every hash was right.
     """
     from porttool.engine import Engine
 
@@ -164,9 +163,7 @@ def load_verified(
     opened.verify(but=opened.weight_files() if hashed else ())
     try:
         return load_runner(opened, registry, options)
-    except (CheckpointError, UsageError, MissingExtra):  # no wrong file explains it better
-        raise
-    except Exception:
+    except SourceError:  # of a file that cannot be read as what it should be
         if hashed:
             opened.verify()
         raise
