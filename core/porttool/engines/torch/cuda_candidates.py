@@ -78,12 +78,12 @@ def persistent_candidates(config: ModelConfig, programs: int) -> Iterator[list[d
     programs: the GPU's multiprocessors, each of which runs one.
     """
     row = config.d_model // 32
-    steps = -(-row // -(-row // 32))
+    steps = -(-row // -(-row // 32) // 2) * 2
     most = min(programs // config.n_head, 8)
     first = {"steps": steps, "flying": 3}
     yield [first | {"splits": splits} for splits in (1, 2, 3, 4, 5, 6, 8) if splits <= most]
     yield [{"sharing": sharing} for sharing in (4, 2)]
-    yield [{"steps": steps, "flying": flying} for flying in (2, 4)]
+    yield [{"steps": steps, "flying": flying} for flying in (2, 4, 6)]
     yield [{"steps": 2 * steps, "flying": flying} for flying in (2, 3)]
     yield [{"fillers": fillers} for fillers in (2, 3)]
     if config.d_model > _WIDEST:

@@ -41,8 +41,8 @@ def unfit(config: ModelConfig, programs: int) -> str | None:
         return f"heads of {c.head_dim} elements do not divide a warp evenly"
     if c.n_head > programs:
         return f"{c.n_head} heads are more than the GPU's {programs} multiprocessors"
-    if c.d_model % 32 or attended % 32 or c.d_ff % 32:
-        return "rows of its matrices are no multiples of 32 elements"
+    if c.d_model % 64 or attended % 64 or c.d_ff % 64:
+        return "rows of its matrices are no multiples of 64 elements"
     # a program without words of its own could fall behind and hear a later stage's
     if min(c.qkv_dim, c.d_ff // 2, c.d_model, c.vocab_size) < programs:
         return "not every multiprocessor would have rows of its matrices"

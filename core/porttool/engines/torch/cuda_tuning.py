@@ -132,9 +132,10 @@ class ClusterTile:
 class PersistentTile:
     """How the persistent kernel cuts a row's decoding.
 
-    Pieces of up to `steps` x 64 bytes of a matrix row, `flying` slots of eight such pieces on their
-    way to a multiprocessor at a time, the context of a head in `splits` parts, `fillers` warps that
-    ask for all of it, `sharing` of the `warps` that compute multiply a slot together.
+    Pieces of up to `steps` x 64 bytes of a matrix row in whole lines of 128, `flying` slots of
+    eight such pieces on their way to a multiprocessor at a time, the context of a head in `splits`
+    parts, `fillers` warps that ask for all of it, `sharing` of the `warps` that compute multiply a
+    slot together.
     """
 
     steps: int

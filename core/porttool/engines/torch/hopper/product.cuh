@@ -6,21 +6,29 @@ __device__ __forceinline__ void together() { meet<1, THREADS>(); }
 // Eight rows times the input on the tensor cores. A lane's 16 bytes of a row are its part of the
 // first operand as they lie: words 0 and 2 count as row r, words 1 and 3 as row r + 8. So the
 // second operand has the input's words 0 and 2 in column 0, 1 and 3 in column 1 (their first 16
-// bits; the rest is in columns 2 and 3), and (r, 0) + (r + 8, 1) is the product. What the other
-// columns come to is of no use.
+// bits; the rest is in columns 2 and 3), and (r, 0) + (r + 8, 1) is the product.
+// All rows begin at the same bank of shared memory. So while even rows read one step of a line odd
+// rows read the other: the second operand has even rows' step in columns 0 to 3 and odd rows' in
+// columns 4 to 7. What a row comes to with the other's step is of no use.
 struct Product {
+    const bool odd, high;  // the row of this lane's weights is; its input is in columns 4 to 7
     float acc[4][4] = {};
 
-    // Every TEAM-th of `n` steps, N of them at most.
-    template <int N>
+    __device__ explicit Product(int lane) : odd(lane / 4 % 2), high(lane / 16) {}
+
+    // Every TEAM-th line of the next `n` steps, from this lane's first of each: N steps, or with
+    // FEWER at most.
+    template <int N, bool FEWER>
     __device__ void piece(const char* weights, const char* input, int n) {
+        const int to_other[] = {odd ? -STEP : STEP, high ? -STEP : STEP};  // step of a line
         uint4 w[N] = {};
         uint2 x[N] = {};
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-            if (j * TEAM >= n) break;
-            w[j] = *reinterpret_cast<const uint4*>(weights + j * TEAM * STEP);
-            x[j] = *reinterpret_cast<const uint2*>(input + j * TEAM * STEP);
+            const int line = j / 2 * TEAM;
+            if (FEWER && 2 * line >= n) break;
+            w[j] = *reinterpret_cast<const uint4*>(weights + line * LINE + j % 2 * to_other[0]);
+            x[j] = *reinterpret_cast<const uint2*>(input + line * LINE + j % 2 * to_other[1]);
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) multiply_add(acc[j % 4], w[j], x[j]);
@@ -31,7 +39,9 @@ struct Product {
         float sum = acc[0][0] + acc[1][0] + acc[2][0] + acc[3][0];
         sum += acc[0][3] + acc[1][3] + acc[2][3] + acc[3][3];
         const float more = __shfl_down_sync(~0u, sum, 1);
-        return rest ? sum + more : sum;
+        if (rest) sum += more;
+        const float other = __shfl_down_sync(~0u, sum, 2);
+        return odd ? other : sum;
     }
 };
 
@@ -66,7 +76,7 @@ struct Program {
         ++taken;
     }
 
-    // Rows of a stage's matrix. The warps of a team share a slot, each has every TEAM-th step of
+    // Rows of a stage's matrix. The warps of a team share a slot, each has every TEAM-th line of
     // its rows, so that the first slots are soon free and the last soon done; teams take slots in
     // turn. Each warp leaves its own sums, complete after the barrier. The rest of the input's
     // elements lies behind their first 16 bits; the MLP's inner ones have none.
@@ -74,21 +84,23 @@ struct Program {
     __device__ void multiply(int rows) {
         constexpr Matrix m = MATRICES[STAGE];
         constexpr int rest = STAGE == DOWN ? 0 : m.steps * STEP + STEP;
-        constexpr int EACH = (m.span + TEAM - 1) / TEAM;
-        const int member = warp % TEAM, first = member * STEP + lane % 4 * UNIT;
-        const int offset = first + lane / 4 * PITCH;
+        constexpr int EACH = 2 * ceiling(m.span / 2, TEAM);
+        constexpr bool fewer = m.steps % m.span || m.span / 2 % TEAM;
+        const int member = warp % TEAM, first = member * LINE + lane % 4 * UNIT;
+        const int offset = first + lane / 4 * PITCH + lane / 4 % 2 * STEP;
         int others = warp / TEAM;  // slots until this team's next
-        const char* input = s.input + first + lane / 4 % 2 * 8 + lane / 8 % 2 * rest;
+        const char* input =
+            s.input + first + lane / 4 % 2 * 8 + lane / 8 % 2 * rest + lane / 16 * STEP;
         for (int row = 0; row < rows; row += ROWS) {
-            Product product;
+            Product product(lane);
             for (int piece = 0; piece < m.pieces; ++piece) {
                 if (others--) {
                     ++taken;
                     continue;
                 }
                 others = TEAMS - 1;
-                const int begin = m.begin(piece), n = m.begin(piece + 1) - begin - member;
-                product.piece<EACH>(slot() + offset, input + begin * STEP, n);
+                const int begin = m.begin(piece), n = m.begin(piece + 1) - begin - 2 * member;
+                product.piece<EACH, fewer>(slot() + offset, input + begin * STEP, n);
                 release(TEAMS);
             }
             const float sum = product.sum(rest);

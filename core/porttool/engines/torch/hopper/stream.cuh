@@ -16,19 +16,22 @@ constexpr int ALL_THREADS = THREADS + FILLERS * 32;
 constexpr int TEAMS = WARPS / TEAM;
 constexpr int ROWS = 8;   // rows of a slot
 constexpr int STEP = 64;  // bytes of a row that one load of a warp covers, 32 elements
+constexpr int LINE = 2 * STEP;  // rows and pieces of them begin and end with one
 constexpr int ATTENDED = HEADS * DIM;
 constexpr int LANES = DIM / 8;  // lanes that hold a position's key, eight elements each
+
+__device__ constexpr int ceiling(int a, int b) { return (a + b - 1) / b; }
 
 // One matrix's geometry. A gated one holds its two halves one after the other; a column's two rows
 // follow each other in its program. Columns are cut in groups of `cut`.
 struct Matrix {
-    int columns, steps, pieces, span, paired, cut;  // a row is `steps` long, a piece `span` at most
+    int columns, steps, span, pieces, paired, cut;  // a row is `steps` long, a piece `span` at most
 
     __device__ constexpr Matrix(int columns, int inner, int paired = 0, int cut = 1)
         : columns(columns),
           steps(inner / 32),
-          pieces((steps + MOST_STEPS - 1) / MOST_STEPS),
-          span((steps + pieces - 1) / pieces),
+          span(ceiling(ceiling(steps, ceiling(steps, MOST_STEPS)), 2) * 2),  // whole lines
+          pieces(ceiling(steps, span)),
           paired(paired),
           cut(cut) {}
     __device__ constexpr int most_rows() const {
@@ -55,9 +58,9 @@ __device__ constexpr int most_of(int a, int b, int c, int d, int e) {
 }
 constexpr int LONGEST =
     most_of(QKV_MATRIX.span, OUT_MATRIX.span, UP_MATRIX.span, DOWN_MATRIX.span, HEAD_MATRIX.span);
-// Rows of a slot lie an odd number of steps apart: the two that eight lanes read meet no bank
-// twice.
-constexpr int PITCH = (LONGEST | 1) * STEP;
+// Whole lines apart: where every other copy ended in the middle of one, four slots on their way
+// took a quarter longer than three.
+constexpr int PITCH = LONGEST * STEP;
 constexpr int TOGETHER = THREADS / LANES;  // positions that the warps meet at once
 constexpr int CHUNK = most(ROWS * PITCH / (4 * DIM) / TOGETHER, 1) * TOGETHER;  // of a slot
 constexpr int SLOT = most(ROWS * PITCH, CHUNK * DIM * 4);                       // keys, then values
@@ -125,7 +128,7 @@ static_assert(QKV_MATRIX.most_rows() <= THREADS && OUT_MATRIX.most_rows() <= THR
 static_assert(QKV_MATRIX.columns >= GRID && D >= GRID && FF / 2 >= GRID && VOCAB >= GRID,
               "every program tells words in every stage");
 static_assert(static_cast<u64>(VOCAB) * (GRID + 1) < 1ull << 32, "edges are computed in 32 bits");
-static_assert(D % 32 == 0 && ATTENDED % 32 == 0 && FF % 32 == 0, "rows are whole steps");
+static_assert(D % 64 == 0 && ATTENDED % 64 == 0 && FF % 64 == 0, "rows are whole lines");
 static_assert(DIM >= 8 && DIM <= 128 && (DIM & (DIM - 1)) == 0 && HEADS % KV == 0,
               "a head's lanes divide a warp");
 
