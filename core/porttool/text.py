@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -194,9 +195,12 @@ def infill_prompt(tokens: InfillTokens | None, before: str, after: str) -> str:
 
 
 def fill_template(template: PromptTemplate | None, instruction: str, given: str = "") -> str:
-    """Return the prompt for an instruction; UsageError if the model has no template."""
+    """Return the prompt for an instruction; UsageError if the model has no template.
+
+    Braces in the texts themselves are text.
+    """
     if template is None:
         raise UsageError("this model has no instruction template; pass plain text instead")
-    if given:
-        return template.with_input.replace("{instruction}", instruction).replace("{input}", given)
-    return template.plain.replace("{instruction}", instruction)
+    texts = {"{instruction}": instruction, "{input}": given}
+    form = template.with_input if given else template.plain
+    return re.sub("|".join(map(re.escape, texts)), lambda found: texts[found[0]], form)
