@@ -145,9 +145,10 @@ def test_opposite_infinities_do_not_cancel(shape):
         cast("wte", tensor, "float32")
 
 
-def test_overflow_names_the_value_and_the_way_out():
+@pytest.mark.parametrize("allowed", [False, True])
+def test_overflow_names_the_value_and_the_way_out(allowed):
     with pytest.raises(SourceError, match=r"wte: values up to 7e\+04 do not fit float16; choose"):
-        cast("wte", torch.tensor([1.0, -70000.0]), "float16")
+        cast("wte", torch.tensor([1.0, -70000.0]), "float16", allow_nonfinite=allowed)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
