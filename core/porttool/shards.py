@@ -14,6 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
+from porttool.config import Dtype
 from porttool.folder import FileRecord, PendingFolder, sync
 from porttool.progress import Progress
 from porttool.sources.safetensors_file import CODES, DTYPES
@@ -36,7 +37,7 @@ class TensorJob:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: Dtype
     n_read: int
     make: Callable[[], Tensor]
 
