@@ -209,7 +209,7 @@ class HuggingFaceConverter(Converter):
         return Source(
             config=model,
             tokens=self.special_tokens(source, model),
-            tensors=unprefixed(open_tensors(source), self.prefix),
+            tensors=Renamed.by(open_tensors(source), lambda name: name.removeprefix(self.prefix)),
             tokenizer=tuple(source / n for n in TOKENIZER_FILES if is_present(source / n)),
             infill=known_spelling(source, self.spellings) if self.spellings else None,
         )
@@ -222,17 +222,6 @@ def foreign_code(values: Mapping[str, Any]) -> set[str]:
     return {str(name).split("--")[-1] for name in listed}
 
 
-def unprefixed(inner: TensorSource, prefix: str) -> TensorSource:
-    """Return the same tensors under names without a prefix that some of them may carry."""
-    names: dict[str, str] = {}
-    for name, info in inner.infos().items():
-        short = name.removeprefix(prefix)
-        if short in names:
-            raise SourceError(f"{info.file}: {short} is there twice, with and without {prefix!r}")
-        names[short] = name
-    return Renamed(inner, names)
-
-
 def read_config(source: Path) -> dict[str, Any]:
     """Read config.json of a folder; files of 2019 name no model type and are GPT-2's."""
     values = read_json(source / "config.json")
@@ -242,12 +231,12 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def open_tensors(source: Path) -> TensorSource:
-    """Open a folder's weights: safetensors before .bin, an index before a single file."""
+    """Open a folder's weights as transformers does: safetensors first, one file before shards."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if is_present(source / f"{name}.index.json"):
-            return open_indexed(source, f"{name}.index.json")
         if is_present(source / name):
             return open_weight_file(source / name)
+        if is_present(source / f"{name}.index.json"):
+            return open_indexed(source, f"{name}.index.json")
     raise SourceError(f"{source}: no model.safetensors, no pytorch_model.bin and no index of them")
 
 
@@ -283,7 +272,7 @@ def special_ids(source: Path) -> dict[str, Any]:
     generation = source / "generation_config.json"
     merged = {**values, **(read_json(generation) if generation.is_file() else {})}
     keys = {key: f"{key}_token_id" for key in ("bos", "eos", "pad")}
-    return {key: merged.get(name, values.get(name)) for key, name in keys.items()}
+    return {key: merged.get(name) for key, name in keys.items()}
 
 
 def check_special_ids(ids: Mapping[str, Any], vocab_size: int, source: Path) -> SpecialTokens:

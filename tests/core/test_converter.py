@@ -53,7 +53,7 @@ def refusal(folder, tmp_path, **options):
          "nothing accounts for in model.safetensors: h.0.attn.rotary"),
         (lambda t: t.update({"transformer.h.3.ln_1.bias": torch.ones(24)}), "h.3.ln_1.bias"),
         (lambda t: t.update({"wte.weight": torch.ones(67, 24)}),
-         "wte.weight is there twice, with and without 'transformer.'"),
+         "model.safetensors: transformer.wte.weight and wte.weight are both wte.weight"),
         (lambda t: t.update({"transformer.wpe.weight": torch.ones(47, 24)}),
          "position.weight should be [48, 24] but comes out as [47, 24] of wpe.weight [47, 24]"),
         (lambda t: t.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(96, 24)}),
@@ -205,6 +205,14 @@ def test_no_weights_and_no_config(tmp_path, copy):
 def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(PorttoolError, match="gone"):
         tiny.converted(tmp_path / "gone", tmp_path / "out")
+
+
+def test_one_file_goes_before_shards(tmp_path, copy, checkpoint):
+    """As in transformers, which would run the other weights beside these otherwise."""
+    other = tiny.write_source(tmp_path / "other", tiny.gpt2(seed=1), Form(shards=3))
+    for file in other.glob("model*"):
+        shutil.copyfile(file, copy / file.name)
+    assert tiny.converted(copy, tmp_path / "out").manifest.files == checkpoint.manifest.files
 
 
 def test_safetensors_go_before_bin(tmp_path, copy):

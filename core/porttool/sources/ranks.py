@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from porttool.errors import SourceError
 from porttool.weights import TensorInfo, TensorSource, listing
@@ -157,6 +157,17 @@ class Renamed(TensorSource):
         self._inner = inner
         self._names = dict(names)
         self._infos = {new: inner.infos()[old] for new, old in names.items()}
+
+    @classmethod
+    def by(cls, inner: TensorSource, new_name: Callable[[str], str]) -> Self:
+        """Rename every tensor; two that would share a name are a SourceError naming both."""
+        names: dict[str, str] = {}
+        for name, info in inner.infos().items():
+            new = new_name(name)
+            if new in names:
+                raise SourceError(f"{info.file}: {names[new]} and {name} are both {new}")
+            names[new] = name
+        return cls(inner, names)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Return every tensor under its new name."""

@@ -57,12 +57,11 @@ class TensorFlowConverter(Converter):
 
     def open(self, source: Path) -> Source:
         """Index the checkpoint and take the byte-pair files under their usual names."""
-        bundle = TensorBundle(find_bundle(source))
         tokenizer = renamed_files(hparams(source).parent, TOKENIZER)
         return Source(
             config=self.config(source),
             tokens=special_tokens(tokenizer)[0],
-            tensors=Renamed(bundle, {openai_name(name): name for name in bundle.infos()}),
+            tensors=Renamed.by(TensorBundle(find_bundle(source)), openai_name),
             tokenizer_data=tokenizer,
         )
 
