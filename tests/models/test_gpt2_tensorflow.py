@@ -225,3 +225,18 @@ def test_slices_and_other_byte_orders_are_refused(tmp_path):
     (tmp_path / "model.ckpt.index").write_bytes(struct.pack("<Q", 1) * 9)
     with pytest.raises(SourceError, match="not the index of a TensorFlow checkpoint"):
         TensorBundle(tmp_path / "model.ckpt")
+
+
+def test_two_variables_of_one_name(tmp_path, reference):
+    """With and without the outer scope: one of them was taken, and the other left out."""
+    source = write_source(tmp_path / "117M", reference, {"h0/ln_1/g": np.ones(32, np.float32)})
+    refused(source, tmp_path, r"h0/ln_1/g and model/h0/ln_1/g are both h\.0\.ln_1\.weight")
+
+
+def test_files_of_terabytes_are_not_read(tmp_path, damaged):
+    with (damaged / "checkpoint").open("ab") as file:
+        file.truncate(1 << 40)
+    assert tiny.converted(damaged, tmp_path / "found").config.n_layer == 3
+    with (damaged / "encoder.json").open("ab") as file:
+        file.truncate(1 << 40)
+    refused(damaged, tmp_path, "encoder.json: 1099511627776 bytes is no tokenizer's file")
