@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import nemo_writer as nemo
 import tiny
 from fastertransformer_writer import arrays, write_folder, write_ini
 from porttool.cli import invoke as run_cli
@@ -168,7 +169,8 @@ def test_a_file_too_many_or_of_another_size_is_an_error(tmp_path, mha, mqa):
      ({"vocab_size": "absent"}, "'vocab_size' is missing"), ({"novelty": 1}, "unknown.*novelty"),
      ({"tie_word_embeddings": False}, "lm_head.weight.bin: the file is missing"),
      ({"do_layer_norm_before": False}, "norms after"), ({"eos_token_id": 67}, "outside the vocab"),
-     ({"multi_query_mode": True}, "needs")],
+     ({"multi_query_mode": True}, "needs"), ({"num_layer": 3}, "n_layer and num_layer disagree"),
+     ({"weight_data_type": "fp16"}, "storage_dtype and weight_data_type disagree")],
 )  # fmt: skip
 def test_a_wrong_config_is_refused(tmp_path, mha, changes, message):
     refused(write_folder(tmp_path / "1-gpu", mha, 1, **changes), tmp_path, message)
@@ -185,6 +187,29 @@ def test_an_edited_export_is_noticed(tmp_path, mha):
     refused(folder, tmp_path, "is damaged")
     ini.write_text(text.replace("[gpt]", "[opt]"))
     refused(folder, tmp_path, r"no section \[gpt\]")
+
+
+def test_an_export_without_our_section(tmp_path, mha):
+    """What is left says everything twice, in FasterTransformer's words and in Hugging Face's."""
+    first = tiny.converted(write_folder(tmp_path / "1-gpu", mha, 1), tmp_path / "first")
+    ini = export(first, tmp_path / "exported") / "config.ini"
+    ini.write_text(ini.read_text().partition("[porttool]")[0])
+    assert open_folder(ini.parent).config == first.config
+    ini.write_text(
+        ini.read_text().replace("\nlayer_norm_epsilon = 1e-05", "\nlayer_norm_epsilon = 1")
+    )
+    refused(ini.parent, tmp_path, "layer_norm_epsilon and layernorm_eps disagree")
+
+
+def test_a_norm_stored_minus_one_is_added_up_in_float32(tmp_path):
+    values = nemo.GPT_2B | nemo.PLAIN | {"normalization": "layernorm1p"}
+    tensors = nemo.draw(values)
+    source = nemo.write(tmp_path / "a.nemo", values, tensors)
+    made = tiny.converted(source, tmp_path / "checkpoint", dtype="bfloat16")
+    folder = export(made, tmp_path / "exported", dtype="float32")
+    found = np.fromfile(folder / "model.final_layernorm.weight.bin", np.float32)
+    stored = tensors["final_layernorm.weight"].bfloat16().float()
+    assert found.tolist() == (stored + 1).tolist()
 
 
 def test_several_folders_and_none(tmp_path, mha):

@@ -98,7 +98,7 @@ def read_folder_config(file: Path, *, has_head: bool) -> FolderConfig:
         return read_own(file, parser["porttool"], values)
     if "head_num" in values and "n_embd" not in values:
         values["n_embd"] = product(file, values, "head_num", "size_per_head")
-    values = {RENAMES.get(key, key): value for key, value in values.items()}
+    values = renamed(file, values)
     ranks = values.pop("tensor_para_size", None) or values.pop("tensor_parallelism", None)
     if ranks is not None and (type(ranks) is not int or ranks < 1):
         raise SourceError(f"{file}: {ranks!r:.80} tensor-parallel ranks cannot be")
@@ -114,6 +114,19 @@ def read_folder_config(file: Path, *, has_head: bool) -> FolderConfig:
     source.finish()
     ids = {key: values.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
     return FolderConfig(model, check_special_ids(ids, model.vocab_size, file), dtype, ranks)
+
+
+def renamed(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values under Hugging Face's keys; two keys of one meaning may not disagree."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = RENAMES.get(key, key)
+        said = DTYPES.get(str(value), value) if name == "storage_dtype" else value
+        if None not in (said, found.get(name)) and said != found[name]:
+            both = " and ".join(k for k in values if RENAMES.get(k, k) == name)
+            raise SourceError(f"{file}: {both} disagree, though they mean the same; correct one")
+        found[name] = found.get(name) if said is None else said
+    return found
 
 
 def read_model(source: SourceConfig, *, tied: bool) -> ModelConfig:

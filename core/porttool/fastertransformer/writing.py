@@ -90,11 +90,14 @@ def plain_norm(config: ModelConfig) -> ModelConfig:
 
 def read(checkpoint: Checkpoint, name: str) -> Tensor:
     """Read a canonical tensor; a norm stored minus one gets it back."""
+    import torch
+
     tensor = checkpoint.file_of(name).load(name)
     minus_one = checkpoint.config.norm == "layernorm1p" and name.endswith(
         ("norm.weight", "norm1.weight", "norm2.weight")
     )
-    return tensor + 1 if minus_one else tensor
+    wide = torch.promote_types(tensor.dtype, torch.float32)  # in 16 bits the sum would lose some
+    return tensor.to(wide) + 1 if minus_one else tensor
 
 
 def written(folder: PendingFolder, files: tuple[BinFile, ...], tp: int) -> bool:
