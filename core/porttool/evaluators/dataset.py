@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,13 +150,17 @@ def pinned_articles(rows: Rows, request: DatasetRequest) -> list[Article]:
 
 
 def read_pins(path: Path) -> list[tuple[str, str]]:
-    """Read lines `id` or `id sha256`; UsageError for a missing or empty file."""
+    """Read lines `id` or `id sha256`; UsageError for a file without any, or with one twice."""
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file of article ids")
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     pins = [(parts[0], parts[1] if len(parts) > 1 else "") for parts in lines if parts]
     if not pins:
         raise UsageError(f"{path}: there are no article ids in it")
+    if doubles := [pin for pin, n in Counter(pin for pin, _ in pins).items() if n > 1]:
+        raise UsageError(
+            f"{path}: an article counts once, but these ids are there twice: {listing(doubles)}"
+        )
     return pins
 
 
@@ -172,7 +178,8 @@ def open_local(path: Path, split: str) -> Rows:
         if is_saved(folder):
             return open_saved(folder)
     files = sorted(path.rglob("*.parquet"))
-    of_split = [f for f in files if split in f.name or split in f.parent.name]
+    word = re.compile(rf"(?<![^\W_]){re.escape(split)}(?![^\W\d_])")  # "test" is none in "latest"
+    of_split = [f for f in files if word.search(f.relative_to(path).as_posix())]
     if not files:
         raise UsageError(
             f"{path}: there are no articles here; name a .jsonl or .parquet file, a folder of "

@@ -126,11 +126,33 @@ def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
         load_articles(DatasetRequest(name="nobody/no_such_data"))
 
 
+def test_an_article_may_not_count_twice(articles, tmp_path):
+    """Doubles are no evidence: resampled, they make an interval too narrow."""
+    pins = tmp_path / "pins.txt"
+    pins.write_text("article-03\narticle-01\narticle-03\n")
+    with pytest.raises(UsageError, match="ids are there twice: article-03"):
+        load_articles(request(articles, ids=pins))
+
+
 @pytest.mark.parametrize("name", ["no.jsonl", "no.parquet", "./folder/no", "/no/such/folder"])
 def test_a_missing_path_is_not_sought_on_the_hub(name, monkeypatch):
     monkeypatch.setattr("porttool.evaluators.dataset.open_hub", Mock(side_effect=AssertionError))
     with pytest.raises(UsageError, match="there is no such file or folder of articles"):
         load_articles(DatasetRequest(name=name))
+
+
+@pytest.mark.parametrize(
+    "name", ["test-00000-of-1", "test0", "test_0", "part/test", "test/0", "a-test"]
+)
+def test_a_split_is_a_word_of_a_file_s_name(tmp_path, rows, name):
+    """In a folder called latest, and beside contest, `test` is neither."""
+    datasets = pytest.importorskip("datasets")
+
+    folder = tmp_path / "latest"
+    for file, kept in ((name, rows[:2]), ("train", rows[2:]), ("contest/train", rows[2:])):
+        (folder / f"{file}.parquet").parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(kept).to_parquet(folder / f"{file}.parquet")
+    assert len(load_articles(DatasetRequest(name=str(folder)))) == 2
 
 
 def test_a_split_that_no_file_is_named_after(tmp_path, rows):
