@@ -15,12 +15,14 @@ from porttool.config import PromptTemplate
 from porttool.engine import Engine
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, PorttoolError, UsageError
+from porttool.evaluators.agreement import TOLERANCES
 from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
 from porttool.evaluators.reference import ReferenceModel
 from porttool.evaluators.results import Continuation, load_result
+from porttool.evaluators.statistics import articles_needed
 from porttool.evaluators.summarize import SummarizeEvaluator, summarize
 from porttool.evaluators.unfinished import Begun, Unfinished, unfinished_file
 from porttool.progress import Progress
@@ -351,6 +353,8 @@ def test_what_overflowed_can_be_read_again(run, tmp_path, monkeypatch):
     run(engine=False)
     found = load_result(tmp_path / "out", "reference")
     assert math.isnan(found.rounding["float16"])
+    half = found.model_copy(update={"dtype": "float16"})
+    assert Bounds().tolerance(half, found).drift == TOLERANCES["float16"].drift
     made = Continuation(tokens=(1,), ended=False, logprobs=(low,), candidates=(((1, low),),))
     begun = Begun(description="", source="", batch_size=1, task=found.task)
     Unfinished(tmp_path, begun).add([made], 1.0)
@@ -496,6 +500,19 @@ def test_an_article_that_the_tokenizer_has_no_token_for(writer, monkeypatch, tem
 def test_instruction_without_a_template(run):
     with pytest.raises(UsageError, match="no instruction template"):
         run(prompt="instruction")
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.99])
+def test_how_many_articles_decide_depends_on_the_confidence(confidence):
+    side = SimpleNamespace(
+        continuations=[SimpleNamespace(text="a")] * 20, dtype="float32", rounding={}
+    )
+    ours, theirs = {"rouge1": [3.0, 0.0] * 10}, {"rouge1": [0.0, 3.0] * 10}
+    bounds = Bounds(resamples=1000, confidence=confidence)
+    found = judge_rouge(Comparison((), side, side, ours, theirs, (), bounds), "rouge1")
+    sd = (9 * 20 / 19) ** 0.5
+    wanted = articles_needed(sd, 0.5, confidence=confidence)
+    assert found.detail.endswith(f"undecided: an equal port would need {wanted} articles")
 
 
 def test_articles_without_a_word_on_either_side_do_not_count():
