@@ -19,6 +19,7 @@ from porttool.cli import invoke as run_cli
 from porttool.config import Sampling
 from porttool.engine import Engine
 from porttool.errors import CheckpointError, PorttoolError, UsageError
+from porttool.evaluators.virtual import VirtualTokens
 from porttool.generate import generate
 from porttool.plugins import choose_converter
 from porttool.prompt_table import PromptTable, use_table
@@ -443,6 +444,18 @@ def tuned(reference, kind="prompt"):
         for parameter in model.prompt_encoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
+
+
+def test_the_proof_knows_tasks_by_their_names(tmp_path):
+    rows = {"a": torch.ones(2, 4), "b": torch.zeros(2, 4) + 2}
+    templates = [{"taskname": task, "total_virtual_tokens": 2} for task in rows]
+    table = made(write_nemo(tmp_path / "p.nemo", nested(rows), templates), tmp_path)
+    for taught, passed in ((rows, True), (dict(zip("ba", rows.values(), strict=True)), False)):
+        verdict = VirtualTokens(table, taught, 10).judge()
+        assert (verdict.passed, verdict.detail) == (
+            passed,
+            "tasks a, b, should be b, a" * (not passed),
+        )
 
 
 def peft_logits(model, ids):

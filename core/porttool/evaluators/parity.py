@@ -142,11 +142,11 @@ def climb_tokenizer(port: Port, options: ParityOptions, findings: Findings) -> N
     if port.tokenizer is None or port.source is None:
         findings.notes.append("the engine has no tokenizer: prompts are random token ids")
         return
-    verdict = compare_tokenizers(port.tokenizer, port.source, (*options.texts, *SAMPLES))
-    if verdict is None:
-        findings.notes.append("transformers finds no tokenizer in the source to compare with")
+    found = compare_tokenizers(port.tokenizer, port.source, (*options.texts, *SAMPLES))
+    if isinstance(found, str):
+        findings.notes.append(f"token ids of texts are not compared: {found:.400}")
         return
-    findings.verdicts.append(verdict)
+    findings.verdicts.append(found)
 
 
 def climb_weights(
