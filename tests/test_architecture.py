@@ -132,6 +132,11 @@ def test_nobody_runs_strangers_code():
     """Remote code is refused outright, and pickles are read by torch's weights-only reader."""
     asked = re.compile(r"trust_remote_code(?!=False\b)")
     assert [str(p) for p in SOURCES if asked.search(p.read_text())] == []
+    nodes = [node for p in MODULES for node in ast.walk(ast.parse(p.read_text()))]
+    made = [ast.unparse(node) for node in nodes if isinstance(node, ast.Call)]
+    fetched = [call for call in made if re.match(r"[\w.]+\.from_pretrained\(", call)]
+    assert fetched
+    assert [call for call in fetched if "trust_remote_code=False" not in call] == []
     loads = [ast.unparse(call) for p in MODULES for call in calls(p, "torch", "load")]
     assert loads
     assert [call for call in loads if "weights_only=True" not in call] == []

@@ -382,6 +382,7 @@ def refusal(source: Path, folder: Path, model: str | None = None) -> str:
         ({"normalization": "rmsnorm", "layernorm_zero_centered_gamma": True}, "zero-centred"),
         ({"position_embedding_type": "alibi"}, "porttool knows: learned_absolute, rope"),
         ({"rotary_percentage": 0.4}, "rotary dimension 3 is odd"),
+        ({"normalize_attention_scores": None}, "'normalize_attention_scores' is None, which"),
         ({"transformer_block_type": "post_ln"}, "'transformer_block_type' is 'post_ln', which"),
         ({"seq_len_interpolation_factor": 4}, "'seq_len_interpolation_factor' is 4"),
         ({"router_topk": 2}, "unknown keys that could change the model: router_topk"),

@@ -62,7 +62,8 @@ KERNELS = (
 def accounted_keys(values: Mapping[str, Any], where: str) -> list[str]:
     """Return the keys that need no reading; SourceError for a fixed one with another value."""
     for key, wanted in FIXED.items():
-        if (value := values.get(key, wanted)) not in (wanted, None, {}, []):
+        value = values.get(key, wanted)
+        if value != wanted and (wanted or value not in (None, {}, [])):  # as much as false
             raise SourceError(
                 f"{where}: {key!r} is {value!r:.80}, which porttool cannot port; "
                 f"it needs {wanted!r}"
