@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import PositiveInt
 
 from porttool.component import Options
+from porttool.config import HALF
 from porttool.errors import UsageError
 from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate, missing_side
 from porttool.progress import SILENT, Progress
@@ -121,7 +122,11 @@ class ParityEvaluator(Evaluator):
                 reference=probe.description,
                 verdicts=tuple(findings.verdicts),
                 notes=tuple(findings.notes),
-                measurements={"options": options.model_dump(mode="json"), **findings.measurements},
+                measurements={
+                    "options": options.model_dump(mode="json"),
+                    "engine": port.runner.engine.manifest.seal,
+                    **findings.measurements,
+                },
             )
 
 
@@ -232,7 +237,6 @@ def climb_arithmetic(probe: Probe, derivation: Derivation, findings: Findings) -
     from dataclasses import asdict
 
     from porttool.evaluators.arithmetic import check_arithmetic, shapes_of
-    from porttool.evaluators.probe import HALF
 
     if probe.runner.engine.manifest.dtype not in HALF:
         return

@@ -7,6 +7,7 @@ import torch
 
 import drawn
 from porttool.engines.torch.runner import TorchRunner
+from porttool.errors import UsageError
 from porttool.evaluator import Report, Verdict
 from porttool.evaluators.page import read_parity
 from porttool.evaluators.results import Decoding
@@ -120,5 +121,23 @@ def test_a_page_shows_a_parity_report_and_no_other(tmp_path):
     for name, shown in (("parity", True), ("summarize", False)):
         report = Report(evaluator=name, engine="e", reference="r", verdicts=(verdict,))
         (tmp_path / "report.json").write_text(report.model_dump_json())
-        assert (read_parity(tmp_path / "report.json") is not None) is shown
-    assert read_parity(tmp_path / "nowhere.json") is None
+        assert (read_parity(tmp_path / "report.json", named=False) is not None) is shown
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("[1]", "should be"),
+        ("{", "Invalid JSON"),
+        ('{"evaluator": "summarize", "engine": "", "reference": "", "verdicts": []}',
+         "it is a report of 'summarize'"),
+    ],
+)  # fmt: skip
+def test_a_parity_report_that_was_named_is_one(tmp_path, content, said):
+    place = tmp_path / "report.json"
+    if content is not None:
+        place.write_text(content)
+    assert read_parity(place, named=False) is None
+    with pytest.raises(UsageError, match=f"{place}: no parity report of `verify`: .*{said}"):
+        read_parity(place, named=True)

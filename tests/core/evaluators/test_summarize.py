@@ -15,6 +15,7 @@ from porttool.config import PromptTemplate
 from porttool.engine import Engine
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, PorttoolError, UsageError
+from porttool.evaluator import Report, Verdict
 from porttool.evaluators.agreement import TOLERANCES
 from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
 from porttool.evaluators.damage import Damage
@@ -185,6 +186,23 @@ def test_half_precision_is_held_to_the_references_own_rounding(
     rounding = load_result(tmp_path / "out", "reference").rounding
     assert set(rounding) == {dtype}
     assert drift.bound == f"99 % ≤ {2.5 * rounding[dtype]:.2g}"
+    assert any("was not computed in float32" in note for note in report.notes)  # no converter
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_parity_report_is_shown_beside_its_own_engine(run, writer_engine, tmp_path, own):
+    """Beside another one it would vouch for what was never verified."""
+    seal = writer_engine.manifest.seal if own else "another"
+    verdict = Verdict(name="greedy tokens", passed=True, found="6 of 6", bound="all")
+    ladder = Report(evaluator="parity", engine="torch", reference="", verdicts=(verdict,),
+                    measurements={"engine": seal})  # fmt: skip
+    place = tmp_path / "parity" / "report.json"
+    place.parent.mkdir()
+    place.write_text(ladder.model_dump_json())
+    report = run()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("<h2>Parity</h2>" in page) is own
+    assert (f"{place} is not of this engine, and not shown" in report.notes) is not own
 
 
 def test_too_few_articles_give_no_verdict(run):
