@@ -116,6 +116,11 @@ class Checkpoint:
         for name in manifest.files:
             if name.endswith(".safetensors") and "/" not in name:
                 file = SafetensorsFile(path / name)
+                if double := sorted(file.infos().keys() & self._where.keys()):
+                    raise CheckpointError(
+                        f"{file.path}: {double[0]!r:.200} is in another of the checkpoint's files, "
+                        "too; convert it again"
+                    )
                 self._where.update(dict.fromkeys(file.infos(), file))
 
     @classmethod
