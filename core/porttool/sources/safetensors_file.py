@@ -42,7 +42,6 @@ class SafetensorsFile(TensorSource):
         self.path = path
         self._offsets: dict[str, int] = {}  # in the file, ascending
         self._infos: dict[str, TensorInfo] = {}
-        self.metadata: dict[str, str] = {}
         self.stamp = stamp_of(path)
         header, head = read_header(path)
         self._digest = hashlib.sha256(head)
@@ -116,7 +115,6 @@ class SafetensorsFile(TensorSource):
         metadata = header.get("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise SourceError(f"{self.path}: the header's __metadata__ is not a table of strings")
-        self.metadata = metadata
 
 
 def stamp_of(path: Path) -> Stamp:
