@@ -15,7 +15,7 @@ from porttool.cli import invoke as run_cli
 from porttool.config import ModelConfig
 from porttool.converter import Source
 from porttool.errors import PorttoolError, UsageError
-from porttool.fastertransformer import export, open_folder
+from porttool.fastertransformer import export, open_folder, writing
 from porttool.plugins import choose_converter
 from tiny import PROMPTS, full_logits, reference_logits
 
@@ -201,12 +201,15 @@ def test_an_export_without_our_section(tmp_path, mha):
     refused(ini.parent, tmp_path, "layer_norm_epsilon and layernorm_eps disagree")
 
 
-def test_a_norm_stored_minus_one_is_added_up_in_float32(tmp_path):
+def test_a_wider_export_adds_up_in_float32_and_asks_for_its_room(tmp_path, monkeypatch):
     values = nemo.GPT_2B | nemo.PLAIN | {"normalization": "layernorm1p"}
     tensors = nemo.draw(values)
     source = nemo.write(tmp_path / "a.nemo", values, tensors)
     made = tiny.converted(source, tmp_path / "checkpoint", dtype="bfloat16")
+    asked = []
+    monkeypatch.setattr(writing, "require_space", lambda target, n_bytes: asked.append(n_bytes))
     folder = export(made, tmp_path / "exported", dtype="float32")
+    assert asked == [sum(file.stat().st_size for file in folder.glob("*.bin"))]
     found = np.fromfile(folder / "model.final_layernorm.weight.bin", np.float32)
     stored = tensors["final_layernorm.weight"].bfloat16().float()
     assert found.tolist() == (stored + 1).tolist()
