@@ -204,7 +204,7 @@ def test_weight_files_are_safetensors_that_the_graph_points_into(tmp_path, monke
     from safetensors.torch import load_file
 
     small = partial(plan_shards, max_bytes=60_000)
-    monkeypatch.setattr("porttool.engines.onnx.weights.plan_shards", small)
+    monkeypatch.setattr("porttool.shards.plan_shards", small)
     pair = Pair(tmp_path, "gpt-next", dtype="float16")
     folder = pair.engine.rank_path()
     files = sorted(f.name for f in folder.glob("*.safetensors"))
