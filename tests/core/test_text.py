@@ -79,13 +79,36 @@ def test_a_character_that_never_ends_is_shown_at_the_end(tokenizer_folder):
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_added_tokens_of_two_files(tmp_path, byte_bpe):
+@pytest.mark.parametrize(
+    ("file", "roles"),
+    [
+        ("special_tokens_map.json", {"pad_token": "[PAD]"}),
+        ("special_tokens_map.json", {"pad_token": {"content": "[PAD]"}, "sep_token": None}),
+        ("tokenizer_config.json", {"pad_token": "[PAD]", "tokenizer_class": "GPT2Tokenizer"}),
+        ("special_tokens_map.json", {}),
+    ],
+)
+def test_added_tokens_as_transformers_has_them(tmp_path, byte_bpe, file, roles):
+    """Those with a role vanish from text, others are words like any."""
     folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
-    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 320}))
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.n_tokens == 321
-    assert tokenizer.encode("a[PAD]")[-1] == 320
-    assert tokenizer.decode([320]) == ""
+    (folder / "added_tokens.json").write_text(json.dumps({"<table>": 321, "[PAD]": 320}))
+    (folder / file).write_text(json.dumps(roles))
+    tokenizer, theirs = load_tokenizer(folder), GPT2Tokenizer.from_pretrained(folder)
+    assert tokenizer.n_tokens == 322
+    ids = tokenizer.encode("a[PAD]b<table>")
+    assert ids == theirs("a[PAD]b<table>").input_ids
+    assert ids[-1] == 321
+    assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert tokenizer.decode(ids) == ("ab<table>" if roles else "a[PAD]b<table>")
+
+
+def test_an_added_token_whose_id_is_not_the_next(tmp_path, byte_bpe):
+    folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
+    (folder / "added_tokens.json").write_text(json.dumps({"<table>": 330}))
+    with pytest.raises(
+        CheckpointError, match="gives '<table>' the id 330, where the next one is 320"
+    ):
+        load_tokenizer(folder)
 
 
 def test_no_tokenizer(tmp_path):
