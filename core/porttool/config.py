@@ -12,6 +12,7 @@ Norm = Literal["layernorm", "layernorm1p", "rmsnorm"]
 Position = Literal["learned", "rotary"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
 HALF: tuple[Dtype, ...] = ("float16", "bfloat16")
+"""Types of 16 bits, whose rounding hides small mistakes."""
 
 MAX_DIMENSION = 1 << 24
 """No dimension of a language model comes near this; a larger one is a damaged or hostile file."""
