@@ -242,12 +242,15 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def open_tensors(source: Path) -> TensorSource:
-    """Open a folder's weights: safetensors before .bin, an index before a single file."""
+    """Open a folder's weights, in transformers' order where there are several.
+
+    safetensors go before .bin, and one file before an index, which may be left of older shards.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if is_present(source / f"{name}.index.json"):
-            return open_indexed(source, f"{name}.index.json")
         if is_present(source / name):
             return open_weight_file(source / name)
+        if is_present(source / f"{name}.index.json"):
+            return open_indexed(source, f"{name}.index.json")
     raise SourceError(f"{source}: no model.safetensors, no pytorch_model.bin and no index of them")
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from porttool.errors import SourceError
-from porttool.huggingface import SourceConfig, read_config, unprefixed
+from porttool.huggingface import SourceConfig, open_tensors, read_config, unprefixed
 from porttool.sources.json_file import MAX_JSON, read_json
 from porttool.sources.ranks import ShardedTensors
 from porttool.sources.torch_file import TensorTree
@@ -67,6 +68,29 @@ def test_a_prefix_that_only_some_carry():
 def test_a_name_in_two_shards():
     with pytest.raises(SourceError, match="a is in part and again in two"):
         ShardedTensors({"one": tree(a=torch.ones(1)), "two": tree(a=torch.ones(1))})
+
+
+FORMS = [
+    tiny.Form(),
+    tiny.Form(shards=2),
+    tiny.Form(file="pytorch_model.bin"),
+    tiny.Form(file="pytorch_model.bin", shards=2),
+]
+"""From what transformers loads first to what it loads last."""
+
+
+@pytest.mark.parametrize("first", range(len(FORMS)))
+def test_of_several_sets_of_weights_the_one_that_transformers_loads(tmp_path, first):
+    """A model saved as one file beside older shards is not the shards'."""
+    from transformers import GPT2LMHeadModel
+
+    for seed, form in enumerate(FORMS[first:], first):
+        model = tiny.gpt2(seed=seed)
+        tiny.write_weights(tmp_path, tiny.weights(model, form), form)
+    model.config.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).state_dict()["transformer.wte.weight"]
+    assert theirs.equal(tiny.gpt2(seed=first).transformer.wte.weight.float())
+    assert open_tensors(tmp_path).load("transformer.wte.weight").equal(theirs)
 
 
 def test_json_that_is_none(tmp_path):
