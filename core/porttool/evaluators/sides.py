@@ -150,15 +150,27 @@ def generate_all(
     *,
     progress: Progress | None = None,
 ) -> list[Continuation]:
-    """Continue every prompt with the engine; the best beam where there are several."""
+    """Continue every prompt with the engine; the best beam where there are several.
+
+    A beam's tokens are known when its search has ended: progress goes by as many prompts as the
+    engine searches at a time.
+    """
     from porttool.generate import generate
 
     def count(index: int, token: int) -> None:
         if progress is not None:
             progress.advance(1)
 
-    found = generate(runner, prompts, sampling, eos=eos, on_token=count)
-    return [continuation(completions[0]) for completions in found]
+    beams = sampling.num_beams > 1
+    at_once = max(runner.n_slots // sampling.num_beams if beams else len(prompts), 1)
+    found: list[Continuation] = []
+    for first in range(0, len(prompts), at_once):
+        some = prompts[first : first + at_once]
+        done = generate(runner, some, sampling, eos=eos, on_token=count)
+        found += [continuation(completions[0]) for completions in done]
+        if beams and progress is not None:
+            progress.advance(sum(len(completions[0].tokens) for completions in done))
+    return found
 
 
 def continuation(completion: Completion) -> Continuation:
