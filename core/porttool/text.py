@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -197,6 +198,7 @@ def fill_template(template: PromptTemplate | None, instruction: str, given: str 
     """Return the prompt for an instruction; UsageError if the model has no template."""
     if template is None:
         raise UsageError("this model has no instruction template; pass plain text instead")
-    if given:
-        return template.with_input.replace("{instruction}", instruction).replace("{input}", given)
-    return template.plain.replace("{instruction}", instruction)
+    texts = {"{instruction}": instruction, "{input}": given}
+    asked = template.with_input if given else template.plain
+    # At once: what is put in may hold a name in braces, too.
+    return re.sub("|".join(map(re.escape, texts)), lambda name: texts[name[0]], asked)

@@ -31,17 +31,27 @@ def read_tokens(path: Path) -> list[list[int]]:
 
 
 def read_csv(path: Path) -> list[list[int]]:
-    """Read one prompt a line; a value that is no integer is named with its line."""
+    """Read one prompt a line; a value that is no integer is named with its line.
+
+    Empty values end a row that is shorter than others, as spreadsheets write it.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         try:
-            rows = [[int(value) for value in row if value.strip()] for row in reader]
+            rows = [[int(value) for value in filled(row)] for row in reader]
         except (ValueError, csv.Error) as error:
             raise UsageError(
                 f"{path}, line {reader.line_num}: should be token ids, separated by commas "
                 f"({error!s:.200})"
             ) from error
     return [row for row in rows if row]
+
+
+def filled(row: list[str]) -> list[str]:
+    """Return a row without the empty values at its end."""
+    while row and not row[-1].strip():
+        row = row[:-1]
+    return row
 
 
 def read_npy(path: Path) -> list[list[int]]:
