@@ -38,6 +38,26 @@ def test_keys_that_must_have_one_value():
             SourceConfig({key: value}, FILE).finish()
 
 
+PUBLISHED = {
+    "gpt2-medium": {"n_special": 0, "predict_special_tokens": True},
+    "distilgpt2": {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+    "of 2019": {"n_special": 0, "num_labels": 2, "torchscript": False, "use_bfloat16": False,
+                "pruned_heads": {}, "output_past": True, "finetuning_task": None},
+    "of 2020": {"bad_words_ids": None, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+                "num_return_sequences": 1, "decoder_start_token_id": None, "sep_token_id": 5,
+                "early_stopping": False, "unk_token_id": 1, "cls_token_id": 4},
+    "of 2025": {"_attn_implementation_autoset": True, "typical_p": 1.0},
+}  # fmt: skip
+"""Keys of published files of type gpt2 that change nothing, beside those that every one has."""
+
+
+@pytest.mark.parametrize("keys", PUBLISHED.values(), ids=PUBLISHED)
+def test_keys_of_published_files(keys):
+    SourceConfig(keys, FILE).finish()
+    with pytest.raises(SourceError, match="'n_special' is 3, which porttool cannot port"):
+        SourceConfig({**keys, "n_special": 3}, FILE).finish()
+
+
 def test_null_is_absent():
     config = SourceConfig({"n_inner": None}, FILE)
     assert config.integer("n_inner", 12) == 12
