@@ -121,6 +121,7 @@ def test_fastertransformer_keys_are_understood(tmp_path, mha, registry):
         "model_name": "gpt2", "head_num": 4, "size_per_head": 8, "inter_size": 128,
         "max_pos_seq_len": 48, "num_layer": 2, "vocab_size": 67, "start_id": 66, "end_id": 66,
         "weight_data_type": "fp32", "tensor_para_size": 2, "activation_function": "gelu",
+        "has_adapters": False, "adapter_inter_size": 0, "layernorm_eps": 1e-5,
     })  # fmt: skip
     source = open_folder(folder)
     assert isinstance(source, Source)
@@ -168,7 +169,7 @@ def test_a_file_too_many_or_of_another_size_is_an_error(tmp_path, mha, mqa):
      ({"vocab_size": "absent"}, "'vocab_size' is missing"), ({"novelty": 1}, "unknown.*novelty"),
      ({"tie_word_embeddings": False}, "lm_head.weight.bin: the file is missing"),
      ({"do_layer_norm_before": False}, "norms after"), ({"eos_token_id": 67}, "outside the vocab"),
-     ({"multi_query_mode": True}, "needs")],
+     ({"multi_query_mode": True}, "needs"), ({"has_adapters": True}, "has no adapters")],
 )  # fmt: skip
 def test_a_wrong_config_is_refused(tmp_path, mha, changes, message):
     refused(write_folder(tmp_path / "1-gpu", mha, 1, **changes), tmp_path, message)
@@ -193,6 +194,12 @@ def test_several_folders_and_none(tmp_path, mha):
     refused(tmp_path / "both", tmp_path, "1-gpu, 2-gpu; give the path of one")
     with pytest.raises(PorttoolError, match=r"no config\.ini here.*FasterTransformer 4"):
         open_folder(tmp_path / "both" / "2-gpu" / "x")
+
+
+def test_an_unfused_folder_is_known_by_its_name(tmp_path, mha):
+    """Its files have the bytes of a fused one."""
+    folder = write_folder(tmp_path / "1-gpu", mha, 1).rename(tmp_path / "unfusedQKV-1-gpu")
+    refused(folder, tmp_path, "queries, keys and values apart, by its name")
 
 
 def test_what_the_layout_cannot_express_is_refused(tmp_path, checkpoint):

@@ -61,6 +61,7 @@ INERT = (
     "multi_query", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
     "max_batch_size", "max_sequence_length", "inference_runner", "pre_allocate_kv_cache",
     "pad_key_length", "validate_runner_input", "auto_map", "attention_head_type", "size_per_head",
+    "adapter_inter_size",
 )  # fmt: skip
 """Arguments of the conversion, and attributes of Hugging Face's configs about how it was run."""
 
@@ -114,6 +115,8 @@ def read_model(source: SourceConfig, *, tied: bool) -> ModelConfig:
     """Read GPT-2's keys and what TensorRT-LLM added to them."""
     if not source.flag("do_layer_norm_before", True):
         raise SourceError(f"{source.file}: norms after the layers are another model's")
+    if source.flag("has_adapters", False):
+        raise SourceError(f"{source.file}: 'has_adapters' is true, and porttool has no adapters")
     model = read_gpt2_config(
         source,
         n_kv_head=1 if source.flag("multi_query_mode", False) else None,
