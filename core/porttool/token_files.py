@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from porttool.generate import Completion
 
 
+LENGTHS = ".lengths.npy"
+"""Suffix of the file with the true lengths of an array's rows."""
+
+
 def read_tokens(path: Path) -> list[list[int]]:
     """Read prompts from .csv (one a line, ids separated by commas) or .npy (2-D integers).
 
@@ -81,7 +85,7 @@ def write_npy(path: Path, rows: Sequence[Sequence[int]], pad: int) -> None:
     for i, row in enumerate(rows):
         array[i, : len(row)] = row
     save_array(path, array)
-    save_array(path.with_suffix(".lengths.npy"), np.array(lengths, dtype=np.int32))
+    save_array(path.with_suffix(LENGTHS), np.array(lengths, dtype=np.int32))
 
 
 def save_array(path: Path, array: Any) -> None:

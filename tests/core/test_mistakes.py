@@ -197,6 +197,17 @@ def test_the_folder_beside_the_right_one_is_told_from_it(said, engine_folder, ch
         assert f"; name the folder that it lies in, {folder} ({kind}); `porttool" in message
 
 
+def test_the_folder_in_the_one_named_is_told(said, source, checkpoint, tmp_path):
+    shutil.copytree(source, tmp_path / "models" / "mine")
+    shutil.copytree(checkpoint.path, tmp_path / "models" / "checkpoint")
+    (tmp_path / "models" / "empty").mkdir()
+    near = "name the folder in it, models/checkpoint (a checkpoint) or models/mine (gpt2);"
+    for command in (["inspect", "models"], ["convert", "models", "--output", "out"]):
+        status, error = said(*command)
+        assert status == 2
+        assert f"models: no installed family recognises this; {near}" in error
+
+
 def test_a_folder_is_named_by_a_dot(said):
     status, message = said("run", ".", "--input-text", "x")
     assert status == 1
