@@ -243,7 +243,7 @@ def evaluate(
     require_place(where / REPORT)
     if runner_options and not test_engine:
         raise UsageError("runner options (--runner-set) are the engine's, which does not run here")
-    source = resolve_source(str(hf_model), None) if hf_model else None
+    source = None if hf_model is None else resolve_source(str(hf_model), None)
     if subject is not None:
         refuse_dummy(subject, name)
     if test_engine:

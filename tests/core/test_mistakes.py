@@ -208,6 +208,14 @@ def test_the_folder_in_the_one_named_is_told(said, source, checkpoint, tmp_path)
         assert f"models: no installed family recognises this; {near}" in error
 
 
+@pytest.mark.parametrize("command", ["verify", "summarize"])
+def test_a_reference_named_as_nothing_is_not_the_recorded_one(said, engine_folder, command):
+    status, error = said(command, engine_folder, "--hf-model", "")
+    assert (status, error) == (
+        2, "error: the name of a folder or hub id is empty: give one, or leave it out",
+    )  # fmt: skip
+
+
 def test_a_folder_is_named_by_a_dot(said):
     status, message = said("run", ".", "--input-text", "x")
     assert status == 1
