@@ -57,9 +57,10 @@ def convert(
     family and, if `output` is not given, the place under the work folder.
     """
     registry = registry or load_registry()
-    if not source and not model:
+    if source is None and not model:
         raise UsageError("name a SOURCE, or a family with --model, whose published weights are one")
-    path = resolve_source(str(source) if source else None, default_hub_id(registry, model))
+    named = None if source is None else str(source)
+    path = resolve_source(named, default_hub_id(registry, model))
     with naming(path):
         converter = choose_converter(registry, path, model, options)
         for finer in refinements(registry, path, converter) if model else ():

@@ -208,6 +208,12 @@ def test_the_folder_in_the_one_named_is_told(said, source, checkpoint, tmp_path)
         assert f"models: no installed family recognises this; {near}" in error
 
 
+def test_a_source_named_as_nothing_is_not_the_familys_own(said, monkeypatch):
+    monkeypatch.setattr("porttool.hub.fetch", Mock(side_effect=AssertionError))
+    status, error = said("convert", "", "--model", "camel5b")
+    assert (status, error[:47]) == (2, "error: the name of a folder or hub id is empty:")
+
+
 @pytest.mark.parametrize("command", ["verify", "summarize"])
 def test_a_reference_named_as_nothing_is_not_the_recorded_one(said, engine_folder, command):
     status, error = said(command, engine_folder, "--hf-model", "")
