@@ -110,7 +110,8 @@ def run_engine(
     sampling = sampling_of(decoding, logprobs=at_once)
     one = Sampling(max_new_tokens=1)
     first = median_seconds(lambda p: generate_all(runner, [p], one, decoding.eos), prompts)
-    progress.start("engine", len(prompts) * decoding.max_new_tokens, unit="tokens")
+    # Fewer where an end token comes first.
+    progress.start("engine", len(prompts) * decoding.max_new_tokens, unit="tokens at most")
     began = time.perf_counter()
     found = generate_all(runner, prompts, sampling, decoding.eos, progress=progress)
     seconds = time.perf_counter() - began
