@@ -324,7 +324,8 @@ def test_two_results_take_two_files(run, tmp_path):
     status, _, said = run(*PROMPT, *both)
     assert status == 2
     assert "is named for two results, of which one would be lost" in said
-    lengths = ["--output-npy", "a.npy", "--output-logits-npy", "a.lengths.npy"]
+    npy, lengths_npy = tmp_path / "a.npy", tmp_path / "a.lengths.npy"
+    lengths = ["--output-npy", npy, "--output-logits-npy", lengths_npy]
     assert "a.lengths.npy is named for two results" in run(*PROMPT, *lengths)[2]
     null = ["--output-csv", "/dev/null", "--output-json", "/dev/null", "--max-output-len", "1"]
     assert run(*PROMPT, *null)[0] == 0

@@ -13,7 +13,7 @@ from fastertransformer_writer import arrays, write_folder, write_ini
 from porttool.cli import invoke as run_cli
 from porttool.config import ModelConfig
 from porttool.converter import Source
-from porttool.errors import PorttoolError, UsageError
+from porttool.errors import PorttoolError, SourceError, UsageError
 from porttool.fastertransformer import export, open_folder
 from porttool.plugins import choose_converter
 from tiny import PROMPTS, full_logits, reference_logits
@@ -135,7 +135,8 @@ FIRST = "model.layers.0.attention.query_key_value.weight.0.bin"
     ("name", "message"),
     [("model.wpe.bin", r"model\.wpe\.bin: the file is missing"),
      ("model.layers.1.mlp.dense_4h_to_h.bias.bin", "dense_4h_to_h.bias.bin: the file is missing"),
-     (FIRST, "1 ranks by its .*2 ranks by its name"), ("config.ini", "not a source of")],
+     (FIRST, "1 ranks by its .*2 ranks by its name"),
+     ("config.ini", "no config.ini here.*write a section")],
 )  # fmt: skip
 def test_a_missing_file_is_an_error(tmp_path, mha, name, message):
     folder = write_folder(tmp_path / "2-gpu", mha, 2)
@@ -194,6 +195,17 @@ def test_several_folders_and_none(tmp_path, mha):
     refused(tmp_path / "both", tmp_path, "1-gpu, 2-gpu; give the path of one")
     with pytest.raises(PorttoolError, match=r"no config\.ini here.*FasterTransformer 4"):
         open_folder(tmp_path / "both" / "2-gpu" / "x")
+
+
+@pytest.mark.parametrize("place", ["", "1-gpu"])
+def test_a_folder_of_fastertransformer_4_is_told_what_to_add(tmp_path, mha, registry, place):
+    """It holds arrays alone, as its converter of OpenAI's files writes them."""
+    (write_folder(tmp_path / "c-model" / "1-gpu", mha, 1) / "config.ini").unlink()
+    source = tmp_path / "c-model" / place
+    converter = choose_converter(registry, source)
+    assert converter.name == "gpt2/fastertransformer"
+    with pytest.raises(SourceError, match=r"FasterTransformer 4 wrote none: write a section \[gpt"):
+        converter.open(source)
 
 
 def test_an_unfused_folder_is_known_by_its_name(tmp_path, mha):
