@@ -224,5 +224,6 @@ def fill_template(template: PromptTemplate | None, instruction: str, given: str 
     if template is None:
         raise UsageError("this model has no instruction template; pass plain text instead")
     texts = {"{instruction}": instruction, "{input}": given}
-    form = template.with_input if given else template.plain
-    return re.sub("|".join(map(re.escape, texts)), lambda found: texts[found[0]], form)
+    asked = template.with_input if given else template.plain
+    # At once: what is put in may hold a name in braces, too.
+    return re.sub("|".join(map(re.escape, texts)), lambda name: texts[name[0]], asked)

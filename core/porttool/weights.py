@@ -277,8 +277,8 @@ def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False
     if allow_nonfinite:
         return result
     raise SourceError(
-        f"{name}: holds NaN or infinity; the source is damaged "
-        "(--allow-nonfinite converts it all the same)"
+        f"{name}: holds NaN or infinity; the source is damaged (`porttool convert "
+        "--allow-nonfinite` takes it all the same, in any --dtype)"
     )
 
 

@@ -207,14 +207,6 @@ def test_a_source_that_is_not_there(tmp_path):
         tiny.converted(tmp_path / "gone", tmp_path / "out")
 
 
-def test_one_file_goes_before_shards(tmp_path, copy, checkpoint):
-    """As in transformers, which would run the other weights beside these otherwise."""
-    other = tiny.write_source(tmp_path / "other", tiny.gpt2(seed=1), Form(shards=3))
-    for file in other.glob("model*"):
-        shutil.copyfile(file, copy / file.name)
-    assert tiny.converted(copy, tmp_path / "out").manifest.files == checkpoint.manifest.files
-
-
 def test_safetensors_go_before_bin(tmp_path, copy):
     torch.save({"wrong": torch.ones(1)}, copy / "pytorch_model.bin")
     assert tiny.converted(copy, tmp_path / "out").manifest.family == "gpt2"

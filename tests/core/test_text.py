@@ -7,8 +7,9 @@ import pytest
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 import nemo_writer
+from porttool.config import PromptTemplate
 from porttool.errors import CheckpointError
-from porttool.text import TextStream, load_tokenizer
+from porttool.text import TextStream, fill_template, load_tokenizer
 
 TEXTS = [
     "The mayor said on Tuesday.", "  two  spaces\n\nand\ttabs ", "naïve café 東京 🌉🌊 ẞ",
@@ -164,3 +165,13 @@ def test_ids_that_a_tokenizer_lacks_are_no_text(tmp_path, tokenizer_folder):
     for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tokenizer_folder)):
         ids = tokenizer.encode("the cat")
         assert tokenizer.decode([*ids, tokenizer.n_tokens]) == "the cat"
+
+
+def test_an_instruction_may_hold_the_names_of_a_template():
+    template = PromptTemplate(
+        plain="Do: {instruction}\nA:", with_input="Do: {instruction}\nIn: {input}\nA:",
+        answer_marker="A:",
+    )  # fmt: skip
+    asked = "format {input} and {instruction}"
+    assert fill_template(template, asked) == f"Do: {asked}\nA:"
+    assert fill_template(template, asked, r"\1 {input}") == f"Do: {asked}\nIn: \\1 {{input}}\nA:"

@@ -14,7 +14,7 @@ from fastertransformer_writer import arrays, write_folder, write_ini
 from porttool.cli import invoke as run_cli
 from porttool.config import ModelConfig
 from porttool.converter import Source
-from porttool.errors import PorttoolError, UsageError
+from porttool.errors import PorttoolError, SourceError, UsageError
 from porttool.fastertransformer import export, open_folder, writing
 from porttool.plugins import choose_converter
 from tiny import PROMPTS, full_logits, reference_logits
@@ -122,6 +122,7 @@ def test_fastertransformer_keys_are_understood(tmp_path, mha, registry):
         "model_name": "gpt2", "head_num": 4, "size_per_head": 8, "inter_size": 128,
         "max_pos_seq_len": 48, "num_layer": 2, "vocab_size": 67, "start_id": 66, "end_id": 66,
         "weight_data_type": "fp32", "tensor_para_size": 2, "activation_function": "gelu",
+        "has_adapters": False, "adapter_inter_size": 0, "layernorm_eps": 1e-5,
     })  # fmt: skip
     source = open_folder(folder)
     assert isinstance(source, Source)
@@ -135,7 +136,8 @@ FIRST = "model.layers.0.attention.query_key_value.weight.0.bin"
     ("name", "message"),
     [("model.wpe.bin", r"model\.wpe\.bin: the file is missing"),
      ("model.layers.1.mlp.dense_4h_to_h.bias.bin", "dense_4h_to_h.bias.bin: the file is missing"),
-     (FIRST, "1 ranks by its .*2 ranks by its name"), ("config.ini", "not a source of")],
+     (FIRST, "1 ranks by its .*2 ranks by its name"),
+     ("config.ini", "no config.ini here.*write a section")],
 )  # fmt: skip
 def test_a_missing_file_is_an_error(tmp_path, mha, name, message):
     folder = write_folder(tmp_path / "2-gpu", mha, 2)
@@ -170,7 +172,8 @@ def test_a_file_too_many_or_of_another_size_is_an_error(tmp_path, mha, mqa):
      ({"tie_word_embeddings": False}, "lm_head.weight.bin: the file is missing"),
      ({"do_layer_norm_before": False}, "norms after"), ({"eos_token_id": 67}, "outside the vocab"),
      ({"multi_query_mode": True}, "needs"), ({"num_layer": 3}, "n_layer and num_layer disagree"),
-     ({"weight_data_type": "fp16"}, "storage_dtype and weight_data_type disagree")],
+     ({"weight_data_type": "fp16"}, "storage_dtype and weight_data_type disagree"),
+     ({"has_adapters": True}, "has no adapters")],
 )  # fmt: skip
 def test_a_wrong_config_is_refused(tmp_path, mha, changes, message):
     refused(write_folder(tmp_path / "1-gpu", mha, 1, **changes), tmp_path, message)
@@ -221,6 +224,23 @@ def test_several_folders_and_none(tmp_path, mha):
     refused(tmp_path / "both", tmp_path, "1-gpu, 2-gpu; give the path of one")
     with pytest.raises(PorttoolError, match=r"no config\.ini here.*FasterTransformer 4"):
         open_folder(tmp_path / "both" / "2-gpu" / "x")
+
+
+@pytest.mark.parametrize("place", ["", "1-gpu"])
+def test_a_folder_of_fastertransformer_4_is_told_what_to_add(tmp_path, mha, registry, place):
+    """It holds arrays alone, as its converter of OpenAI's files writes them."""
+    (write_folder(tmp_path / "c-model" / "1-gpu", mha, 1) / "config.ini").unlink()
+    source = tmp_path / "c-model" / place
+    converter = choose_converter(registry, source)
+    assert converter.name == "gpt2/fastertransformer"
+    with pytest.raises(SourceError, match=r"FasterTransformer 4 wrote none: write a section \[gpt"):
+        converter.open(source)
+
+
+def test_an_unfused_folder_is_known_by_its_name(tmp_path, mha):
+    """Its files have the bytes of a fused one."""
+    folder = write_folder(tmp_path / "1-gpu", mha, 1).rename(tmp_path / "unfusedQKV-1-gpu")
+    refused(folder, tmp_path, "queries, keys and values apart, by its name")
 
 
 def test_what_the_layout_cannot_express_is_refused(tmp_path, checkpoint):

@@ -404,7 +404,7 @@ def test_a_table_of_no_numbers_is_converted_where_that_is_allowed(tmp_path, caps
     source = write_nemo(tmp_path / "p.nemo", nested(tables))
     convert = ["convert", str(source), "--output", str(tmp_path / "table")]
     assert run_cli(convert) == 1
-    assert "--allow-nonfinite converts it all the same" in " ".join(capsys.readouterr().err.split())
+    assert "--allow-nonfinite` takes it all the same" in " ".join(capsys.readouterr().err.split())
     assert run_cli([*convert, "--allow-nonfinite"]) == 0
     found = PromptTable.open(tmp_path / "table").tensor()
     assert found.equal(torch.cat(list(tables.values())))

@@ -18,6 +18,9 @@ from porttool.evaluator import write_whole
 from porttool.evaluators.results import ArticleRecord
 from porttool.weights import listing
 
+GZIP = b"\x1f\x8b"
+"""How a gzipped file begins, as HumanEval's is published."""
+
 
 @dataclass(frozen=True)
 class Article:
@@ -64,7 +67,10 @@ class Rows(Protocol):
 
 
 def load_articles(request: DatasetRequest) -> list[Article]:
-    """Return the wanted articles; UsageError if there are none, or not the ones pinned."""
+    """Return the wanted articles; UsageError if there are none, or not the ones pinned.
+
+    An article that is there twice is one as well: twice the same says nothing more.
+    """
     path = Path(request.name)
     if path.exists():
         require_local(request)
@@ -77,12 +83,23 @@ def load_articles(request: DatasetRequest) -> list[Article]:
         raise UsageError(f"{request.name}: there are no articles in it")
     require_columns(request.name, rows[0], request.columns)
     if request.ids is not None:
-        return pinned_articles(rows, request)
+        return distinct(str(request.ids), pinned_articles(rows, request))
     order: Iterable[int] = range(len(rows))
     if request.seed is not None:
         order = np.random.default_rng(request.seed).permutation(len(rows)).tolist()
     chosen = list(order)[: request.max_articles]
-    return [make_article(rows[i], request) for i in chosen]
+    return distinct(request.name, [make_article(rows[i], request) for i in chosen])
+
+
+def distinct(where: str, articles: list[Article]) -> list[Article]:
+    """Return articles of which none is there twice, id and text; else UsageError."""
+    times = Counter((a.record.id, a.record.sha256) for a in articles)
+    if twice := [name for (name, _), n in times.items() if n > 1]:
+        raise UsageError(
+            f"{where}: {len(twice)} entries are there more than once, and would count as often: "
+            f"{listing(twice)}; leave the repetitions out"
+        )
+    return articles
 
 
 def require_local(request: DatasetRequest) -> None:
@@ -150,17 +167,13 @@ def pinned_articles(rows: Rows, request: DatasetRequest) -> list[Article]:
 
 
 def read_pins(path: Path) -> list[tuple[str, str]]:
-    """Read lines `id` or `id sha256`; UsageError for a file without any, or with one twice."""
+    """Read lines `id` or `id sha256`; UsageError for a missing or empty file."""
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file of article ids")
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     pins = [(parts[0], parts[1] if len(parts) > 1 else "") for parts in lines if parts]
     if not pins:
         raise UsageError(f"{path}: there are no article ids in it")
-    if doubles := [pin for pin, n in Counter(pin for pin, _ in pins).items() if n > 1]:
-        raise UsageError(
-            f"{path}: an article counts once, but these ids are there twice: {listing(doubles)}"
-        )
     return pins
 
 
@@ -193,9 +206,12 @@ def open_local(path: Path, split: str) -> Rows:
 
 
 def read_json_lines(path: Path) -> Rows:
-    """Read one JSON object a line; UsageError naming the line that is none."""
+    """Read one JSON object a line; UsageError naming the line that is none, or a packed file."""
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    content = path.read_bytes()
+    if content.startswith(GZIP):
+        raise UsageError(f"{path}: is gzipped; unpack it first: gunzip --keep {path}")
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:

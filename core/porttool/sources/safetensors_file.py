@@ -164,6 +164,12 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
     """Validate one header entry; return what it says and where its data begins."""
+    code = entry.get("dtype") if isinstance(entry, dict) else None
+    if isinstance(code, str) and code not in DTYPES:
+        raise SourceError(
+            f"{path}: {name} is of type {code!r:.40}, which porttool does not read; fetch or save "
+            "the model unquantised, as F32, F16 or BF16"
+        )
     try:
         dtype, width = DTYPES[entry["dtype"]]
         shape, (begin, end) = entry["shape"], entry["data_offsets"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from unittest.mock import Mock
 
@@ -40,6 +41,28 @@ def test_parquet_file_and_folder_and_saved_folder_agree(articles, rows, tmp_path
         load_articles(DatasetRequest(name=str(tmp_path / "saved"), split="validation"))
     for folder in ("parts", "saved", "splits"):
         assert load_articles(request(tmp_path / folder)) == wanted
+
+
+def test_an_article_counts_once(articles, rows, tmp_path):
+    """Three articles pinned four times are three, however many are needed for a verdict."""
+    pins = tmp_path / "pins.txt"
+    pins.write_text("article-03\narticle-05\n" * 2)
+    with pytest.raises(UsageError, match=r"pins\.txt: 2 entries .*: article-03, article-05; leave"):
+        load_articles(request(articles, ids=pins))
+    file = tmp_path / "twice.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], rows[1]]))
+    with pytest.raises(UsageError, match=r"twice\.jsonl: 1 entries .*: article-01; leave"):
+        load_articles(request(file))
+    assert len(load_articles(request(file, max_articles=3))) == 3
+    file.write_text("".join(json.dumps(row | {"id": "a"}) + "\n" for row in rows))
+    assert len(load_articles(request(file))) == len(rows)
+
+
+def test_a_gzipped_file_is_called_that(tmp_path):
+    file = tmp_path / "HumanEval.jsonl.gz"
+    file.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(UsageError, match=r"gz: is gzipped; unpack it first: gunzip --keep .*gz$"):
+        load_articles(request(file))
 
 
 def test_shuffle_is_that_of_datasets(articles, rows):
@@ -124,14 +147,6 @@ def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(SourceError, match=r"neither a local path nor .*name a local \.jsonl"):
         load_articles(DatasetRequest(name="nobody/no_such_data"))
-
-
-def test_an_article_may_not_count_twice(articles, tmp_path):
-    """Doubles are no evidence: resampled, they make an interval too narrow."""
-    pins = tmp_path / "pins.txt"
-    pins.write_text("article-03\narticle-01\narticle-03\n")
-    with pytest.raises(UsageError, match="ids are there twice: article-03"):
-        load_articles(request(articles, ids=pins))
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "no.parquet", "./folder/no", "/no/such/folder"])
