@@ -95,6 +95,14 @@ def test_core_names_no_family():
     assert [str(p) for p in core if named.search(p.read_text())] == []
 
 
+def test_the_map_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    found = [p for p in (ROOT / "core" / "porttool").iterdir() if not p.name.startswith("__")]
+    names = {f"{p.name}/" if p.is_dir() else p.name for p in found if p.suffix in ("", ".py")}
+    assert len(names) > 40
+    assert sorted(name for name in names if f"`{name}" not in text) == []
+
+
 def test_files_stay_small():
     """300 lines; a file of GPU kernels may need more."""
     lines = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in MODULES}
@@ -132,6 +140,11 @@ def test_nobody_runs_strangers_code():
     """Remote code is refused outright, and pickles are read by torch's weights-only reader."""
     asked = re.compile(r"trust_remote_code(?!=False\b)")
     assert [str(p) for p in SOURCES if asked.search(p.read_text())] == []
+    nodes = [node for p in MODULES for node in ast.walk(ast.parse(p.read_text()))]
+    made = [ast.unparse(node) for node in nodes if isinstance(node, ast.Call)]
+    fetched = [call for call in made if re.match(r"[\w.]+\.from_pretrained\(", call)]
+    assert fetched
+    assert [call for call in fetched if "trust_remote_code=False" not in call] == []
     loads = [ast.unparse(call) for p in MODULES for call in calls(p, "torch", "load")]
     assert loads
     assert [call for call in loads if "weights_only=True" not in call] == []

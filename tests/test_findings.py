@@ -106,7 +106,8 @@ def test_headers_of_arrays_that_lie(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"1,x\n", "line 1"), (b"1\n\xff\n", "codec"), (b"1," + b"9" * 5000, "line 1"),
+    [(b"1,x\n", "line 1"), (b"1,2,,\n3,,4\n", "line 2"), (b"1\n\xff\n", "codec"),
+     (b"1," + b"9" * 5000, "line 1"),
      (b"1," + b"2" * 200_000, "field larger than field limit")],
 )  # fmt: skip
 def test_token_files_that_are_none(tmp_path, content, said):

@@ -305,6 +305,14 @@ def test_what_is_printed_lies_in_no_folder(run, engine, monkeypatch):
     assert run(*PROMPT, "--output-json", "-")[0] == 0
 
 
+@pytest.mark.parametrize("flag", ["--output-csv", "--output-npy", "--output-json"])
+def test_no_name_is_no_file(run, monkeypatch, flag):
+    """As a variable of the shell that is not set gives it; the work was lost at its end."""
+    monkeypatch.setattr("porttool.api.load", None)
+    status, _, said = run(*PROMPT, flag, "")
+    assert (status, said) == (2, "error: . is a folder: name a file for the result\n")
+
+
 def test_two_results_take_two_files(run, tmp_path):
     both = [
         "--output-csv",
@@ -316,6 +324,9 @@ def test_two_results_take_two_files(run, tmp_path):
     status, _, said = run(*PROMPT, *both)
     assert status == 2
     assert "is named for two results, of which one would be lost" in said
+    npy, lengths_npy = tmp_path / "a.npy", tmp_path / "a.lengths.npy"
+    lengths = ["--output-npy", npy, "--output-logits-npy", lengths_npy]
+    assert "a.lengths.npy is named for two results" in run(*PROMPT, *lengths)[2]
     null = ["--output-csv", "/dev/null", "--output-json", "/dev/null", "--max-output-len", "1"]
     assert run(*PROMPT, *null)[0] == 0
 

@@ -57,9 +57,10 @@ def convert(
     family and, if `output` is not given, the place under the work folder.
     """
     registry = registry or load_registry()
-    if not source and not model:
+    if source is None and not model:
         raise UsageError("name a SOURCE, or a family with --model, whose published weights are one")
-    path = resolve_source(str(source) if source else None, default_hub_id(registry, model))
+    named = None if source is None else str(source)
+    path = resolve_source(named, default_hub_id(registry, model))
     with naming(path):
         converter = choose_converter(registry, path, model, options)
         for finer in refinements(registry, path, converter) if model else ():
@@ -243,7 +244,7 @@ def evaluate(
     require_place(where / REPORT)
     if runner_options and not test_engine:
         raise UsageError("runner options (--runner-set) are the engine's, which does not run here")
-    source = resolve_source(str(hf_model), None) if hf_model else None
+    source = None if hf_model is None else resolve_source(str(hf_model), None)
     if subject is not None:
         refuse_dummy(subject, name)
     if test_engine:

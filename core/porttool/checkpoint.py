@@ -36,7 +36,7 @@ from porttool.errors import (
 )
 from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
 from porttool.sources.safetensors_file import SafetensorsFile
-from porttool.standing import KINDS, MAX_MANIFEST, kind_of
+from porttool.standing import KINDS, MAX_MANIFEST, kind_of, partial_folder
 
 MANIFEST = "checkpoint.json"
 TOKENIZER = "tokenizer"
@@ -116,6 +116,11 @@ class Checkpoint:
         for name in manifest.files:
             if name.endswith(".safetensors") and "/" not in name:
                 file = SafetensorsFile(path / name)
+                if double := sorted(file.infos().keys() & self._where.keys()):
+                    raise CheckpointError(
+                        f"{file.path}: {double[0]!r:.200} is in another of the checkpoint's files, "
+                        "too; convert it again"
+                    )
                 self._where.update(dict.fromkeys(file.infos(), file))
 
     @classmethod
@@ -234,8 +239,7 @@ def read_manifest(path: Path, name: str, model: type[M]) -> M:
 
 def explain_missing(path: Path, name: str) -> PorttoolError:
     """Return the error for a folder without a manifest: what it is instead, and what to do."""
-    place = path.absolute()
-    if place.with_name(f".{place.name}.partial").exists():
+    if partial_folder(path.absolute()).exists():
         return CheckpointError(
             f"{path}: there is no {name} here; an interrupted run left it half done, run it again"
         )

@@ -11,6 +11,8 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu"]
 Norm = Literal["layernorm", "layernorm1p", "rmsnorm"]
 Position = Literal["learned", "rotary"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+HALF: tuple[Dtype, ...] = ("float16", "bfloat16")
+"""Types of 16 bits, whose rounding hides small mistakes."""
 
 MAX_DIMENSION = 1 << 24
 """No dimension of a language model comes near this; a larger one is a damaged or hostile file."""
@@ -21,6 +23,11 @@ class Closed(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+
+EXTREME = 1e6
+"""Penalties beyond this, and temperatures below its inverse, take logits out of float32's range."""
+
+Penalty = Annotated[float, Field(ge=-EXTREME, le=EXTREME)]
 
 LengthPenalty = Annotated[float, Field(ge=-32, le=32)]
 """An exponent of lengths: beyond this, no float holds what it makes of a long one."""
@@ -189,9 +196,9 @@ class Sampling(Closed):
     top_p: float = Field(default=1.0, gt=0, le=1)
     min_p: float = Field(default=0.0, ge=0, le=1)
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
-    repetition_penalty: PositiveFloat = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    repetition_penalty: float = Field(default=1.0, ge=1 / EXTREME, le=EXTREME)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop: tuple[str, ...] = ()
     num_beams: PositiveInt = 1
@@ -206,6 +213,11 @@ class Sampling(Closed):
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens {self.min_new_tokens} exceeds max_new_tokens {self.max_new_tokens}"
+            )
+        if 0 < self.temperature < 1 / EXTREME:
+            raise ValueError(
+                f"temperature {self.temperature:g} is below {1 / EXTREME:g}: set it to 0, which "
+                "takes the likeliest token"
             )
         if self.num_beams == 1 and self.num_return_sequences > 1 and not self.temperature:
             raise ValueError("num_return_sequences needs a temperature: greedy results are equal")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +38,6 @@ from porttool.sources.places import scratch_folder
 from porttool.sources.tokenizer_files import NO_TOKENIZER, read_tokenizer
 from porttool.standing import require_free, require_space
 from porttool.weights import (
-    Take,
     TensorInfo,
     TensorSource,
     WeightMap,
@@ -166,6 +165,16 @@ class Refinement(Converter):
         """Return the base's table."""
         return self.base.weight_map(config)
 
+    def prepare(
+        self, source: Path, scratch: Path, progress: Progress
+    ) -> AbstractContextManager[Path]:
+        """Make the source readable as the base does."""
+        return self.base.prepare(source, scratch, progress)
+
+    def module(self, config: ModelConfig) -> nn.Module:
+        """Return the base's module."""
+        return self.base.module(config)
+
 
 def convert(
     converter: Converter,
@@ -183,7 +192,8 @@ def convert(
     """Turn a source into a checkpoint folder, tensor by tensor; resume what was interrupted.
 
     Peak resident memory stays within twice the largest tensor and a constant. `dtype` defaults to
-    the source's own. Raises SourceError for anything wrong with the source, by tensor and file.
+    that of the source's weights. Raises SourceError for anything wrong with the source, by tensor
+    and file.
     """
     require_free(output, MANIFEST, replace=replace, sources=[source_path])
     record = SourceRecord(
@@ -202,7 +212,7 @@ def convert(
         manifest = CheckpointManifest(
             porttool_version=version("porttool"), family=converter.family, plugin=plugin,
             source=record, config=source.config, tokens=source.tokens, prompt=converter.prompt,
-            infill=source.infill, dtype=dtype or source_dtype(source.tensors),
+            infill=source.infill, dtype=jobs[0].dtype,
             tensors={job.name: job.shape for job in jobs}, files={},
         )  # fmt: skip
         files = read_tokenizer(source.tokenizer, source.tokenizer_data, source.config.vocab_size)
@@ -236,21 +246,22 @@ def plan_jobs(
     """Account for every tensor on both sides and say how each canonical one is made."""
     infos = source.tensors.infos()
     shapes = {n: tuple(t.shape) for n, t in converter.module(source.config).state_dict().items()}
-    target = dtype or source_dtype(source.tensors)
     rules = resolve_rules(shapes, weight_map, infos)
-    require_floats(infos, {n for rule in rules.values() for n in rule.names})
+    used = {n for rule in rules.values() for n in rule.names}
+    require_floats(infos, used)
+    target = dtype or widest({infos[name].dtype for name in used})
     check_shapes(shapes, rules, source.tensors, source.config)
     check_duplicates(source.tensors, weight_map.duplicates)
+
+    def make(name: str) -> Tensor:
+        mapped = map_tensor(name, shapes[name], rules[name], source.tensors, source.config)
+        return cast(name, mapped, target, allow_nonfinite=allow_nonfinite)
+
     return [
-        TensorJob(
-            name,
-            shapes[name],
-            target,
-            sum(infos[n].nbytes for n in rule.names),
-            partial(make_tensor, name, shapes[name], rule, source, target, allow_nonfinite),
-        )
+        TensorJob(name, shapes[name], target, sum(infos[n].nbytes for n in rule.names),
+                  partial(make, name))
         for name, rule in rules.items()
-    ]
+    ]  # fmt: skip
 
 
 def require_floats(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> None:
@@ -263,28 +274,11 @@ def require_floats(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> Non
             )
 
 
-def make_tensor(
-    name: str,
-    shape: tuple[int, ...],
-    rule: Take,
-    source: Source,
-    dtype: Dtype,
-    allow_nonfinite: bool,
-) -> Tensor:
-    """Read, transform and cast one canonical tensor."""
-    mapped = map_tensor(name, shape, rule, source.tensors, source.config)
-    return cast(name, mapped, dtype, allow_nonfinite=allow_nonfinite)
-
-
-def source_dtype(tensors: TensorSource) -> Dtype:
-    """Return the widest floating type among the tensors that have dimensions."""
-    found = {i.dtype for i in tensors.infos().values() if i.shape}
-    if {"float16", "bfloat16"} <= found:
+def widest(found: Collection[str]) -> Dtype:
+    """Return the type that holds every value of the floating types that were found."""
+    if {"float16", "bfloat16"} <= set(found):
         return "float32"
-    for dtype in reversed(FLOATS):
-        if dtype in found:
-            return dtype
-    raise SourceError("the source holds no floating-point tensors")
+    return next(dtype for dtype in reversed(FLOATS) if dtype in found)
 
 
 def check_duplicates(tensors: TensorSource, duplicates: Mapping[str, str]) -> None:

@@ -29,7 +29,7 @@ from porttool.checkpoint import (
 from porttool.component import explain
 from porttool.config import Activation, Closed, Dtype, ModelConfig, SpecialTokens
 from porttool.engine import MANIFEST as ENGINE
-from porttool.errors import UsageError
+from porttool.errors import PorttoolError, UsageError
 from porttool.folder import pending_folder
 from porttool.gpt2_layout import ACTIVATIONS
 from porttool.hookspecs import API_VERSION
@@ -168,8 +168,12 @@ def read_shape(registry: Registry, path: Path, model: str | None) -> ModelConfig
         except ValidationError as error:
             raise UsageError(f"{file}: not a decoder's shape: {explain(error)}") from error
     with TemporaryDirectory() as folder:
-        shutil.copyfile(file, Path(folder) / "config.json")
-        return choose_converter(registry, Path(folder), model).config(Path(folder))
+        copy = shutil.copyfile(file, Path(folder) / "config.json")
+        try:
+            return choose_converter(registry, Path(folder), model).config(Path(folder))
+        except PorttoolError as error:  # which names the copy
+            error.args = (str(error).replace(str(copy), str(file)).replace(folder, str(file)),)
+            raise
 
 
 @contextmanager

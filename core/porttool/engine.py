@@ -214,7 +214,7 @@ def build(
         )
         checkpoint.require_unchanged()
         folder.finish(MANIFEST, manifest.sealed())
-    return Engine(output, manifest)
+    return Engine.open(output, verify=False)
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from porttool.component import Component
 from porttool.config import Closed
-from porttool.errors import CheckFailed
+from porttool.errors import CheckFailed, PorttoolError
 from porttool.progress import SILENT, Progress
 from porttool.standing import made_folder, whole_file
 
@@ -139,11 +139,18 @@ def evaluate(
 ) -> Report:
     """Run an evaluator and keep its report as `report.json` in `output`.
 
-    One that is refused leaves no empty folder.
+    One that is refused leaves no empty folder. Where the report cannot be written (the disk became
+    full, say) its verdicts are told before that is raised: the work is not lost.
     """
     with made_folder(output):
         report = evaluator.run(port, output, progress=progress)
-        write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
+        try:
+            write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
+        except PorttoolError:
+            for verdict in report.verdicts:
+                said = "pass" if verdict.passed is True else "FAIL"
+                progress.note(f"{said}: {verdict.name}: {verdict.found}, bound {verdict.bound}")
+            raise
     return report
 
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from porttool.config import Closed
 from porttool.errors import CheckpointError, PorttoolError, explain_os_error, intact
-from porttool.standing import made_folder, occupied, require_free
+from porttool.standing import made_folder, occupied, partial_folder, require_free
 
 JOURNAL = "journal.jsonl"
 BLOCK = 1 << 22
@@ -163,7 +163,7 @@ def pending_folder(
     """
     target = target if target.name.strip(".") else target.resolve()
     require_free(target, manifest, replace=replace, sources=sources)
-    path = target.with_name(f".{target.name}.partial")
+    path = partial_folder(target)
     try:
         with made_folder(path), locked(path, target):
             if occupied(target) and not replace:  # another process has finished it since

@@ -13,6 +13,8 @@ PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.nemo", "*
 
 def resolve_source(source: str | None, hub_id: str | None) -> Path:
     """Return the local folder or file of a source: a path, or a hub id that is then fetched."""
+    if source == "":  # as a variable of the shell that is not set gives it
+        raise UsageError("the name of a folder or hub id is empty: give one, or leave it out")
     wanted = source or hub_id
     if wanted is None:
         raise UsageError("this family has no source of its own; give the path of one")

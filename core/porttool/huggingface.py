@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from porttool.config import InfillTokens, ModelConfig, SpecialTokens
 from porttool.converter import Converter, Source, validated
 from porttool.errors import PluginError, SourceError, require_kind
+from porttool.sources.huggingface_keys import INERT_KEYS, MUST_BE
 from porttool.sources.json_file import read_json
 from porttool.sources.places import is_present
 from porttool.sources.ranks import Renamed, ShardedTensors
@@ -25,27 +26,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
-
-INERT_KEYS = frozenset({
-    "_name_or_path", "_commit_hash", "architectures", "model_type", "transformers_version",
-    "torch_dtype", "dtype", "use_cache", "output_past", "output_attentions",
-    "output_hidden_states", "return_dict", "return_dict_in_generate", "initializer_range",
-    "task_specific_params", "problem_type", "id2label", "label2id", "num_labels",
-    "finetuning_task", "tokenizer_class", "prefix", "is_decoder", "max_length", "min_length",
-    "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty",
-    "bos_token_id", "eos_token_id", "pad_token_id", "gradient_checkpointing",
-    "summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels",
-    "summary_first_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "n_ctx",
-    "chunk_size_feed_forward",
-})  # fmt: skip
-"""Keys that change no arithmetic of a forward pass (dropout is off; special ids are read apart)."""
-
-MUST_BE: dict[str, Any] = {
-    "add_cross_attention": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None,
-    "pruned_heads": {}, "tie_encoder_decoder": False, "quantization_config": None,
-    "torchscript": False,
-}  # fmt: skip
-"""Keys that would change the model unless they have this value."""
 
 
 class SourceConfig:
@@ -209,7 +189,7 @@ class HuggingFaceConverter(Converter):
         return Source(
             config=model,
             tokens=self.special_tokens(source, model),
-            tensors=unprefixed(open_tensors(source), self.prefix),
+            tensors=Renamed.by(open_tensors(source), lambda name: name.removeprefix(self.prefix)),
             tokenizer=tuple(source / n for n in TOKENIZER_FILES if is_present(source / n)),
             infill=known_spelling(source, self.spellings) if self.spellings else None,
         )
@@ -222,17 +202,6 @@ def foreign_code(values: Mapping[str, Any]) -> set[str]:
     return {str(name).split("--")[-1] for name in listed}
 
 
-def unprefixed(inner: TensorSource, prefix: str) -> TensorSource:
-    """Return the same tensors under names without a prefix that some of them may carry."""
-    names: dict[str, str] = {}
-    for name, info in inner.infos().items():
-        short = name.removeprefix(prefix)
-        if short in names:
-            raise SourceError(f"{info.file}: {short} is there twice, with and without {prefix!r}")
-        names[short] = name
-    return Renamed(inner, names)
-
-
 def read_config(source: Path) -> dict[str, Any]:
     """Read config.json of a folder; files of 2019 name no model type and are GPT-2's."""
     values = read_json(source / "config.json")
@@ -242,12 +211,15 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def open_tensors(source: Path) -> TensorSource:
-    """Open a folder's weights: safetensors before .bin, an index before a single file."""
+    """Open a folder's weights, in transformers' order where there are several.
+
+    safetensors go before .bin, and one file before an index, which may be left of older shards.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if is_present(source / f"{name}.index.json"):
-            return open_indexed(source, f"{name}.index.json")
         if is_present(source / name):
             return open_weight_file(source / name)
+        if is_present(source / f"{name}.index.json"):
+            return open_indexed(source, f"{name}.index.json")
     raise SourceError(f"{source}: no model.safetensors, no pytorch_model.bin and no index of them")
 
 
@@ -283,7 +255,7 @@ def special_ids(source: Path) -> dict[str, Any]:
     generation = source / "generation_config.json"
     merged = {**values, **(read_json(generation) if generation.is_file() else {})}
     keys = {key: f"{key}_token_id" for key in ("bos", "eos", "pad")}
-    return {key: merged.get(name, values.get(name)) for key, name in keys.items()}
+    return {key: merged.get(name) for key, name in keys.items()}
 
 
 def check_special_ids(ids: Mapping[str, Any], vocab_size: int, source: Path) -> SpecialTokens:

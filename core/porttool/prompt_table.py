@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from porttool.checkpoint import Manifest, PluginRecord, SourceRecord, read_manifest
 from porttool.component import Component
 from porttool.config import Dtype, ModelConfig, PromptTableConfig
-from porttool.converter import FLOATS
+from porttool.converter import widest
 from porttool.errors import CheckpointError, SourceError, UsageError, naming
 from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
 from porttool.progress import SILENT, Progress
@@ -240,7 +240,7 @@ def write_table(
         tasks=tuple(tables),
         lengths=tuple(len(table) for table in tables.values()),
         d_model=next(iter(widths.values())),
-        dtype=dtype or widest(tables),
+        dtype=dtype or widest({str(t.dtype).removeprefix("torch.") for t in tables.values()}),
     )
     manifest = PromptTableManifest(
         porttool_version=version("porttool"),
@@ -278,14 +278,6 @@ def check_table(source: Path, task: str, table: Tensor) -> None:
             f"{source}: the table of {task!r} is all zeros; it was never filled from the prompt "
             "encoder: export it again after training has finished"
         )
-
-
-def widest(tables: Mapping[str, Tensor]) -> Dtype:
-    """Return the type that holds every table."""
-    found = {str(t.dtype).removeprefix("torch.") for t in tables.values()}
-    if {"float16", "bfloat16"} <= found:
-        return "float32"
-    return next(dtype for dtype in reversed(FLOATS) if dtype in found)
 
 
 def joined(tables: Mapping[str, Tensor], dtype: Dtype, allow_nonfinite: bool) -> Tensor:

@@ -115,6 +115,15 @@ class Runner(Component):
         """Use rows of [n_rows, d_model] for token ids from vocab_size on; None takes it away."""
         raise EngineError(f"the {self.name} runner has no room for a prompt table")
 
+    def require_room(self, table: Tensor | None) -> None:
+        """Refuse a prompt table [n_rows, d_model] larger than the room reserved at build."""
+        room = self.engine.manifest.limits.max_prompt_rows
+        if table is not None and len(table) > room:
+            raise UsageError(
+                f"the prompt table has {len(table)} rows, the engine has room for {room}; "
+                f"build it with --max-prompt-embedding-table-size {len(table)}"
+            )
+
     @property
     def description(self) -> str:
         """Where and how it runs, in a few words: shown to the user and kept in reports."""

@@ -12,9 +12,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from porttool.folder import FileRecord, PendingFolder, sync
+from porttool.config import Dtype
+from porttool.folder import JOURNAL, FileRecord, PendingFolder, sync
 from porttool.progress import Progress
 from porttool.sources.safetensors_file import CODES, DTYPES
 
@@ -36,7 +38,7 @@ class TensorJob:
 
     name: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: Dtype
     n_read: int
     make: Callable[[], Tensor]
 
@@ -140,6 +142,13 @@ def write_shards(
             completed = [disk.submit(complete, folder, name, record)]
         for last in completed:
             last.result()
+
+
+def write_files(place: Path, jobs: Sequence[TensorJob], *, progress: Progress) -> None:
+    """Write tensors into part of a pending folder, which is made anew when it is resumed."""
+    shards = plan_shards(jobs, "model")
+    write_shards(PendingFolder(place, place), shards, workers=2, progress=progress)
+    (place / JOURNAL).unlink()
 
 
 def complete(folder: PendingFolder, name: str, record: FileRecord) -> None:

@@ -149,12 +149,24 @@ def require_free(
             )
 
 
+def partial_folder(target: Path) -> Path:
+    """Return where a folder is written until it is whole: beside its place, hidden."""
+    place = target if target.name.strip(".") else target.resolve()
+    return place.with_name(f".{place.name}.partial")
+
+
 def require_space(target: Path, n_bytes: int, *, advice: str = "") -> None:
-    """Raise before the work begins if the disk has no room for so many bytes."""
+    """Raise before the work begins if the disk has no room for so many bytes.
+
+    What an interrupted run left is gone on from, or taken away: it has its room already.
+    """
     parent = target.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    free = shutil.disk_usage(parent).free
+    left = 0
+    with suppress(FileNotFoundError):  # another process finishes it at this moment
+        left = sum(f.stat().st_size for f in partial_folder(target).rglob("*") if f.is_file())
+    free = shutil.disk_usage(parent).free + left
     if free < n_bytes:
         raise PorttoolError(
             f"{target}: {format_bytes(n_bytes)} are needed, {format_bytes(free)} are free; "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from porttool.errors import CheckpointError, MissingExtra, UsageError
 
@@ -121,9 +123,10 @@ def load_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
-    """Build GPT-2's byte-level BPE from vocab.json and merges.txt, and added_tokens.json."""
-    import json
+    """Build GPT-2's byte-level BPE from vocab.json and merges.txt, and added_tokens.json.
 
+    Of the added tokens those that the folder gives a role are special, as in transformers.
+    """
     import tokenizers
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
@@ -131,12 +134,32 @@ def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
     built = tokenizers.Tokenizer(model)
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>"] if built.token_to_id("<|endoftext|>") is not None else []
-    added = folder / "added_tokens.json"
-    if added.is_file():
-        special += sorted(json.loads(added.read_text()), key=json.loads(added.read_text()).get)
-    built.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    end = "<|endoftext|>"
+    special = {end, *roles_in(folder)}
+    added = read_object(folder / "added_tokens.json")
+    known = {end: i} if (i := built.token_to_id(end)) is not None else {}
+    for text, wanted in sorted({**known, **added}.items(), key=lambda item: item[1]):
+        add = built.add_special_tokens if text in special else built.add_tokens
+        add([AddedToken(text, normalized=False)])
+        if built.token_to_id(text) != wanted:
+            raise ValueError(
+                f"added_tokens.json gives {text!r} the id {wanted}, where the next one is "
+                f"{built.token_to_id(text)}"
+            )
     return built
+
+
+def roles_in(folder: Path) -> set[str]:
+    """Return the tokens that a folder's settings give a role, such as `pad_token`."""
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    roles = [item for name in files for item in read_object(folder / name).items()]
+    said = [value for key, value in roles if key.endswith("_token") and value]
+    return {value["content"] if isinstance(value, dict) else str(value) for value in said}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is no such file."""
+    return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -194,9 +217,13 @@ def infill_prompt(tokens: InfillTokens | None, before: str, after: str) -> str:
 
 
 def fill_template(template: PromptTemplate | None, instruction: str, given: str = "") -> str:
-    """Return the prompt for an instruction; UsageError if the model has no template."""
+    """Return the prompt for an instruction; UsageError if the model has no template.
+
+    Braces in the texts themselves are text.
+    """
     if template is None:
         raise UsageError("this model has no instruction template; pass plain text instead")
-    if given:
-        return template.with_input.replace("{instruction}", instruction).replace("{input}", given)
-    return template.plain.replace("{instruction}", instruction)
+    texts = {"{instruction}": instruction, "{input}": given}
+    asked = template.with_input if given else template.plain
+    # At once: what is put in may hold a name in braces, too.
+    return re.sub("|".join(map(re.escape, texts)), lambda name: texts[name[0]], asked)

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from porttool.generate import Completion
 
 
+LENGTHS = ".lengths.npy"
+"""Suffix of the file with the true lengths of an array's rows."""
+
+
 def read_tokens(path: Path) -> list[list[int]]:
     """Read prompts from .csv (one a line, ids separated by commas) or .npy (2-D integers).
 
@@ -31,17 +35,27 @@ def read_tokens(path: Path) -> list[list[int]]:
 
 
 def read_csv(path: Path) -> list[list[int]]:
-    """Read one prompt a line; a value that is no integer is named with its line."""
+    """Read one prompt a line; a value that is no integer is named with its line.
+
+    Empty values end a row that is shorter than others, as spreadsheets write it.
+    """
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         try:
-            rows = [[int(value) for value in row if value.strip()] for row in reader]
+            rows = [[int(value) for value in filled(row)] for row in reader]
         except (ValueError, csv.Error) as error:
             raise UsageError(
                 f"{path}, line {reader.line_num}: should be token ids, separated by commas "
                 f"({error!s:.200})"
             ) from error
     return [row for row in rows if row]
+
+
+def filled(row: list[str]) -> list[str]:
+    """Return a row without the empty values at its end."""
+    while row and not row[-1].strip():
+        row = row[:-1]
+    return row
 
 
 def read_npy(path: Path) -> list[list[int]]:
@@ -71,7 +85,7 @@ def write_npy(path: Path, rows: Sequence[Sequence[int]], pad: int) -> None:
     for i, row in enumerate(rows):
         array[i, : len(row)] = row
     save_array(path, array)
-    save_array(path.with_suffix(".lengths.npy"), np.array(lengths, dtype=np.int32))
+    save_array(path.with_suffix(LENGTHS), np.array(lengths, dtype=np.int32))
 
 
 def save_array(path: Path, array: Any) -> None:

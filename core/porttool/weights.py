@@ -260,20 +260,25 @@ def describe(rule: Take, source: TensorSource) -> str:
 
 
 def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False) -> Tensor:
-    """Convert to a contiguous tensor of `dtype`; refuse NaN, infinity and overflow by name."""
+    """Convert to a contiguous tensor of `dtype`; refuse NaN, infinity and overflow by name.
+
+    `allow_nonfinite` lets a tensor through that holds NaN or infinity itself.
+    """
     import torch
 
     result = laid_out(tensor, getattr(torch, dtype))
-    if allow_nonfinite or is_finite(result):
+    if is_finite(result):
         return result
     if is_finite(tensor):
         raise SourceError(
             f"{name}: values up to {float(tensor.abs().max()):.3g} do not fit {dtype}; "
             "choose --dtype bfloat16 or float32"
         )
+    if allow_nonfinite:
+        return result
     raise SourceError(
-        f"{name}: holds NaN or infinity; the source is damaged "
-        "(--allow-nonfinite converts it all the same)"
+        f"{name}: holds NaN or infinity; the source is damaged (`porttool convert "
+        "--allow-nonfinite` takes it all the same, in any --dtype)"
     )
 
 

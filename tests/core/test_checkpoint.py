@@ -182,3 +182,13 @@ def test_tensors_that_the_manifest_does_not_know(copy, edit, said):
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(copy)
     assert said in str(caught.value)
+
+
+def test_a_tensor_in_two_files(copy):
+    """Which of the two is the model's, nobody could say."""
+    save_file({"norm.bias": torch.ones(24)}, copy / "more.safetensors")
+    files = json.loads((copy / "checkpoint.json").read_text())["files"]
+    record = hash_file(copy / "more.safetensors").model_dump()
+    edit_manifest(copy, files={**files, "more.safetensors": record})
+    with pytest.raises(CheckpointError, match=r"more.safetensors: 'norm.bias' is in another of"):
+        Checkpoint.open(copy)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from safetensors.torch import load_file, save_file
 import tiny
 from porttool import shards
 from porttool.checkpoint import Checkpoint
-from porttool.errors import PorttoolError, SourceError, UsageError
-from porttool.progress import Progress
+from porttool.converter import Refinement
+from porttool.errors import PluginError, PorttoolError, SourceError, UsageError
+from porttool.progress import SILENT, Progress
+from porttool_gpt2.converter import GPT2Converter
 from tiny import Form
 
 
@@ -50,7 +53,7 @@ def refusal(folder, tmp_path, **options):
          "nothing accounts for in model.safetensors: h.0.attn.rotary"),
         (lambda t: t.update({"transformer.h.3.ln_1.bias": torch.ones(24)}), "h.3.ln_1.bias"),
         (lambda t: t.update({"wte.weight": torch.ones(67, 24)}),
-         "wte.weight is there twice, with and without 'transformer.'"),
+         "model.safetensors: transformer.wte.weight and wte.weight are both wte.weight"),
         (lambda t: t.update({"transformer.wpe.weight": torch.ones(47, 24)}),
          "position.weight should be [48, 24] but comes out as [47, 24] of wpe.weight [47, 24]"),
         (lambda t: t.update({"transformer.h.0.mlp.c_fc.weight": torch.ones(96, 24)}),
@@ -64,7 +67,7 @@ def refusal(folder, tmp_path, **options):
         (lambda t: t.update({"lm_head.weight": torch.ones(67, 24)}),
          "lm_head.weight in model.safetensors differs from wte.weight"),
         (lambda t: [t.update({n: v.int()}) for n, v in list(t.items())],
-         "the source holds no floating-point tensors"),
+         "in model.safetensors is int32, not a floating-point tensor"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit(tmp_path, copy, change, said):
@@ -108,6 +111,50 @@ def test_the_sources_own_dtype_is_kept(tmp_path, reference, stored):
     source = tiny.write_source(tmp_path / "s", reference, Form(dtype=stored, masks=True))
     found = tiny.converted(source, tmp_path / "out").manifest.dtype
     assert found == str(stored).removeprefix("torch.")
+
+
+def test_the_type_of_what_is_left_out_does_not_count(tmp_path, copy):
+    """Old checkpoints keep masks and rotary frequencies in float32 beside weights in half of it."""
+    edit(copy, lambda t: [t.update({n: v.half()}) for n, v in list(t.items())])
+    edit(copy, lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 48, 48)}))
+    assert tiny.converted(copy, tmp_path / "out").manifest.dtype == "float16"
+
+
+class Unpacking(GPT2Converter):
+    """Reads what has to be unpacked first, and says what module that is of."""
+
+    @contextmanager
+    def prepare(self, source, scratch, progress):
+        ready = scratch / "ready"
+        shutil.copytree(source / "packed", ready)
+        try:
+            yield ready
+        finally:
+            shutil.rmtree(ready)
+
+    def module(self, config):
+        raise PluginError("asked for the module of the base")
+
+
+class Narrower(Refinement):
+    """A family that an unpacking one reads."""
+
+    name = family = "narrower"
+    refines = "unpacking"
+
+    def recognises(self, config):
+        return True
+
+
+def test_a_refinement_reads_as_its_base_does(tmp_path, source):
+    shutil.copytree(source, tmp_path / "source" / "packed")
+    (tmp_path / "scratch").mkdir()
+    made = Narrower(Unpacking())
+    with made.prepare(tmp_path / "source", tmp_path / "scratch", SILENT) as ready:
+        config = made.open(ready).config
+    assert not ready.exists()
+    with pytest.raises(PluginError, match="the module of the base"):
+        made.module(config)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -96,8 +97,12 @@ def test_shapes_from_files(registry, tmp_path, checkpoint):
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     assert read_shape(registry, tmp_path, None).n_kv_head == 1
     (tmp_path / "config.json").write_text(json.dumps({**theirs, "mystery": 1}))
-    with pytest.raises(SourceError, match="mystery"):
+    with pytest.raises(SourceError, match="mystery") as caught:
         read_shape(registry, tmp_path, None)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: unknown keys")
+    bare.write_text('{"model_type": "llama"}')
+    with pytest.raises(UsageError, match=f"^{re.escape(str(bare))}: no installed family .*'llama'"):
+        read_shape(registry, bare, None)
     bare.write_text(json.dumps({**config.model_dump(), "n_kv_head": 3}))
     with pytest.raises(UsageError, match="not a decoder's shape"):
         read_shape(registry, bare, None)
@@ -139,6 +144,14 @@ def test_the_engine_says_that_it_is_a_dummy(dummy, capsys):
     assert manifest.source.path == "random weights, seed 0"
     assert invoke(["inspect", str(dummy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dummy"] is True
+
+
+@pytest.mark.parametrize(("batch", "width", "beams"), [("2", "8", 2), ("8", "4", 4)])
+def test_a_build_tells_how_many_beams_can_run(tmp_path, capsys, batch, width, beams):
+    """Beams are rows of the batch."""
+    command = ["build", "--dummy", *TINY, "--output", str(tmp_path / "engine")]
+    assert invoke([*command, "--max-batch-size", batch, "--max-beam-width", width]) == 0
+    assert f"batch {batch}, input 20, output 20, beams {beams};" in capsys.readouterr().out
 
 
 def test_it_runs_with_token_ids_and_a_warning(dummy, tmp_path, capsys):

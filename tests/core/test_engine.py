@@ -48,6 +48,13 @@ def test_an_engine_of_the_checkpoints_own_type_shares_its_files(tmp_path, checkp
     assert weights.samefile(checkpoint.path / weights.name)
 
 
+def test_what_a_build_returns_is_what_stands_there(tmp_path, checkpoint):
+    """Its seal, too, which `build --json` tells."""
+    built = tiny.built(checkpoint, tmp_path / "engine")
+    assert built.manifest.seal
+    assert built.manifest == Engine.open(tmp_path / "engine").manifest
+
+
 @pytest.mark.parametrize(("dtype", "atol"), [("float16", 0.05), ("bfloat16", 0.4)])
 def test_narrow_engines_are_near(tmp_path, registry, checkpoint, reference, dtype, atol):
     engine = tiny.built(checkpoint, tmp_path / "engine", dtype=dtype)

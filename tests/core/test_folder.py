@@ -248,6 +248,20 @@ def test_space_is_checked_before_the_work(tmp_path, monkeypatch):
         require_space(tmp_path / "a" / "b", 2_000_000_000)
 
 
+def test_what_an_interrupted_run_left_has_its_room(tmp_path, monkeypatch):
+    """Else a run that the disk was just large enough for could never go on."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 100))
+    left = tmp_path / ".b.partial" / "part"
+    left.mkdir(parents=True)
+    (left / "file").write_bytes(bytes(900))
+    require_space(tmp_path / "b", 1000)
+    with pytest.raises(PorttoolError, match=r"b: 1\.00 kB are needed, 1\.00 kB are free"):
+        require_space(tmp_path / "b", 1001)
+    with pytest.raises(PorttoolError, match=r"c: 101 bytes are needed, 100 bytes are free"):
+        require_space(tmp_path / "c", 101)
+
+
 def test_verifying(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 5_000_000)
     files = {"a": hash_file(tmp_path / "a")}

@@ -107,3 +107,15 @@ def test_half_a_file_does_not_stay_on_the_full_disk(tmp_path):
     with pytest.raises(PorttoolError, match="the complete files are kept in"):
         write("whole")
     assert (tmp_path / ".o.partial" / "whole").is_file()
+
+
+def test_the_verdicts_of_a_report_without_room_are_told(tmp_path, engine_folder, capsys):
+    """They may be an hour's work."""
+    (tmp_path / "report.json").symlink_to("/dev/full")
+    verify = ["verify", str(engine_folder), "--output", str(tmp_path), "--set", "prompt_len", "8"]
+    assert porttool([*verify, "--set", "new_tokens", "4"]) == 1
+    said = capsys.readouterr().err
+    assert "pass: weights: 41 of 41 tensors, bound all, exactly\n" in said
+    assert "\npass: greedy tokens: 6 of 6 prompts" in said
+    assert said.endswith("report.json: the disk is full; free some space and run the same command "
+                         "again\n")  # fmt: skip

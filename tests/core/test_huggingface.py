@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny
 from porttool.errors import SourceError
-from porttool.huggingface import SourceConfig, read_config, unprefixed
+from porttool.huggingface import SourceConfig, open_tensors, read_config
 from porttool.sources.json_file import MAX_JSON, read_json
-from porttool.sources.ranks import ShardedTensors
+from porttool.sources.ranks import Renamed, ShardedTensors
 from porttool.sources.torch_file import TensorTree
 
 FILE = Path("model") / "config.json"
@@ -37,6 +38,26 @@ def test_keys_that_must_have_one_value():
             SourceConfig({key: value}, FILE).finish()
 
 
+PUBLISHED = {
+    "gpt2-medium": {"n_special": 0, "predict_special_tokens": True},
+    "distilgpt2": {"_num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+    "of 2019": {"n_special": 0, "num_labels": 2, "torchscript": False, "use_bfloat16": False,
+                "pruned_heads": {}, "output_past": True, "finetuning_task": None},
+    "of 2020": {"bad_words_ids": None, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+                "num_return_sequences": 1, "decoder_start_token_id": None, "sep_token_id": 5,
+                "early_stopping": False, "unk_token_id": 1, "cls_token_id": 4},
+    "of 2025": {"_attn_implementation_autoset": True, "typical_p": 1.0},
+}  # fmt: skip
+"""Keys of published files of type gpt2 that change nothing, beside those that every one has."""
+
+
+@pytest.mark.parametrize("keys", PUBLISHED.values(), ids=PUBLISHED)
+def test_keys_of_published_files(keys):
+    SourceConfig(keys, FILE).finish()
+    with pytest.raises(SourceError, match="'n_special' is 3, which porttool cannot port"):
+        SourceConfig({**keys, "n_special": 3}, FILE).finish()
+
+
 def test_null_is_absent():
     config = SourceConfig({"n_inner": None}, FILE)
     assert config.integer("n_inner", 12) == 12
@@ -56,17 +77,44 @@ def test_numbers(value):
         SourceConfig({"eps": value}, FILE).number("eps", 1e-5)
 
 
+def unprefixed(name):
+    return name.removeprefix("t.")
+
+
 def test_a_prefix_that_only_some_carry():
-    source = unprefixed(tree(**{"t.a": torch.ones(1), "b": torch.zeros(2)}), "t.")
+    source = Renamed.by(tree(**{"t.a": torch.ones(1), "b": torch.zeros(2)}), unprefixed)
     assert source.infos().keys() == {"a", "b"}
     assert source.load("a").equal(torch.ones(1))
-    with pytest.raises(SourceError, match=r"part: a is there twice, with and without 't\.'"):
-        unprefixed(tree(**{"t.a": torch.ones(1), "a": torch.ones(1)}), "t.")
+    with pytest.raises(SourceError, match=r"part: t\.a and a are both a"):
+        Renamed.by(tree(**{"t.a": torch.ones(1), "a": torch.ones(1)}), unprefixed)
 
 
 def test_a_name_in_two_shards():
     with pytest.raises(SourceError, match="a is in part and again in two"):
         ShardedTensors({"one": tree(a=torch.ones(1)), "two": tree(a=torch.ones(1))})
+
+
+FORMS = [
+    tiny.Form(),
+    tiny.Form(shards=2),
+    tiny.Form(file="pytorch_model.bin"),
+    tiny.Form(file="pytorch_model.bin", shards=2),
+]
+"""From what transformers loads first to what it loads last."""
+
+
+@pytest.mark.parametrize("first", range(len(FORMS)))
+def test_of_several_sets_of_weights_the_one_that_transformers_loads(tmp_path, first):
+    """A model saved as one file beside older shards is not the shards'."""
+    from transformers import GPT2LMHeadModel
+
+    for seed, form in enumerate(FORMS[first:], first):
+        model = tiny.gpt2(seed=seed)
+        tiny.write_weights(tmp_path, tiny.weights(model, form), form)
+    model.config.save_pretrained(tmp_path)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path).state_dict()["transformer.wte.weight"]
+    assert theirs.equal(tiny.gpt2(seed=first).transformer.wte.weight.float())
+    assert open_tensors(tmp_path).load("transformer.wte.weight").equal(theirs)
 
 
 def test_json_that_is_none(tmp_path):

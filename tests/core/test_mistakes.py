@@ -197,6 +197,31 @@ def test_the_folder_beside_the_right_one_is_told_from_it(said, engine_folder, ch
         assert f"; name the folder that it lies in, {folder} ({kind}); `porttool" in message
 
 
+def test_the_folder_in_the_one_named_is_told(said, source, checkpoint, tmp_path):
+    shutil.copytree(source, tmp_path / "models" / "mine")
+    shutil.copytree(checkpoint.path, tmp_path / "models" / "checkpoint")
+    (tmp_path / "models" / "empty").mkdir()
+    near = "name the folder in it, models/checkpoint (a checkpoint) or models/mine (gpt2);"
+    for command in (["inspect", "models"], ["convert", "models", "--output", "out"]):
+        status, error = said(*command)
+        assert status == 2
+        assert f"models: no installed family recognises this; {near}" in error
+
+
+def test_a_source_named_as_nothing_is_not_the_familys_own(said, monkeypatch):
+    monkeypatch.setattr("porttool.hub.fetch", Mock(side_effect=AssertionError))
+    status, error = said("convert", "", "--model", "camel5b")
+    assert (status, error[:47]) == (2, "error: the name of a folder or hub id is empty:")
+
+
+@pytest.mark.parametrize("command", ["verify", "summarize"])
+def test_a_reference_named_as_nothing_is_not_the_recorded_one(said, engine_folder, command):
+    status, error = said(command, engine_folder, "--hf-model", "")
+    assert (status, error) == (
+        2, "error: the name of a folder or hub id is empty: give one, or leave it out",
+    )  # fmt: skip
+
+
 def test_a_folder_is_named_by_a_dot(said):
     status, message = said("run", ".", "--input-text", "x")
     assert status == 1

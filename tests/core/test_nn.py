@@ -62,6 +62,19 @@ def test_chunks_of_any_size_give_the_same_logits(shape):
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_padding_is_written_nowhere(position):
+    """A row that ends where the cache and the positions do is padded: others get more tokens."""
+    shape = config(n_positions=8, position=position)
+    decoder, prompt = redraw(Decoder(shape)), [5, 9, 2, 11, 40, 3, 3, 21]
+    cache = KVCache(shape, 2, 8, dtype=torch.float64)
+    decoder(Step.prefill([prompt[:6], [1]]), cache)
+    tokens = torch.tensor([[*prompt[6:], 66, 65], [1, 8, 21, 5]])
+    step = Step(torch.tensor([0, 1]), tokens, torch.tensor([6, 1]), torch.tensor([2, 4]))
+    expected = decoder(Step.prefill([prompt]))[0, 6:]
+    torch.testing.assert_close(decoder(step, cache)[0, :2], expected, atol=1e-12, rtol=0)
+
+
 def test_a_row_may_step_back():
     """Rejected draft tokens are overwritten: what the cache held beyond is not seen."""
     shape = config()
@@ -88,7 +101,7 @@ def test_attention_against_a_loop():
     shape = config(n_kv_head=2, inverse_layer_scale=True)
     attention = redraw(Attention(shape, layer=2))
     x = torch.randn(1, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = attention(x, torch.arange(5)[None], None, torch.zeros(1, dtype=torch.int64))
+    found = attention(x, torch.arange(5)[None], None, Step.prefill([[0] * 5]))
     qkv = (x[0] @ attention.qkv.weight.T + attention.qkv.bias).view(5, 10, 4)
     heads = torch.zeros(5, 6, 4, dtype=torch.float64)
     for head in range(6):

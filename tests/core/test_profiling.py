@@ -13,6 +13,8 @@ import torch
 import drawn
 import tiny
 from porttool import cli
+from porttool.benchmark import Cell
+from porttool.benchmark.roofline import decode_cost, prefill_cost
 from porttool.errors import EngineError, UsageError
 from porttool.nn import meta_decoder
 from porttool.plugins import load_registry
@@ -131,7 +133,8 @@ def test_every_node_of_the_graph_in_one_trace(tmp_path, folder):
 
 
 def test_engines_without_a_profiler_of_their_own_have_torch_operations(tmp_path, folder):
-    found = profile(open_runner(folder / "torch"), SHAPE, tmp_path / "out")
+    runner = open_runner(folder / "torch")
+    found = profile(runner, SHAPE, tmp_path / "out")
     assert [(line.phase, line.layer, line.module) for line in found.lines] == [
         ("prefill", -1, "step"), ("decode", -1, "step")
     ]  # fmt: skip
@@ -141,6 +144,12 @@ def test_engines_without_a_profiler_of_their_own_have_torch_operations(tmp_path,
         assert float(row["roofline"]) == pytest.approx(phase["roofline"], abs=1e-4)
     assert found.kernels and all(calls > 0 for _, calls, _ in found.kernels)
     assert found.phases["prefill"]["flops"] > found.phases["decode"]["flops"]
+    cell = Cell(batch_size=SHAPE.batch, input_len=SHAPE.prompt, output_len=SHAPE.new)
+    for phase, cost in (("prefill", prefill_cost), ("decode", decode_cost)):
+        needed = cost(runner.config, cell, runner.engine.manifest.dtype)
+        assert (found.phases[phase]["flops"], found.phases[phase]["bytes"]) == (
+            needed.flops, needed.nbytes
+        )  # fmt: skip
     with pytest.raises(UsageError, match=r"^--batch-size is 9, the engine holds 4: give"):
         profile(open_runner(folder / "torch"), ProfileShape(9, 9, 4), tmp_path)
 

@@ -37,7 +37,6 @@ def entry(begin=0, end=8, shape=(2,), dtype="F32"):
 def test_reads_what_the_library_wrote(tmp_path):
     save_file(TENSORS, tmp_path / "m.safetensors", {"format": "pt"})
     file = SafetensorsFile(tmp_path / "m.safetensors")
-    assert file.metadata == {"format": "pt"}
     assert file.infos().keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
         info = file.infos()[name]
@@ -93,7 +92,7 @@ def test_another_file_behind_the_header_is_not_taken_for_it(tmp_path):
         ({"a": entry(), "b": entry(4, 12)}, b"x" * 12, "the data of b overlaps or leaves a gap"),
         ({"a": entry(), "b": entry(12, 20)}, b"x" * 20, "the data of b overlaps or leaves a gap"),
         ({"a": entry(), "b": entry()}, b"x" * 8, "overlaps or leaves a gap"),
-        ({"a": entry(dtype="F8_E5M2")}, b"x" * 8, "the header entry of a is malformed"),
+        ({"a": entry(dtype="F8_E5M2")}, b"x" * 8, "a is of type 'F8_E5M2', which port"),
         ({"a": entry(dtype=["F32"])}, b"x" * 8, "the header entry of a is malformed"),
         ({"a": entry(shape=(-2,))}, b"x" * 8, "the header entry of a has impossible numbers"),
         ({"a": entry(shape=(2.0,))}, b"x" * 8, "the header entry of a has impossible numbers"),

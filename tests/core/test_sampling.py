@@ -69,6 +69,27 @@ def test_filters(logits, settings, warpers):
     torch.testing.assert_close(filtered(logits, Sampling(**settings)), expected)
 
 
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1e-38}, {"temperature": 1e-60}, {"repetition_penalty": 1e39},
+    {"repetition_penalty": 1e-39}, {"presence_penalty": -1e39}, {"frequency_penalty": 1e39},
+])  # fmt: skip
+def test_settings_that_leave_no_probabilities_are_refused(settings):
+    """Logits leave float32's range: a token was drawn all the same, the vocabulary's last."""
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1e-6}, {"repetition_penalty": 1e6, "temperature": 1.0},
+    {"repetition_penalty": 1e-6, "presence_penalty": -1e6, "frequency_penalty": 1e6},
+])  # fmt: skip
+def test_the_widest_settings_leave_probabilities(logits, settings):
+    changed = adjusted(logits * 1e3, **settings)
+    if settings.get("temperature"):
+        changed = filtered(changed, Sampling(**settings))
+    assert changed.softmax(-1).sum(-1).allclose(torch.ones(2))
+
+
 def test_filters_on_ties():
     logits = torch.zeros(1, 8)
     expected = processed([TopKLogitsWarper(3)], logits[:1].repeat(2, 1))[:1]

@@ -7,8 +7,9 @@ import pytest
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 import nemo_writer
+from porttool.config import PromptTemplate
 from porttool.errors import CheckpointError
-from porttool.text import TextStream, load_tokenizer
+from porttool.text import TextStream, fill_template, load_tokenizer
 
 TEXTS = [
     "The mayor said on Tuesday.", "  two  spaces\n\nand\ttabs ", "naïve café 東京 🌉🌊 ẞ",
@@ -79,13 +80,36 @@ def test_a_character_that_never_ends_is_shown_at_the_end(tokenizer_folder):
     assert stream.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_added_tokens_of_two_files(tmp_path, byte_bpe):
+@pytest.mark.parametrize(
+    ("file", "roles"),
+    [
+        ("special_tokens_map.json", {"pad_token": "[PAD]"}),
+        ("special_tokens_map.json", {"pad_token": {"content": "[PAD]"}, "sep_token": None}),
+        ("tokenizer_config.json", {"pad_token": "[PAD]", "tokenizer_class": "GPT2Tokenizer"}),
+        ("special_tokens_map.json", {}),
+    ],
+)
+def test_added_tokens_as_transformers_has_them(tmp_path, byte_bpe, file, roles):
+    """Those with a role vanish from text, others are words like any."""
     folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
-    (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 320}))
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.n_tokens == 321
-    assert tokenizer.encode("a[PAD]")[-1] == 320
-    assert tokenizer.decode([320]) == ""
+    (folder / "added_tokens.json").write_text(json.dumps({"<table>": 321, "[PAD]": 320}))
+    (folder / file).write_text(json.dumps(roles))
+    tokenizer, theirs = load_tokenizer(folder), GPT2Tokenizer.from_pretrained(folder)
+    assert tokenizer.n_tokens == 322
+    ids = tokenizer.encode("a[PAD]b<table>")
+    assert ids == theirs("a[PAD]b<table>").input_ids
+    assert ids[-1] == 321
+    assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert tokenizer.decode(ids) == ("ab<table>" if roles else "a[PAD]b<table>")
+
+
+def test_an_added_token_whose_id_is_not_the_next(tmp_path, byte_bpe):
+    folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
+    (folder / "added_tokens.json").write_text(json.dumps({"<table>": 330}))
+    with pytest.raises(
+        CheckpointError, match="gives '<table>' the id 330, where the next one is 320"
+    ):
+        load_tokenizer(folder)
 
 
 def test_no_tokenizer(tmp_path):
@@ -141,3 +165,13 @@ def test_ids_that_a_tokenizer_lacks_are_no_text(tmp_path, tokenizer_folder):
     for tokenizer in (load_tokenizer(tmp_path), load_tokenizer(tokenizer_folder)):
         ids = tokenizer.encode("the cat")
         assert tokenizer.decode([*ids, tokenizer.n_tokens]) == "the cat"
+
+
+def test_an_instruction_may_hold_the_names_of_a_template():
+    template = PromptTemplate(
+        plain="Do: {instruction}\nA:", with_input="Do: {instruction}\nIn: {input}\nA:",
+        answer_marker="A:",
+    )  # fmt: skip
+    asked = "format {input} and {instruction}"
+    assert fill_template(template, asked) == f"Do: {asked}\nA:"
+    assert fill_template(template, asked, r"\1 {input}") == f"Do: {asked}\nIn: \\1 {{input}}\nA:"

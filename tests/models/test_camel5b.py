@@ -61,6 +61,9 @@ def test_the_template_travels_with_the_checkpoint(tmp_path, camel_source):
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nName a colour.\n\n### Response:"
     )
+    assert "### Instruction:\nWhat is {input}?\n" in fill_template(
+        prompt, "What is {input}?", "text"
+    )
     assert fill_template(prompt, "Sum up.", "Some text {instruction}") == (
         "Below is an instruction that describes a task, paired with an input that provides "
         "further context. Write a response that appropriately completes the request\n\n"

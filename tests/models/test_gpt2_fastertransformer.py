@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+import nemo_writer as nemo
 import tiny
 from fastertransformer_writer import arrays, write_folder, write_ini
 from porttool.cli import invoke as run_cli
 from porttool.config import ModelConfig
 from porttool.converter import Source
-from porttool.errors import PorttoolError, UsageError
-from porttool.fastertransformer import export, open_folder
+from porttool.errors import PorttoolError, SourceError, UsageError
+from porttool.fastertransformer import export, open_folder, writing
 from porttool.plugins import choose_converter
 from tiny import PROMPTS, full_logits, reference_logits
 
@@ -121,6 +122,7 @@ def test_fastertransformer_keys_are_understood(tmp_path, mha, registry):
         "model_name": "gpt2", "head_num": 4, "size_per_head": 8, "inter_size": 128,
         "max_pos_seq_len": 48, "num_layer": 2, "vocab_size": 67, "start_id": 66, "end_id": 66,
         "weight_data_type": "fp32", "tensor_para_size": 2, "activation_function": "gelu",
+        "has_adapters": False, "adapter_inter_size": 0, "layernorm_eps": 1e-5,
     })  # fmt: skip
     source = open_folder(folder)
     assert isinstance(source, Source)
@@ -134,7 +136,8 @@ FIRST = "model.layers.0.attention.query_key_value.weight.0.bin"
     ("name", "message"),
     [("model.wpe.bin", r"model\.wpe\.bin: the file is missing"),
      ("model.layers.1.mlp.dense_4h_to_h.bias.bin", "dense_4h_to_h.bias.bin: the file is missing"),
-     (FIRST, "1 ranks by its .*2 ranks by its name"), ("config.ini", "not a source of")],
+     (FIRST, "1 ranks by its .*2 ranks by its name"),
+     ("config.ini", "no config.ini here.*write a section")],
 )  # fmt: skip
 def test_a_missing_file_is_an_error(tmp_path, mha, name, message):
     folder = write_folder(tmp_path / "2-gpu", mha, 2)
@@ -168,7 +171,9 @@ def test_a_file_too_many_or_of_another_size_is_an_error(tmp_path, mha, mqa):
      ({"vocab_size": "absent"}, "'vocab_size' is missing"), ({"novelty": 1}, "unknown.*novelty"),
      ({"tie_word_embeddings": False}, "lm_head.weight.bin: the file is missing"),
      ({"do_layer_norm_before": False}, "norms after"), ({"eos_token_id": 67}, "outside the vocab"),
-     ({"multi_query_mode": True}, "needs")],
+     ({"multi_query_mode": True}, "needs"), ({"num_layer": 3}, "n_layer and num_layer disagree"),
+     ({"weight_data_type": "fp16"}, "storage_dtype and weight_data_type disagree"),
+     ({"has_adapters": True}, "has no adapters")],
 )  # fmt: skip
 def test_a_wrong_config_is_refused(tmp_path, mha, changes, message):
     refused(write_folder(tmp_path / "1-gpu", mha, 1, **changes), tmp_path, message)
@@ -187,12 +192,55 @@ def test_an_edited_export_is_noticed(tmp_path, mha):
     refused(folder, tmp_path, r"no section \[gpt\]")
 
 
+def test_an_export_without_our_section(tmp_path, mha):
+    """What is left says everything twice, in FasterTransformer's words and in Hugging Face's."""
+    first = tiny.converted(write_folder(tmp_path / "1-gpu", mha, 1), tmp_path / "first")
+    ini = export(first, tmp_path / "exported") / "config.ini"
+    ini.write_text(ini.read_text().partition("[porttool]")[0])
+    assert open_folder(ini.parent).config == first.config
+    ini.write_text(
+        ini.read_text().replace("\nlayer_norm_epsilon = 1e-05", "\nlayer_norm_epsilon = 1")
+    )
+    refused(ini.parent, tmp_path, "layer_norm_epsilon and layernorm_eps disagree")
+
+
+def test_a_wider_export_adds_up_in_float32_and_asks_for_its_room(tmp_path, monkeypatch):
+    values = nemo.GPT_2B | nemo.PLAIN | {"normalization": "layernorm1p"}
+    tensors = nemo.draw(values)
+    source = nemo.write(tmp_path / "a.nemo", values, tensors)
+    made = tiny.converted(source, tmp_path / "checkpoint", dtype="bfloat16")
+    asked = []
+    monkeypatch.setattr(writing, "require_space", lambda target, n_bytes: asked.append(n_bytes))
+    folder = export(made, tmp_path / "exported", dtype="float32")
+    assert asked == [sum(file.stat().st_size for file in folder.glob("*.bin"))]
+    found = np.fromfile(folder / "model.final_layernorm.weight.bin", np.float32)
+    stored = tensors["final_layernorm.weight"].bfloat16().float()
+    assert found.tolist() == (stored + 1).tolist()
+
+
 def test_several_folders_and_none(tmp_path, mha):
     write_folder(tmp_path / "both" / "1-gpu", mha, 1)
     write_folder(tmp_path / "both" / "2-gpu", mha, 2)
     refused(tmp_path / "both", tmp_path, "1-gpu, 2-gpu; give the path of one")
     with pytest.raises(PorttoolError, match=r"no config\.ini here.*FasterTransformer 4"):
         open_folder(tmp_path / "both" / "2-gpu" / "x")
+
+
+@pytest.mark.parametrize("place", ["", "1-gpu"])
+def test_a_folder_of_fastertransformer_4_is_told_what_to_add(tmp_path, mha, registry, place):
+    """It holds arrays alone, as its converter of OpenAI's files writes them."""
+    (write_folder(tmp_path / "c-model" / "1-gpu", mha, 1) / "config.ini").unlink()
+    source = tmp_path / "c-model" / place
+    converter = choose_converter(registry, source)
+    assert converter.name == "gpt2/fastertransformer"
+    with pytest.raises(SourceError, match=r"FasterTransformer 4 wrote none: write a section \[gpt"):
+        converter.open(source)
+
+
+def test_an_unfused_folder_is_known_by_its_name(tmp_path, mha):
+    """Its files have the bytes of a fused one."""
+    folder = write_folder(tmp_path / "1-gpu", mha, 1).rename(tmp_path / "unfusedQKV-1-gpu")
+    refused(folder, tmp_path, "queries, keys and values apart, by its name")
 
 
 def test_what_the_layout_cannot_express_is_refused(tmp_path, checkpoint):

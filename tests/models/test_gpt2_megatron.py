@@ -210,6 +210,13 @@ def test_a_distributed_checkpoint_is_refused_by_name(tmp_path):
     refused(folder.parent, tmp_path, "metadata.json: of a distributed.*-convert-format torch")
 
 
+def test_a_tracker_of_terabytes_is_not_read(tmp_path, model):
+    tracker = write_source(tmp_path / "s", model) / "latest_checkpointed_iteration.txt"
+    with tracker.open("ab") as file:
+        file.truncate(1 << 40)
+    refused(tracker.parent, tmp_path, "names no iteration")
+
+
 def test_files_of_other_kinds_are_refused(tmp_path, model):
     def save(tree, **options):
         torch.save(tree, tmp_path / "model.pt", **options)

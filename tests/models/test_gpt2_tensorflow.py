@@ -110,13 +110,26 @@ def test_a_variable_too_many_or_too_few_is_refused(tmp_path, reference):
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("hparams.json", "hparams.json|not a source"), ("encoder.json", "encoder.json"),
-     ("vocab.bpe", "vocab.bpe"), ("model.ckpt.index", "names no checkpoint|not a source"),
+    [("hparams.json", "hparams.json: the file is missing"), ("encoder.json", "encoder.json"),
+     ("vocab.bpe", "vocab.bpe"), ("model.ckpt.index", "names no checkpoint that is in this"),
      ("model.ckpt.data-00000-of-00001", "data-00000-of-00001: the file is missing")],
 )  # fmt: skip
-def test_a_missing_file_is_named(tmp_path, damaged, file, message):
+def test_a_missing_file_is_named(tmp_path, damaged, registry, file, message):
     (damaged / file).unlink()
     refused(damaged, tmp_path, message)
+    assert choose_converter(registry, damaged).name == "gpt2/tensorflow"  # nobody says which
+
+
+def test_another_page_in_the_place_of_hparams(tmp_path, damaged):
+    (damaged / "hparams.json").write_text("<html>404</html>")
+    refused(damaged, tmp_path, r"hparams\.json: damaged JSON")
+
+
+def test_a_folder_of_hugging_face_may_hold_hparams(tmp_path, damaged, source, registry):
+    """As one that was made of OpenAI's files may."""
+    folder = shutil.copytree(source, tmp_path / "theirs")
+    shutil.copy(damaged / "hparams.json", folder)
+    assert choose_converter(registry, folder).name == "gpt2"
 
 
 @pytest.mark.parametrize(
@@ -165,8 +178,8 @@ def test_a_damaged_index_is_an_error_at_every_byte(damaged):
 def test_two_checkpoints_without_a_note_are_ambiguous(damaged, registry):
     (damaged / "checkpoint").unlink()
     shutil.copy(damaged / "model.ckpt.index", damaged / "model-9.index")
-    with pytest.raises(UsageError, match="no installed family recognises"):
-        choose_converter(registry, damaged)
+    with pytest.raises(SourceError, match=r"2 TensorFlow checkpoints .* give the path of one"):
+        choose_converter(registry, damaged).open(damaged)
 
 
 WRITE = """
@@ -225,3 +238,18 @@ def test_slices_and_other_byte_orders_are_refused(tmp_path):
     (tmp_path / "model.ckpt.index").write_bytes(struct.pack("<Q", 1) * 9)
     with pytest.raises(SourceError, match="not the index of a TensorFlow checkpoint"):
         TensorBundle(tmp_path / "model.ckpt")
+
+
+def test_two_variables_of_one_name(tmp_path, reference):
+    """With and without the outer scope: one of them was taken, and the other left out."""
+    source = write_source(tmp_path / "117M", reference, {"h0/ln_1/g": np.ones(32, np.float32)})
+    refused(source, tmp_path, r"h0/ln_1/g and model/h0/ln_1/g are both h\.0\.ln_1\.weight")
+
+
+def test_files_of_terabytes_are_not_read(tmp_path, damaged):
+    with (damaged / "checkpoint").open("ab") as file:
+        file.truncate(1 << 40)
+    assert tiny.converted(damaged, tmp_path / "found").config.n_layer == 3
+    with (damaged / "encoder.json").open("ab") as file:
+        file.truncate(1 << 40)
+    refused(damaged, tmp_path, "encoder.json: 1099511627776 bytes is no tokenizer's file")

@@ -382,8 +382,10 @@ def refusal(source: Path, folder: Path, model: str | None = None) -> str:
         ({"normalization": "rmsnorm", "layernorm_zero_centered_gamma": True}, "zero-centred"),
         ({"position_embedding_type": "alibi"}, "porttool knows: learned_absolute, rope"),
         ({"rotary_percentage": 0.4}, "rotary dimension 3 is odd"),
+        ({"normalize_attention_scores": None}, "'normalize_attention_scores' is None, which"),
         ({"transformer_block_type": "post_ln"}, "'transformer_block_type' is 'post_ln', which"),
         ({"seq_len_interpolation_factor": 4}, "'seq_len_interpolation_factor' is 4"),
+        ({"mcore_customization_config": {"parallel_attention": True}}, "which porttool cannot"),
         ({"router_topk": 2}, "unknown keys that could change the model: router_topk"),
         ({"max_position_embeddings": "${.nothing}"}, "refers to ${.nothing}, which is not there"),
         ({"max_position_embeddings": "${.max_position_embeddings}"}, "refers to itself"),
@@ -403,6 +405,17 @@ def test_yaml_that_disagrees_or_cannot_be_ported(tmp_path, change, said):
     message = refusal(source, tmp_path)
     assert said in message
     assert "a.nemo" in message
+
+
+def test_keys_of_published_archives_that_change_nothing(tmp_path):
+    """Of NeMo 1.23, and of what RLHF made of GPT-2B-001."""
+    values = made(
+        gc_interval=0, sampling_params={"top_k": 0}, length_params={"min_length": 1},
+        pretrained_checkpoint={"checkpoint_dir": None}, memory_profile={"enabled": False},
+        mcore_customization_config={"new_decoder_architecture": False, "parallel_attention": False},
+    )  # fmt: skip
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values))
+    assert tiny.converted(source, tmp_path / "checkpoint").config.vocab_size == 56
 
 
 def test_tokenizer_with_more_ids_than_rows(tmp_path):

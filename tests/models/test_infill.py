@@ -129,6 +129,7 @@ def test_measures():
         ([], "there are no problems in it"),
         ([{"prompt": "a"}], "problem 1: task_id, prompt, canonical_solution should be texts"),
         ([row(0, canonical_solution=" \n")], "problem 1: the canonical_solution is blank"),
+        ([row(0), row(1), row(0)], "a.jsonl: 1 entries are there more than once.*: Test/0; leave"),
     ],
 )
 def test_problems_that_are_none(tmp_path, rows, said):

@@ -19,6 +19,7 @@ from porttool.cli import invoke as run_cli
 from porttool.config import Sampling
 from porttool.engine import Engine
 from porttool.errors import CheckpointError, PorttoolError, UsageError
+from porttool.evaluators.virtual import VirtualTokens
 from porttool.generate import generate
 from porttool.plugins import choose_converter
 from porttool.prompt_table import PromptTable, use_table
@@ -141,6 +142,9 @@ def test_nemo_adapters_and_unpacked_folders(tmp_path):
      (nested({**TABLES, "other": drawn(6)}), {}, "no task_templates for other"),
      (nested({**TABLES, "boolq": drawn(7) / 0}), {}, "'boolq'.*NaN or infinity"),
      (nested(TABLES, layers=torch.ones(3)), {}, "holds layers; only archives"),
+     ({**nested(TABLES), **nested(TABLES)["prompt_table"]}, {}, "two tables for one task"),
+     ({f"{part}.adapter_layer.ptuning_adapter.inference_table": drawn(5) for part in "ab"}, {},
+      "two tables for one task: a.adapter.*, b.adapter"),
      ({"model": torch.ones(3)}, {}, "holds no prompt table"),
      (encoder(), {}, "holds no prompt table"), ([1], {}, "holds list"),
      (nested(TABLES), {"templates": "x"}, "should be a list")],
@@ -400,7 +404,7 @@ def test_a_table_of_no_numbers_is_converted_where_that_is_allowed(tmp_path, caps
     source = write_nemo(tmp_path / "p.nemo", nested(tables))
     convert = ["convert", str(source), "--output", str(tmp_path / "table")]
     assert run_cli(convert) == 1
-    assert "--allow-nonfinite converts it all the same" in " ".join(capsys.readouterr().err.split())
+    assert "--allow-nonfinite` takes it all the same" in " ".join(capsys.readouterr().err.split())
     assert run_cli([*convert, "--allow-nonfinite"]) == 0
     found = PromptTable.open(tmp_path / "table").tensor()
     assert found.equal(torch.cat(list(tables.values())))
@@ -443,6 +447,18 @@ def tuned(reference, kind="prompt"):
         for parameter in model.prompt_encoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return model
+
+
+def test_the_proof_knows_tasks_by_their_names(tmp_path):
+    rows = {"a": torch.ones(2, 4), "b": torch.zeros(2, 4) + 2}
+    templates = [{"taskname": task, "total_virtual_tokens": 2} for task in rows]
+    table = made(write_nemo(tmp_path / "p.nemo", nested(rows), templates), tmp_path)
+    for taught, passed in ((rows, True), (dict(zip("ba", rows.values(), strict=True)), False)):
+        verdict = VirtualTokens(table, taught, 10).judge()
+        assert (verdict.passed, verdict.detail) == (
+            passed,
+            "tasks a, b, should be b, a" * (not passed),
+        )
 
 
 def peft_logits(model, ids):

@@ -47,15 +47,14 @@ def peak_of(ceiling: Ceiling) -> Peak:
 
 @cache
 def prefill_cost(config: ModelConfig, cell: Cell, dtype: str) -> Cost:
-    """Return what the prompts need; a causal query sees half of its prompt on average."""
+    """Return what the prompts need."""
     itemsize = getattr(torch, dtype).itemsize
-    reach = (cell.input_len + 1) // 2
-    return total_cost(config, StepSize(cell.batch_size, cell.input_len, reach, itemsize))
+    return total_cost(config, StepSize.prefill(cell.batch_size, cell.input_len, itemsize))
 
 
 @cache
 def decode_cost(config: ModelConfig, cell: Cell, dtype: str) -> Cost:
     """Return what one token of every row needs, in the middle of the output."""
     itemsize = getattr(torch, dtype).itemsize
-    reach = cell.input_len + (cell.output_len + 1) // 2
-    return total_cost(config, StepSize(cell.batch_size, 1, reach, itemsize))
+    size = StepSize.decode(cell.batch_size, cell.input_len, cell.output_len, itemsize)
+    return total_cost(config, size)

@@ -124,6 +124,8 @@ def require_writable(*files: Path | None) -> None:
     """
     given = [file for file in files if file is not None]
     for i, file in enumerate(given):
+        if file.is_dir():  # "" is one, which a variable of the shell stands for that is not set
+            raise UsageError(f"{file} is a folder: name a file for the result")
         folder = file.absolute().parent
         again = any(file.resolve() == other.resolve() for other in given[:i])
         if again and (file.is_file() or not file.exists()):  # /dev/null takes any number

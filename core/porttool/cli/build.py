@@ -118,7 +118,7 @@ def command(context: click.Context, /, checkpoint: Path | None, **_: Any) -> Non
     console.say(
         f"{built.path}: {made.kind} engine of {made.family}, {made.dtype}, {made.world_size} "
         f"rank(s); batch {limits.max_batch_size}, input {limits.max_input_len}, output "
-        f"{limits.max_output_len}, beams {limits.max_beam_width}"
+        f"{limits.max_output_len}, beams {min(limits.max_beam_width, limits.max_batch_size)}"
         + ("; DUMMY: its weights are random" if made.dummy else "")
     )
 

@@ -158,11 +158,16 @@ def check_inputs(asked: dict[str, Any]) -> None:
 
 def check_places(asked: dict[str, Any]) -> None:
     """Refuse places that no result can be written to, before anything runs."""
+    from porttool.token_files import LENGTHS
+
     names = list(names_in(OUTPUTS[1:]))
     for name in names[1:]:
         if str(asked[name]) == "-":
             raise UsageError("only --output-json writes to standard output: name a file")
-    require_writable(*(asked[name] for name in names if str(asked[name]) != "-"))
+    npy = asked["output_npy"]
+    places = [asked[name] for name in names if str(asked[name]) != "-"]
+    require_writable(*places)
+    require_writable(*places, npy and npy.with_suffix(LENGTHS))  # which is written beside it
     if asked["logprobs"] and not asked["output_json"]:
         raise UsageError("--logprobs are written with --output-json alone: add it; `-` prints them")
 

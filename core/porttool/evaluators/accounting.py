@@ -101,12 +101,16 @@ def check_weights(
     engine: Engine, derivation: Derivation, *, progress: Progress
 ) -> WeightCheck | None:
     """Compare an engine's tensors with its source; None if its files hold no canonical tensors."""
+    ranks = [Rank(i, engine.manifest.world_size) for i in range(engine.manifest.world_size)]
     files = [
-        (Rank(i, engine.manifest.world_size), SafetensorsFile(path))
-        for i in range(engine.manifest.world_size)
-        for path in sorted(engine.rank_path(i).glob("*.safetensors"))
+        (rank, SafetensorsFile(engine.path / name))
+        for rank in ranks
+        for name in engine.weight_files(rank.index)
     ]
-    found = {name for _, file in files for name in file.infos()}
+    held = {
+        rank: {name for r, file in files if r == rank for name in file.infos()} for rank in ranks
+    }
+    found = set().union(*held.values())
     if not found & derivation.shapes.keys():
         return None
     differing: dict[str, str] = {}
@@ -122,7 +126,9 @@ def check_weights(
             through.add(rounding)
         progress.advance(1)
     progress.finish()
-    missing = tuple(sorted(derivation.shapes.keys() - found))
+    missing = tuple(
+        sorted({n for names in held.values() for n in derivation.shapes.keys() - names})
+    )
     extra = tuple(sorted(found - derivation.shapes.keys()))
     return WeightCheck(len(known), differing, missing, extra, ", ".join(sorted(through)))
 

@@ -77,7 +77,7 @@ def source_logits(
         for i, layer in enumerate(decoder.layers):
             fill(layer, f"layers.{i}.", derivation, device)
             pairs = zip(states, steps, strict=True)
-            states = [layer(x, step.positions, None, step.slots) for x, step in pairs]
+            states = [layer(x, step.positions, None, step) for x, step in pairs]
             layer.to("meta")
         kept = zip(states, first or [0] * len(states), strict=True)
         return [decoder.logits(decoder.norm(x[0, start:])).cpu() for x, start in kept]

@@ -43,11 +43,14 @@ class Bounds:
     seed: int = 0
 
     def tolerance(self, *sides: SideResult) -> Tolerance:
-        """Return the sides' tolerance with what was measured or asked for in place."""
+        """Return the sides' tolerance with what was measured or asked for in place.
+
+        A yardstick that is no number, for activations overflowed in it, is none.
+        """
         found = tolerance_for(*(side.dtype for side in sides))
         drift = max(
             (DRIFT_FACTOR * s.rounding[o.dtype] for s in sides for o in sides
-             if o.dtype in s.rounding),
+             if math.isfinite(s.rounding.get(o.dtype, math.nan))),
             default=found.drift,
         )  # fmt: skip
         return replace(
@@ -152,9 +155,9 @@ def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
     detail = f"mean difference {found.mean:+.2f}, sd {found.sd:.2f}, n {found.n}"
     passed = found.low > -margin
     if not passed and found.high > -margin:
-        detail += (
-            f"; undecided: an equal port would need {articles_needed(found.sd, margin)} articles"
-        )
+        level = comparison.bounds.confidence
+        needed = articles_needed(found.sd, margin, confidence=level)
+        detail += f"; undecided: an equal port would need {needed} articles"
     return Verdict(name=name, passed=passed, found=f"{found.low:+.2f}", bound=bound, detail=detail)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,9 @@ from porttool.errors import MissingExtra, SourceError, UsageError
 from porttool.evaluator import write_whole
 from porttool.evaluators.results import ArticleRecord
 from porttool.weights import listing
+
+GZIP = b"\x1f\x8b"
+"""How a gzipped file begins, as HumanEval's is published."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,10 @@ class Rows(Protocol):
 
 
 def load_articles(request: DatasetRequest) -> list[Article]:
-    """Return the wanted articles; UsageError if there are none, or not the ones pinned."""
+    """Return the wanted articles; UsageError if there are none, or not the ones pinned.
+
+    An article that is there twice is one as well: twice the same says nothing more.
+    """
     path = Path(request.name)
     if path.exists():
         require_local(request)
@@ -75,12 +83,23 @@ def load_articles(request: DatasetRequest) -> list[Article]:
         raise UsageError(f"{request.name}: there are no articles in it")
     require_columns(request.name, rows[0], request.columns)
     if request.ids is not None:
-        return pinned_articles(rows, request)
+        return distinct(str(request.ids), pinned_articles(rows, request))
     order: Iterable[int] = range(len(rows))
     if request.seed is not None:
         order = np.random.default_rng(request.seed).permutation(len(rows)).tolist()
     chosen = list(order)[: request.max_articles]
-    return [make_article(rows[i], request) for i in chosen]
+    return distinct(request.name, [make_article(rows[i], request) for i in chosen])
+
+
+def distinct(where: str, articles: list[Article]) -> list[Article]:
+    """Return articles of which none is there twice, id and text; else UsageError."""
+    times = Counter((a.record.id, a.record.sha256) for a in articles)
+    if twice := [name for (name, _), n in times.items() if n > 1]:
+        raise UsageError(
+            f"{where}: {len(twice)} entries are there more than once, and would count as often: "
+            f"{listing(twice)}; leave the repetitions out"
+        )
+    return articles
 
 
 def require_local(request: DatasetRequest) -> None:
@@ -172,7 +191,8 @@ def open_local(path: Path, split: str) -> Rows:
         if is_saved(folder):
             return open_saved(folder)
     files = sorted(path.rglob("*.parquet"))
-    of_split = [f for f in files if split in f.name or split in f.parent.name]
+    word = re.compile(rf"(?<![^\W_]){re.escape(split)}(?![^\W\d_])")  # "test" is none in "latest"
+    of_split = [f for f in files if word.search(f.relative_to(path).as_posix())]
     if not files:
         raise UsageError(
             f"{path}: there are no articles here; name a .jsonl or .parquet file, a folder of "
@@ -186,9 +206,12 @@ def open_local(path: Path, split: str) -> Rows:
 
 
 def read_json_lines(path: Path) -> Rows:
-    """Read one JSON object a line; UsageError naming the line that is none."""
+    """Read one JSON object a line; UsageError naming the line that is none, or a packed file."""
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    content = path.read_bytes()
+    if content.startswith(GZIP):
+        raise UsageError(f"{path}: is gzipped; unpack it first: gunzip --keep {path}")
+    for number, line in enumerate(content.splitlines(), 1):
         if not line.strip():
             continue
         try:

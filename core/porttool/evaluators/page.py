@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from porttool.errors import MissingExtra
+from pydantic import ValidationError
+
+from porttool.component import explain
+from porttool.errors import MissingExtra, UsageError
 from porttool.evaluator import Report, Table, Verdict, write_whole
 
 if TYPE_CHECKING:
@@ -54,20 +56,24 @@ def require_matplotlib() -> None:
 
 
 def write_page(
-    output: Path, report: Report, comparison: Comparison, *, n_examples: int, parity: Path
+    output: Path,
+    report: Report,
+    comparison: Comparison,
+    *,
+    n_examples: int,
+    parity: Report | None,
 ) -> None:
     """Write report.png and report.html; a parity report is shown if there is one."""
     from porttool.evaluators.chart import draw_chart
 
     picture = output / "report.png"
     draw_chart(comparison, picture)
-    ladder = read_parity(parity)
     parts = [
         heading(report),
         "<h2>Verdicts</h2>" + verdict_table(report.verdicts),
         *(f"<h2>{escape(t.title)}</h2>{html_table(t)}" for t in report.tables),
         image(picture),
-        *([f"<h2>Parity</h2>{verdict_table(ladder.verdicts)}"] if ladder else []),
+        *([f"<h2>Parity</h2>{verdict_table(parity.verdicts)}"] if parity else []),
         "<h2>Side by side</h2>" + "".join(examples(comparison, n_examples)),
         "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(n)}</li>" for n in report.notes) + "</ul>",
     ]
@@ -80,12 +86,19 @@ def write_page(
     write_whole(output / "report.html", page)
 
 
-def read_parity(path: Path) -> Report | None:
-    """Read the report that `verify` left, if it did."""
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_bytes())
-    return Report.model_validate(found) if found.get("evaluator") == "parity" else None
+def read_parity(path: Path, *, named: bool) -> Report | None:
+    """Read the report that `verify` left, if it did; one that was `named` must be there."""
+    try:
+        found = Report.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        said = explain(error) if isinstance(error, ValidationError) else error.strerror
+    else:
+        if found.evaluator == "parity":
+            return found
+        said = f"it is a report of {found.evaluator!r}"
+    if named:
+        raise UsageError(f"{path}: no parity report of `verify`: {said}")
+    return None
 
 
 def heading(report: Report) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pydantic import PositiveInt
 
 from porttool.component import Options
+from porttool.config import HALF
 from porttool.errors import UsageError
 from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate, missing_side
 from porttool.progress import SILENT, Progress
@@ -121,7 +122,11 @@ class ParityEvaluator(Evaluator):
                 reference=probe.description,
                 verdicts=tuple(findings.verdicts),
                 notes=tuple(findings.notes),
-                measurements={"options": options.model_dump(mode="json"), **findings.measurements},
+                measurements={
+                    "options": options.model_dump(mode="json"),
+                    "engine": port.runner.engine.manifest.seal,
+                    **findings.measurements,
+                },
             )
 
 
@@ -142,11 +147,11 @@ def climb_tokenizer(port: Port, options: ParityOptions, findings: Findings) -> N
     if port.tokenizer is None or port.source is None:
         findings.notes.append("the engine has no tokenizer: prompts are random token ids")
         return
-    verdict = compare_tokenizers(port.tokenizer, port.source, (*options.texts, *SAMPLES))
-    if verdict is None:
-        findings.notes.append("transformers finds no tokenizer in the source to compare with")
+    found = compare_tokenizers(port.tokenizer, port.source, (*options.texts, *SAMPLES))
+    if isinstance(found, str):
+        findings.notes.append(f"token ids of texts are not compared: {found:.400}")
         return
-    findings.verdicts.append(verdict)
+    findings.verdicts.append(found)
 
 
 def climb_weights(
@@ -232,7 +237,6 @@ def climb_arithmetic(probe: Probe, derivation: Derivation, findings: Findings) -
     from dataclasses import asdict
 
     from porttool.evaluators.arithmetic import check_arithmetic, shapes_of
-    from porttool.evaluators.probe import HALF
 
     if probe.runner.engine.manifest.dtype not in HALF:
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from porttool.config import Sampling
+from porttool.config import HALF, Sampling
 from porttool.errors import UsageError
 from porttool.evaluators.logits import LogitError, decode_logits, measure, prefill_logits
 from porttool.evaluators.reference import Device, ReferenceModel
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from porttool.evaluators.virtual import VirtualTokens
     from porttool.runner import Runner
     from porttool.text import Tokenizer
-
-HALF: tuple[Dtype, ...] = ("float16", "bfloat16")
 
 
 @dataclass

@@ -44,16 +44,18 @@ def load_problems(path: Path, kind: Kind, most: int) -> list[Problem]:
     A completion wants the whole solution. An infilling wants what a row with a `suffix` wants;
     of a row without one, the middle line of the solution.
     """
-    from porttool.evaluators.dataset import read_json_lines
+    from porttool.evaluators.dataset import distinct, read_json_lines
 
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file of problems")
     rows = read_json_lines(path)
     if not len(rows):
         raise UsageError(f"{path}: there are no problems in it")
-    return [
+    problems = [
         make_problem(rows[i], kind, f"{path}, problem {i + 1}") for i in range(min(most, len(rows)))
     ]
+    distinct(str(path), [problem.article for problem in problems])
+    return problems
 
 
 def make_problem(row: dict[str, Any], kind: Kind, where: str) -> Problem:

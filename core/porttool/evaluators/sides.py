@@ -110,7 +110,8 @@ def run_engine(
     sampling = sampling_of(decoding, logprobs=at_once)
     one = Sampling(max_new_tokens=1)
     first = median_seconds(lambda p: generate_all(runner, [p], one, decoding.eos), prompts)
-    progress.start("engine", len(prompts) * decoding.max_new_tokens, unit="tokens")
+    # Fewer where an end token comes first.
+    progress.start("engine", len(prompts) * decoding.max_new_tokens, unit="tokens at most")
     began = time.perf_counter()
     found = generate_all(runner, prompts, sampling, decoding.eos, progress=progress)
     seconds = time.perf_counter() - began
@@ -150,15 +151,27 @@ def generate_all(
     *,
     progress: Progress | None = None,
 ) -> list[Continuation]:
-    """Continue every prompt with the engine; the best beam where there are several."""
+    """Continue every prompt with the engine; the best beam where there are several.
+
+    A beam's tokens are known when its search has ended: progress goes by as many prompts as the
+    engine searches at a time.
+    """
     from porttool.generate import generate
 
     def count(index: int, token: int) -> None:
         if progress is not None:
             progress.advance(1)
 
-    found = generate(runner, prompts, sampling, eos=eos, on_token=count)
-    return [continuation(completions[0]) for completions in found]
+    beams = sampling.num_beams > 1
+    at_once = max(runner.n_slots // sampling.num_beams if beams else len(prompts), 1)
+    found: list[Continuation] = []
+    for first in range(0, len(prompts), at_once):
+        some = prompts[first : first + at_once]
+        done = generate(runner, some, sampling, eos=eos, on_token=count)
+        found += [continuation(completions[0]) for completions in done]
+        if beams and progress is not None:
+            progress.advance(sum(len(completions[0].tokens) for completions in done))
+    return found
 
 
 def continuation(completion: Completion) -> Continuation:

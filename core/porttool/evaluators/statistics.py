@@ -65,8 +65,11 @@ def power_of(n: int, sd: float, margin: float, confidence: float = CONFIDENCE) -
     """Chance that n articles show non-inferiority of a port that is exactly as good.
 
     Normal approximation (Chow, Shao and Wang 2008, section 3.2): the mean of n paired differences
-    of standard deviation sd must lie less than margin - z * sd / sqrt(n) below zero.
+    of standard deviation sd must lie less than margin - z * sd / sqrt(n) below zero. With fewer
+    than MIN_ARTICLES there is no verdict to pass.
     """
+    if n < MIN_ARTICLES:
+        return 0.0
     if sd == 0:
         return 1.0
     normal = NormalDist()

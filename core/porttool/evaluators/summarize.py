@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from porttool.config import HALF
 from porttool.errors import UsageError
-from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate
+from porttool.evaluator import REPORT, Evaluator, Port, Report, Verdict, evaluate
 from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
 from porttool.evaluators.results import (
     SideResult,
@@ -25,7 +26,6 @@ from porttool.evaluators.unfinished import unfinished_file
 from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from porttool.config import Dtype
     from porttool.converter import Converter
     from porttool.evaluators.comparison import Bounds, Comparison
     from porttool.evaluators.reference import Device
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from porttool.text import Tokenizer
 
 PINS = "articles.txt"
+
+UNSEEN = (
+    "what half precision hides was not computed in float32: for that the engine has to run, "
+    "greedily, beside a float32 reference and what it was converted from"
+)
+"""What is said where a half-precision engine's arithmetic is not compared in float32."""
 
 
 def summarize(
@@ -64,7 +70,7 @@ class SummarizeEvaluator(Evaluator):
         """Run the sides that are there, take the other from `output`, and report."""
         from porttool.evaluators.comparison import compare_sides, judge, measurements_of, tables_of
         from porttool.evaluators.dataset import write_pins
-        from porttool.evaluators.page import require_matplotlib, write_page
+        from porttool.evaluators.page import read_parity, require_matplotlib, write_page
         from porttool.evaluators.transformers_folder import require_same_shape
 
         options = cast("SummarizeOptions", self.options)
@@ -72,6 +78,8 @@ class SummarizeEvaluator(Evaluator):
         require_sides(port, output, self.name)
         if port.runner is not None and port.source is not None:
             require_same_shape(port.source, port.runner.config)
+        place = options.parity_report or output.parent / "parity" / REPORT
+        parity = read_parity(place, named=options.parity_report is not None)
         work = assign(options, port)
         notes = [*plan_notes(options, port, work)]
         for note in notes:
@@ -80,7 +88,12 @@ class SummarizeEvaluator(Evaluator):
         write_pins(output / PINS, work.articles)
         comparison = compare_sides(work.articles, engine, reference, bounds_of(options))
         notes += outcome_notes(comparison, output)
-        wide = judge_wide(port, work, reference, output, progress)
+        wide = [*judge_wide(port, work, reference, output, progress)]
+        if engine and reference and engine.dtype in HALF and not wide:
+            notes.append(UNSEEN)
+        if parity and (engine is None or parity.measurements.get("engine") != engine.engine):
+            notes.append(f"{place} is not of this engine, and not shown")
+            parity = None
         report = Report(
             evaluator=self.name,
             engine=engine.description if engine else "not run",
@@ -94,7 +107,6 @@ class SummarizeEvaluator(Evaluator):
                 **measurements_of(comparison),
             },
         )
-        parity = options.parity_report or output.parent / "parity" / "report.json"
         write_page(output, report, comparison, n_examples=options.n_examples, parity=parity)
         return report
 
@@ -105,7 +117,6 @@ def judge_wide(
     """Yield what a half-precision engine hides, if the source is there to compute it in float32."""
     from porttool.evaluators.accounting import derived
     from porttool.evaluators.arithmetic import judge_chosen, shapes_of
-    from porttool.evaluators.probe import HALF
 
     where = port.origin or port.source
     if port.runner is None or reference is None or where is None:
@@ -241,8 +252,7 @@ def make_reference(
         del model
         if dtype != "float32" or not options.yardstick or options.num_beams > 1:
             return found
-        halves: tuple[Dtype, ...] = ("float16", "bfloat16")
-        if port.runner is not None:
-            halves = tuple(h for h in halves if h == port.runner.engine.manifest.dtype)
+        engine = port.runner.engine.manifest.dtype if port.runner else None
+        halves = [half for half in HALF if engine in (None, half)]
         rounding = {h: measure_rounding(source, device, work.prompts, found, h) for h in halves}
     return found.model_copy(update={"rounding": rounding})

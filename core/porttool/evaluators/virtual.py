@@ -64,7 +64,9 @@ class VirtualTokens:
         whole, tasks = self.table.tensor(), self.table.config.tasks
         lengths = tuple(map(len, self.taught.values()))
         wrong = []
-        if lengths != self.table.config.lengths:
+        if tuple(self.taught) != tasks:
+            wrong.append(f"tasks {', '.join(tasks)}, should be {', '.join(self.taught)}")
+        elif lengths != self.table.config.lengths:
             wrong.append(f"tasks of {self.table.config.lengths} rows, should be {lengths}")
         else:
             parts = zip(tasks, whole.split(list(lengths)), self.taught.values(), strict=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from porttool.errors import MissingExtra
 from porttool.evaluator import Verdict
 from porttool.evaluators.transformers_folder import quiet
+from porttool.sources.tokenizer_files import is_tokenizer
 from porttool.text import Tokenizer
 
 SAMPLES = (
@@ -21,19 +22,21 @@ SAMPLES = (
 """Texts with what tokenizers get wrong: spaces, apostrophes, numbers, scripts, joined emoji."""
 
 
-def compare_tokenizers(tokenizer: Tokenizer, source: Path, texts: Sequence[str]) -> Verdict | None:
-    """Encode and decode texts on both sides; None if transformers finds no tokenizer."""
+def compare_tokenizers(tokenizer: Tokenizer, source: Path, texts: Sequence[str]) -> Verdict | str:
+    """Encode and decode texts on both sides; return why not where transformers has no tokenizer."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise MissingExtra("reference", "transformers") from error
+    if not is_tokenizer(file.name for file in source.iterdir()):
+        return f"there is no tokenizer in {source}"  # transformers would make an empty one
     with quiet():
         try:
             theirs = AutoTokenizer.from_pretrained(
                 source, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, ImportError, KeyError):
-            return None
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            return f"transformers loads no tokenizer from {source}: {' '.join(str(error).split())}"
         wrong = []
         for text in texts:
             wanted = theirs(text, add_special_tokens=False).input_ids

@@ -57,18 +57,13 @@ RENAMES = {
 INERT = (
     "model_name", "out_dir", "in_file", "processes", "calibrate_kv_cache", "smoothquant", "model",
     "storage_type", "dataset_cache_dir", "load_model_on_cpu", "convert_model_on_cpu", "verbose",
-    "load_checkpoints_on_gpu", "prompt_num_tasks", "prompt_max_vocab_size", "bad_words_ids",
-    "begin_suppress_tokens", "decoder_start_token_id", "diversity_penalty", "early_stopping",
-    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
-    "forced_eos_token_id", "length_penalty", "no_repeat_ngram_size", "num_beam_groups",
-    "num_return_sequences", "output_scores", "remove_invalid_values", "sep_token_id",
-    "suppress_tokens", "tf_legacy_loss", "typical_p", "use_bfloat16", "name_or_path",
+    "load_checkpoints_on_gpu", "prompt_num_tasks", "prompt_max_vocab_size", "name_or_path",
     "multi_query", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
-    "attn_implementation", "max_batch_size", "max_sequence_length", "inference_runner",
-    "pre_allocate_kv_cache",
+    "max_batch_size", "max_sequence_length", "inference_runner", "pre_allocate_kv_cache",
     "pad_key_length", "validate_runner_input", "auto_map", "attention_head_type", "size_per_head",
+    "adapter_inter_size",
 )  # fmt: skip
-"""Arguments of the conversion, and attributes of Hugging Face's configs about generation."""
+"""Arguments of the conversion, and attributes of Hugging Face's configs about how it was run."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ def read_folder_config(file: Path, *, has_head: bool) -> FolderConfig:
         return read_own(file, parser["porttool"], values)
     if "head_num" in values and "n_embd" not in values:
         values["n_embd"] = product(file, values, "head_num", "size_per_head")
-    values = {RENAMES.get(key, key): value for key, value in values.items()}
+    values = renamed(file, values)
     ranks = values.pop("tensor_para_size", None) or values.pop("tensor_parallelism", None)
     if ranks is not None and (type(ranks) is not int or ranks < 1):
         raise SourceError(f"{file}: {ranks!r:.80} tensor-parallel ranks cannot be")
@@ -116,10 +111,25 @@ def read_folder_config(file: Path, *, has_head: bool) -> FolderConfig:
     return FolderConfig(model, check_special_ids(ids, model.vocab_size, file), dtype, ranks)
 
 
+def renamed(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values under Hugging Face's keys; two keys of one meaning may not disagree."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = RENAMES.get(key, key)
+        said = DTYPES.get(str(value), value) if name == "storage_dtype" else value
+        if None not in (said, found.get(name)) and said != found[name]:
+            both = " and ".join(k for k in values if RENAMES.get(k, k) == name)
+            raise SourceError(f"{file}: {both} disagree, though they mean the same; correct one")
+        found[name] = found.get(name) if said is None else said
+    return found
+
+
 def read_model(source: SourceConfig, *, tied: bool) -> ModelConfig:
     """Read GPT-2's keys and what TensorRT-LLM added to them."""
     if not source.flag("do_layer_norm_before", True):
         raise SourceError(f"{source.file}: norms after the layers are another model's")
+    if source.flag("has_adapters", False):
+        raise SourceError(f"{source.file}: 'has_adapters' is true, and porttool has no adapters")
     model = read_gpt2_config(
         source,
         n_kv_head=1 if source.flag("multi_query_mode", False) else None,

@@ -21,6 +21,9 @@ from porttool.weights import TensorInfo, TensorSource, listing
 if TYPE_CHECKING:
     from torch import Tensor
 
+UNFUSED = "unfusedQKV-"
+"""How a folder is called whose arrays have the same sizes in another order."""
+
 SCALES = ("*.scale_*", "*.int8.*")
 """SmoothQuant's and the int8 cache's files, which lie beside the weights in full."""
 
@@ -48,6 +51,11 @@ def open_folder(source: Path) -> Source:
     from porttool.nn import canonical_shapes
 
     folder = find_folder(source)
+    if folder.name.startswith(UNFUSED):
+        raise SourceError(
+            f"{folder}: has queries, keys and values apart, by its name, as FasterTransformer "
+            "converts with -fused_qkv 0; convert again with -fused_qkv 1"
+        )
     has_head = (folder / "model.lm_head.weight.bin").is_file()
     read = read_folder_config(folder / CONFIG, has_head=has_head)
     tp = count_ranks(folder, read.tensor_parallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from porttool.fastertransformer.layout import BinFile, bin_files, check_parallel
 from porttool.folder import FileRecord, PendingFolder, pending_folder, sync
 from porttool.progress import SILENT, Progress
 from porttool.shards import as_bytes, write_all
+from porttool.sources.safetensors_file import CODES, DTYPES
 from porttool.standing import require_space
 from porttool.weights import cast
 
@@ -47,19 +49,20 @@ def export(
     text = format_config(own)
     target = place_of(output, tp)
     names = checkpoint.names()
-    total = sum(checkpoint.file_of(name).infos()[name].nbytes for name in names)
-    require_space(target, total)
+    shapes = {name: checkpoint.file_of(name).infos()[name].shape for name in names}
+    sizes = {name: math.prod(shape) * DTYPES[CODES[kind]][1] for name, shape in shapes.items()}
+    require_space(target, sum(sizes.values()))
     key = hashlib.sha256(f"{checkpoint.digest}{text}".encode()).hexdigest()
     with pending_folder(
         target, key, manifest=CONFIG, replace=replace, sources=[checkpoint.path]
     ) as folder:
-        progress.start("export fastertransformer", total)
+        progress.start("export fastertransformer", sum(sizes.values()))
         for name in names:
             files = bin_files(name, checkpoint.config)
             if not written(folder, files, tp):
                 tensor = cast(name, read(checkpoint, name), kind)
                 write_tensor(folder, files, tensor, tp)
-            progress.advance(checkpoint.file_of(name).infos()[name].nbytes)
+            progress.advance(sizes[name])
         copy_tokenizer(folder, checkpoint)
         folder.finish(CONFIG, text)
         progress.finish()
@@ -90,11 +93,14 @@ def plain_norm(config: ModelConfig) -> ModelConfig:
 
 def read(checkpoint: Checkpoint, name: str) -> Tensor:
     """Read a canonical tensor; a norm stored minus one gets it back."""
+    import torch
+
     tensor = checkpoint.file_of(name).load(name)
     minus_one = checkpoint.config.norm == "layernorm1p" and name.endswith(
         ("norm.weight", "norm1.weight", "norm2.weight")
     )
-    return tensor + 1 if minus_one else tensor
+    wide = torch.promote_types(tensor.dtype, torch.float32)  # in 16 bits the sum would lose some
+    return tensor.to(wide) + 1 if minus_one else tensor
 
 
 def written(folder: PendingFolder, files: tuple[BinFile, ...], tp: int) -> bool:

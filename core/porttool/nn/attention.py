@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from porttool.config import ModelConfig
 from porttool.nn.cache import KVCache
+
+if TYPE_CHECKING:
+    from porttool.nn.decoder import Step
 
 
 def rotary_angles(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,11 +43,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, config.qkv_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * config.head_dim, config.d_model, bias=config.out_bias)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, slots: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, step: Step) -> Tensor:
         """Map x [n, width, d_model] at positions [n, width]; the cache holds what came before."""
         query, key, value = self.project(x, positions)
         if cache is not None:
-            key, value = cache.update(self.layer, slots, positions, key, value)
+            key, value = cache.update(self.layer, step, key, value)
         out: Tensor = self.out(self.attend(query, key, value, positions))
         return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from porttool.config import ModelConfig
 from porttool.errors import EngineError
 from porttool.memory import zeros
 from porttool.progress import format_bytes
+
+if TYPE_CHECKING:
+    from porttool.nn.decoder import Step
 
 
 class KVCache:
@@ -43,18 +47,18 @@ class KVCache:
                 f"{format_bytes(size)}; build the engine for fewer or shorter ones"
             ) from error
 
-    def update(
-        self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store [n, n_kv_head, width, head_dim] at positions [n, width]; return the rows' all.
+    def update(self, layer: int, step: Step, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store what is real of a step's [n, n_kv_head, width, head_dim]; return the rows' all.
 
-        The result is [n, n_kv_head, reach, head_dim], where reach covers the last position.
+        The result is [n, n_kv_head, reach, head_dim], where reach covers the last real token.
         """
-        reach = int(positions.max()) + 1
-        index = (slots[:, None], slice(None), positions)
-        self.keys[layer][index] = keys.transpose(1, 2)
-        self.values[layer][index] = values.transpose(1, 2)
-        return self.keys[layer, slots, :, :reach], self.values[layer, slots, :, :reach]
+        rows, columns = step.real
+        places = step.positions[rows, columns]
+        where = (step.slots[rows], slice(None), places)
+        self.keys[layer][where] = keys[rows, :, columns]
+        self.values[layer][where] = values[rows, :, columns]
+        reach = int(places.max()) + 1
+        return self.keys[layer, step.slots, :, :reach], self.values[layer, step.slots, :, :reach]
 
     def copy_slots(self, source: Tensor, target: Tensor) -> None:
         """Copy whole slots, as if at once: a target may also be a source."""

@@ -55,6 +55,13 @@ class Step:
         """Position of every token, padding included: [n, width]."""
         return self.starts[:, None] + torch.arange(self.tokens.shape[1], device=self.tokens.device)
 
+    @property
+    def real(self) -> tuple[Tensor, Tensor]:
+        """Row and column of every token that is no padding, row after row: [n_real] each."""
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        rows, columns = (columns < self.lengths[:, None]).nonzero(as_tuple=True)
+        return rows, columns
+
     def to(self, device: torch.device | str) -> Step:
         """Return the same step on a device."""
         fields = (self.slots, self.tokens, self.starts, self.lengths)
@@ -71,9 +78,9 @@ class Layer(nn.Module):
         self.norm2 = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, slots: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, cache: KVCache | None, step: Step) -> Tensor:
         """Map [n, width, d_model] to the same shape."""
-        x = x + self.attention(self.norm1(x), positions, cache, slots)
+        x = x + self.attention(self.norm1(x), positions, cache, step)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -98,7 +105,7 @@ class Decoder(nn.Module):
         positions = step.positions.clamp(max=self.config.n_positions - 1)
         x = self.embed(step.tokens, positions)
         for layer in self.layers:
-            x = layer(x, positions, cache, step.slots)
+            x = layer(x, positions, cache, step)
         return self.logits(self.norm(x))
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:

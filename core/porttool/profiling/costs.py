@@ -7,6 +7,7 @@ activations, each once: what a perfect implementation would move.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from porttool.config import ModelConfig
 
@@ -37,12 +38,22 @@ class Peak:
 
 @dataclass(frozen=True)
 class StepSize:
-    """A step: rows, tokens of each, keys that each sees, and bytes of a number."""
+    """A step: rows, tokens of each, keys that each sees on average, and bytes of a number."""
 
     batch: int
     width: int
     reach: int
     itemsize: int
+
+    @classmethod
+    def prefill(cls, batch: int, n_input: int, itemsize: int) -> Self:
+        """Return the step of prompts; a causal query sees half of its own on average."""
+        return cls(batch, n_input, (n_input + 1) // 2, itemsize)
+
+    @classmethod
+    def decode(cls, batch: int, n_input: int, n_output: int, itemsize: int) -> Self:
+        """Return the step of one token of every row, in the middle of the output."""
+        return cls(batch, 1, n_input + (n_output + 1) // 2, itemsize)
 
 
 def linear(size: StepSize, n_in: int, n_out: int) -> Cost:

@@ -175,8 +175,8 @@ def summarize(
     names = [event["name"].removeprefix(PREFIX) for event in ranges]
     itemsize = getattr(torch, made.dtype).itemsize
     sizes = {
-        "prefill": StepSize(shape.batch, shape.prompt, shape.prompt, itemsize),
-        "decode": StepSize(shape.batch, 1, shape.prompt + shape.new // 2, itemsize),
+        "prefill": StepSize.prefill(shape.batch, shape.prompt, itemsize),
+        "decode": StepSize.decode(shape.batch, shape.prompt, shape.new, itemsize),
     }
     on_gpu = "cuda" if any(e.get("cat") == "kernel" for e in trace["traceEvents"]) else "cpu"
     peak = measure_peak(on_gpu, made.dtype)

@@ -108,7 +108,8 @@ def find_files(source: Path) -> dict[tuple[int, int], Path]:
 
 def latest(tracker: Path) -> str:
     """Return the folder that the tracker file names."""
-    text = tracker.read_bytes()[:64].decode(errors="replace").strip()
+    with tracker.open("rb") as file:
+        text = file.read(64).decode(errors="replace").strip()
     if text != "release" and not text.isdigit():
         raise SourceError(f"{tracker}: names no iteration: {text!r}")
     return text if text == "release" else f"iter_{int(text):07}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from porttool.errors import SourceError
 from porttool.sources.ranks import JoinedRanks, Renamed, ShardedTensors, Split, number_stages
 from porttool.weights import TensorSource
 
@@ -54,17 +53,6 @@ def canonical_name(name: str) -> str:
     return f"{parts[1] or ''}{MODULES[parts[2]]}.{parts[3]}"
 
 
-def rename(inner: TensorSource) -> TensorSource:
-    """Return the same tensors under canonical names; two that would share one are refused."""
-    names: dict[str, str] = {}
-    for name, info in inner.infos().items():
-        new = canonical_name(name)
-        if new in names:
-            raise SourceError(f"{info.file}: {names[new]} and {name} are both {new}")
-        names[new] = name
-    return Renamed(inner, names)
-
-
 def join_ranks(
     parts: Mapping[tuple[int, int], TensorSource], *, up_blocks: int, qkv_blocks: int
 ) -> TensorSource:
@@ -84,10 +72,11 @@ def join_ranks(
     n_stages = 1 + max(stage for _, stage in parts)
     stages = [
         JoinedRanks(
-            {f"rank {tp}": rename(part) for (tp, pp), part in sorted(parts.items()) if pp == stage},
+            {f"rank {tp}": Renamed.by(part, canonical_name)
+             for (tp, pp), part in sorted(parts.items()) if pp == stage},
             split_of,
         )
         for stage in range(n_stages)
-    ]
+    ]  # fmt: skip
     numbered = number_stages(stages)
     return ShardedTensors({f"stage {i}": stage for i, stage in enumerate(numbered)})

@@ -43,7 +43,8 @@ TRAINING = (
     "use_cpu_initialization", "apex_transformer_log_level", "sync_batch_comm", "dist_ckpt_*",
     "fsdp*", "save_nemo_*", "answer_only_loss", "check_for_nan_in_grad", "batch_p2p_comm",
     "overlap_p2p_comm", "distributed_adam_*", "defer_embedding_*", "wgrad_*", "deterministic_mode",
-    "cpu_offloading*", "output_sequence", "use_avg_pool", "log_*", "hidden_size_per_layer",
+    "cpu_offloading*", "gc_interval", "memory_profile", "sampling_params", "length_params",
+    "pretrained_checkpoint", "output_sequence", "use_avg_pool", "log_*", "hidden_size_per_layer",
     "make_vocab_size_divisible_by", "encoder_seq_length", "seq_length", "tokenizer_type",
 )  # fmt: skip
 """How it was trained, stored and padded."""
@@ -62,7 +63,9 @@ KERNELS = (
 def accounted_keys(values: Mapping[str, Any], where: str) -> list[str]:
     """Return the keys that need no reading; SourceError for a fixed one with another value."""
     for key, wanted in FIXED.items():
-        if (value := values.get(key, wanted)) not in (wanted, None, {}, []):
+        value = values.get(key, wanted)
+        off = value in (None, []) or (isinstance(value, Mapping) and not any(value.values()))
+        if value != wanted and (wanted or not off):
             raise SourceError(
                 f"{where}: {key!r} is {value!r:.80}, which porttool cannot port; "
                 f"it needs {wanted!r}"

@@ -14,6 +14,10 @@ POINTER = b"version https://git-lfs"
 """How a pointer file of Git LFS begins (its specification, version 1)."""
 
 
+MAX_FOLDERS = 50
+"""Folders that are looked into where a folder itself is none that anybody reads."""
+
+
 def is_present(path: Path) -> bool:
     """Return true for a file that is there; a link whose file is gone is a SourceError."""
     if path.is_symlink() and not path.exists():
@@ -36,13 +40,20 @@ def said_type(source: Path) -> str:
 
 
 def hints_at(source: Path, recognise: Callable[[Path], Iterable[Component]]) -> str:
-    """Return what a source that nobody reads says it is, or what a file was taken out of."""
-    if not source.is_file():
-        return said_type(source)
-    folder, found = source.parent, ""
-    with suppress(PorttoolError):
-        found = kind_of(folder) or ", ".join(c.name for c in recognise(folder))
-    return f"; name the folder that it lies in, {folder} ({found})" if found else ""
+    """Return what a source that nobody reads says it is, or which folder near it is read."""
+
+    def known(folder: Path) -> str:
+        with suppress(PorttoolError, OSError):
+            return kind_of(folder) or ", ".join(c.name for c in recognise(folder))
+        return ""
+
+    if source.is_file():
+        found = known(source.parent)
+        return f"; name the folder that it lies in, {source.parent} ({found})" if found else ""
+    folders = [path for path in sorted(source.glob("*")) if path.is_dir()][:MAX_FOLDERS]
+    inside = [f"{path} ({found})" for path in folders if (found := known(path))]
+    said = f"; name the folder in it, {' or '.join(inside[:3])}" if inside else ""
+    return said_type(source) + said
 
 
 def refuse_pointer(path: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from hashlib import sha256
+from typing import TYPE_CHECKING, Self
 
 from porttool.errors import SourceError
 from porttool.weights import TensorInfo, TensorSource, listing
@@ -69,7 +70,7 @@ class JoinedRanks(TensorSource):
     """The tensors of one pipeline stage, joined over its tensor-parallel ranks, in their order.
 
     `split_of` tells how a name is divided; None means that every rank holds the same copy, which
-    is checked.
+    is checked. That two ranks hold the same of all that is divided is refused.
     """
 
     def __init__(
@@ -84,6 +85,21 @@ class JoinedRanks(TensorSource):
                     f"{where} and {other} do not hold the same tensors: {listing(differing)}"
                 )
         self._infos = {name: self._joined(name) for name in first.infos()}
+        self._require_own_parts()
+
+    def _require_own_parts(self) -> None:
+        """Refuse a rank's file that is a copy of another's; the smallest tensors tell first."""
+        if len(self._ranks) == 1:
+            return
+        divided = [n for n in self._infos if self._split_of(n) is not None]
+        alike = [list(self._ranks.values())]
+        for name in sorted(divided, key=lambda n: self._infos[n].nbytes):
+            alike = [same for ranks in alike for same in equals(ranks, name)]
+        for one, other, *_ in alike if divided else ():
+            raise SourceError(
+                f"{one.infos()[name].file} and {other.infos()[name].file} hold the same part of "
+                "everything that ranks divide: one is a copy of the other; fetch them again"
+            )
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Return every tensor as it will be when joined."""
@@ -144,6 +160,17 @@ class JoinedRanks(TensorSource):
         return replace(first, shape=shape, nbytes=sum(part.nbytes for part in parts.values()))
 
 
+def equals(ranks: Iterable[TensorSource], name: str) -> list[list[TensorSource]]:
+    """Return the groups of two or more ranks whose parts of a tensor are the same, bit by bit."""
+    import torch
+
+    groups: dict[bytes, list[TensorSource]] = {}
+    for rank in ranks:
+        data = rank.load(name).contiguous().reshape(-1).view(torch.uint8).numpy()
+        groups.setdefault(sha256(memoryview(data)).digest(), []).append(rank)  # type: ignore[arg-type]
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def in_blocks(tensor: Tensor, split: Split) -> Tensor:
     """View a tensor with the blocks of its divided axis as a dimension of their own."""
     shape = tensor.shape
@@ -157,6 +184,17 @@ class Renamed(TensorSource):
         self._inner = inner
         self._names = dict(names)
         self._infos = {new: inner.infos()[old] for new, old in names.items()}
+
+    @classmethod
+    def by(cls, inner: TensorSource, new_name: Callable[[str], str]) -> Self:
+        """Rename every tensor; two that would share a name are a SourceError naming both."""
+        names: dict[str, str] = {}
+        for name, info in inner.infos().items():
+            new = new_name(name)
+            if new in names:
+                raise SourceError(f"{info.file}: {names[new]} and {name} are both {new}")
+            names[new] = name
+        return cls(inner, names)
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Return every tensor under its new name."""

@@ -42,7 +42,6 @@ class SafetensorsFile(TensorSource):
         self.path = path
         self._offsets: dict[str, int] = {}  # in the file, ascending
         self._infos: dict[str, TensorInfo] = {}
-        self.metadata: dict[str, str] = {}
         self.stamp = stamp_of(path)
         header, head = read_header(path)
         self._digest = hashlib.sha256(head)
@@ -116,7 +115,6 @@ class SafetensorsFile(TensorSource):
         metadata = header.get("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise SourceError(f"{self.path}: the header's __metadata__ is not a table of strings")
-        self.metadata = metadata
 
 
 def stamp_of(path: Path) -> Stamp:
@@ -166,6 +164,12 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
     """Validate one header entry; return what it says and where its data begins."""
+    code = entry.get("dtype") if isinstance(entry, dict) else None
+    if isinstance(code, str) and code not in DTYPES:
+        raise SourceError(
+            f"{path}: {name} is of type {code!r:.40}, which porttool does not read; fetch or save "
+            "the model unquantised, as F32, F16 or BF16"
+        )
     try:
         dtype, width = DTYPES[entry["dtype"]]
         shape, (begin, end) = entry["shape"], entry["data_offsets"]

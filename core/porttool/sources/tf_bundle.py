@@ -116,7 +116,8 @@ def find_bundle(source: Path) -> Path:
         return source.with_suffix("")
     note = source / "checkpoint"
     if note.is_file():
-        match = LATEST.search(note.read_bytes()[:100_000])
+        with note.open("rb") as file:
+            match = LATEST.search(file.read(100_000))
         name = Path(match[1].decode(errors="replace")).name if match else ""
         if not name or not (source / f"{name}.index").is_file():
             raise SourceError(f"{note}: names no checkpoint that is in this folder: {name!r}")

@@ -67,22 +67,23 @@ def is_tokenizer(names: Iterable[str]) -> bool:
 
 
 def read_files(paths: Iterable[Path]) -> dict[str, bytes]:
-    """Read files by their names; one far too large for a tokenizer is a SourceError."""
-    found = {}
-    for path in paths:
-        refuse_pointer(path)
-        if (size := path.stat().st_size) > MAX_FILE:
-            raise SourceError(f"{path}: {size} bytes is no tokenizer's file")
-        found[path.name] = path.read_bytes()
-    return found
+    """Read files by their names."""
+    return {path.name: read_file(path) for path in paths}
+
+
+def read_file(path: Path) -> bytes:
+    """Read a tokenizer's file; one that is missing or far too large is a SourceError."""
+    if not path.is_file():
+        raise SourceError(f"{path}: the file is missing; it is the tokenizer's")
+    refuse_pointer(path)
+    if (size := path.stat().st_size) > MAX_FILE:
+        raise SourceError(f"{path}: {size} bytes is no tokenizer's file")
+    return path.read_bytes()
 
 
 def renamed_files(folder: Path, names: Mapping[str, str]) -> dict[str, bytes]:
     """Read a tokenizer's files under other names (theirs → ours); none of them may be missing."""
-    for name in names:
-        if not (folder / name).is_file():
-            raise SourceError(f"{folder / name}: the file is missing; it is the tokenizer's")
-    return {new: (folder / old).read_bytes() for old, new in names.items()}
+    return {new: read_file(folder / old) for old, new in names.items()}
 
 
 def special_tokens(files: Mapping[str, bytes]) -> tuple[SpecialTokens, int | None]:

@@ -40,18 +40,19 @@ def parallel_logits(checkpoint: Checkpoint, world_size: int, ids: list[int]) -> 
     """
     import torch
 
+    from porttool.nn import Step
+
     ranks = [load_rank(checkpoint, Rank(i, world_size)) for i in range(world_size)]
     first, again = ranks[0], world_size - 1
-    tokens = torch.tensor([ids])  # [1, width]
-    positions = torch.arange(len(ids))[None]
-    slots = torch.zeros(1, dtype=torch.int64)
-    x = embedded(ranks, tokens)  # [1, width, d_model]
+    step = Step.prefill([ids])
+    positions = step.positions  # [1, width]
+    x = embedded(ranks, step.tokens)  # [1, width, d_model]
     if checkpoint.config.position == "learned":
         x = x + first.position(positions)
     for i in range(checkpoint.config.n_layer):
         layers: list[Any] = [rank.layers[i] for rank in ranks]
         normed = layers[0].norm1(x)
-        parts = [layer.attention(normed, positions, None, slots) for layer in layers]
+        parts = [layer.attention(normed, positions, None, step) for layer in layers]
         x = x + sum(parts) - again * bias_of(layers[0].attention.out)
         normed = layers[0].norm2(x)
         x = x + sum(layer.mlp(normed) for layer in layers) - again * bias_of(layers[0].mlp.down)

@@ -81,5 +81,7 @@ def transformers_model(path: Path) -> Any:
     except ImportError as error:
         raise MissingExtra("reference", "transformers") from error
     with widened():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float64, trust_remote_code=False
+        )
     return model.eval().requires_grad_(False)

@@ -16,8 +16,13 @@ class FasterTransformerConverter(Converter):
     source_format = "FasterTransformer folder"
 
     def matches(self, source: Path) -> bool:
-        """Return true if there is a config.ini here or in a folder like `1-gpu`."""
-        return (source / "config.ini").is_file() or any(source.glob("*-gpu/config.ini"))
+        """Return true if there is a config.ini here or in a folder like `1-gpu`.
+
+        An embedding without one is known as well: FasterTransformer 4 wrote none, and reading says
+        what to write.
+        """
+        places = (source, *source.glob("*-gpu"))
+        return any((p / name).is_file() for p in places for name in ("config.ini", "model.wte.bin"))
 
     def open(self, source: Path) -> Source:
         """Read config.ini and hold every file to it; core joins and turns the arrays."""

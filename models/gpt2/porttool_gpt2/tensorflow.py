@@ -41,11 +41,19 @@ class TensorFlowConverter(Converter):
     source_format = "TensorFlow checkpoint folder"
 
     def matches(self, source: Path) -> bool:
-        """Return true for an index of tensors beside a hparams.json with GPT-2's keys."""
-        try:
-            return read_json(hparams(source)).keys() >= KEYS.keys()
-        except SourceError:
+        """Return true for a hparams.json with GPT-2's keys beside an index of tensors.
+
+        One of the two may be missing, or damaged, and is then named when it is read.
+        """
+        if source.is_file() and source.suffix != ".index":
             return False
+        folder = source if source.is_dir() else source.parent
+        indexed = any(folder.glob("*.index"))
+        try:
+            told = read_json(folder / "hparams.json").keys() >= KEYS.keys()
+        except SourceError:
+            return indexed and (folder / "encoder.json").is_file()
+        return told and (indexed or not (folder / "config.json").exists())
 
     def config(self, source: Path) -> ModelConfig:
         """Read hparams.json."""
@@ -57,12 +65,11 @@ class TensorFlowConverter(Converter):
 
     def open(self, source: Path) -> Source:
         """Index the checkpoint and take the byte-pair files under their usual names."""
-        bundle = TensorBundle(find_bundle(source))
         tokenizer = renamed_files(hparams(source).parent, TOKENIZER)
         return Source(
             config=self.config(source),
             tokens=special_tokens(tokenizer)[0],
-            tensors=Renamed(bundle, {openai_name(name): name for name in bundle.infos()}),
+            tensors=Renamed.by(TensorBundle(find_bundle(source)), openai_name),
             tokenizer_data=tokenizer,
         )
 

@@ -97,9 +97,13 @@ def read_tables(source: Path, adapter_task: str) -> dict[str, Tensor]:
     if not isinstance(tree, dict):
         raise SourceError(f"{source}: {name} holds {type(tree).__name__}, not a dictionary")
     tensors = only_tensors(dict(flatten(tree)), source / name)
-    tables = {m["task"]: t for n, t in tensors.items() if (m := TABLE.match(n))}
-    for name_of_adapter in (n for n in tensors if fnmatchcase(n, ADAPTER)):
-        tables[adapter_task] = tensors[name_of_adapter]
+    found = [(m["task"], n) for n in tensors if (m := TABLE.match(n))]
+    found += [(adapter_task, n) for n in tensors if fnmatchcase(n, ADAPTER)]
+    tables = {task: tensors[n] for task, n in found}
+    if len(tables) < len(found):
+        raise SourceError(
+            f"{source}: {name} has two tables for one task: {listing([n for _, n in found])}"
+        )
     rest = [n for n in tensors if not any(fnmatchcase(n, p) for p in UNUSED) and not TABLE.match(n)]
     if rest or not tables:
         raise SourceError(

@@ -194,9 +194,8 @@ def test_attention_over_a_cache(case: str, splits: int) -> None:
     attention.out = torch.nn.Identity()
     cache = KVCache(c, 2, 40, dtype=torch.float64)
     cache.keys[0], cache.values[0] = keys.double(), values.double()
-    wanted = attention(
-        scratch.qkv[:2, None].double(), torch.tensor(lengths)[:, None], cache, torch.arange(2)
-    )
+    step = Step(*(torch.tensor(n) for n in ([0, 1], [[0], [0]], lengths, [1, 1])))
+    wanted = attention(scratch.qkv[:2, None].double(), step.positions, cache, step)
     assert cases.relative_error(scratch.attended[:2], wanted[:, 0]) < TOLERANCE
     for slot, length in enumerate(lengths):
         stored = model.cache.keys[0, slot, :, length]

@@ -11,13 +11,15 @@ import drawn
 import tiny
 from drawn import prompts, step_of
 from porttool import api
-from porttool.config import Limits, Sampling
+from porttool.config import Limits, ModelConfig, Sampling
 from porttool.engine import Engine
+from porttool.engines.onnx.attention import rotary_angles
 from porttool.engines.onnx.rows import RowMap
 from porttool.engines.onnx.weights import write_weights
 from porttool.errors import UsageError
 from porttool.generate import generate
 from porttool.nn import KVCache
+from porttool.nn.attention import rotary_angles as nn_angles
 from porttool.nn.trace import traced
 from porttool.plugins import load_registry
 from porttool.progress import Progress
@@ -202,7 +204,7 @@ def test_weight_files_are_safetensors_that_the_graph_points_into(tmp_path, monke
     from safetensors.torch import load_file
 
     small = partial(plan_shards, max_bytes=60_000)
-    monkeypatch.setattr("porttool.engines.onnx.weights.plan_shards", small)
+    monkeypatch.setattr("porttool.shards.plan_shards", small)
     pair = Pair(tmp_path, "gpt-next", dtype="float16")
     folder = pair.engine.rank_path()
     files = sorted(f.name for f in folder.glob("*.safetensors"))
@@ -255,3 +257,12 @@ def test_rows_are_moved_only_when_they_lie_apart():
     assert rows.row_of == [0, 3, 2, 1]
     assert rows.arrange([0, 3]).moves == []
     assert sorted(rows.row_of) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("base", [10000.0, 500000.0])
+def test_rotary_angles_are_the_models_own_at_long_positions(base):
+    """A last bit of a frequency is a thousandth of a turn ten thousand positions on."""
+    config = ModelConfig(**{**drawn.BASE, "head_dim": 128, "position": "rotary",
+                            "rotary_base": base})  # fmt: skip
+    wanted = nn_angles(config, torch.arange(10000), torch.float32)
+    assert abs(torch.from_numpy(rotary_angles(config, 10000)) - wanted).max() == 0

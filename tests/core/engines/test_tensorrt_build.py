@@ -126,6 +126,7 @@ ORIGIN = PlanOrigin(tensorrt="11.4.0.106", gpu=H200, hardware="same_gpu", versio
          Gpu(name="L4", capability=(8, 9)), "build it again on this GPU"),
         ({"hardware": "ampere_plus"}, "11.4.0.106", Gpu(name="T4", capability=(7, 5)), "T4"),
         ({"version_compatible": True}, "10.16.0.72", H200, "TensorRT 11.4.0.106"),
+        ({"version_compatible": True}, "11.3.0.99", H200, "installed is 11.3.0.99"),
     ],
 )  # fmt: skip
 def test_plans_of_another_version_or_gpu_are_refused(origin, version, gpu, message):

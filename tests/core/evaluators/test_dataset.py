@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from unittest.mock import Mock
 
@@ -40,6 +41,28 @@ def test_parquet_file_and_folder_and_saved_folder_agree(articles, rows, tmp_path
         load_articles(DatasetRequest(name=str(tmp_path / "saved"), split="validation"))
     for folder in ("parts", "saved", "splits"):
         assert load_articles(request(tmp_path / folder)) == wanted
+
+
+def test_an_article_counts_once(articles, rows, tmp_path):
+    """Three articles pinned four times are three, however many are needed for a verdict."""
+    pins = tmp_path / "pins.txt"
+    pins.write_text("article-03\narticle-05\n" * 2)
+    with pytest.raises(UsageError, match=r"pins\.txt: 2 entries .*: article-03, article-05; leave"):
+        load_articles(request(articles, ids=pins))
+    file = tmp_path / "twice.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:3], rows[1]]))
+    with pytest.raises(UsageError, match=r"twice\.jsonl: 1 entries .*: article-01; leave"):
+        load_articles(request(file))
+    assert len(load_articles(request(file, max_articles=3))) == 3
+    file.write_text("".join(json.dumps(row | {"id": "a"}) + "\n" for row in rows))
+    assert len(load_articles(request(file))) == len(rows)
+
+
+def test_a_gzipped_file_is_called_that(tmp_path):
+    file = tmp_path / "HumanEval.jsonl.gz"
+    file.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(UsageError, match=r"gz: is gzipped; unpack it first: gunzip --keep .*gz$"):
+        load_articles(request(file))
 
 
 def test_shuffle_is_that_of_datasets(articles, rows):
@@ -131,6 +154,20 @@ def test_a_missing_path_is_not_sought_on_the_hub(name, monkeypatch):
     monkeypatch.setattr("porttool.evaluators.dataset.open_hub", Mock(side_effect=AssertionError))
     with pytest.raises(UsageError, match="there is no such file or folder of articles"):
         load_articles(DatasetRequest(name=name))
+
+
+@pytest.mark.parametrize(
+    "name", ["test-00000-of-1", "test0", "test_0", "part/test", "test/0", "a-test"]
+)
+def test_a_split_is_a_word_of_a_file_s_name(tmp_path, rows, name):
+    """In a folder called latest, and beside contest, `test` is neither."""
+    datasets = pytest.importorskip("datasets")
+
+    folder = tmp_path / "latest"
+    for file, kept in ((name, rows[:2]), ("train", rows[2:]), ("contest/train", rows[2:])):
+        (folder / f"{file}.parquet").parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(kept).to_parquet(folder / f"{file}.parquet")
+    assert len(load_articles(DatasetRequest(name=str(folder)))) == 2
 
 
 def test_a_split_that_no_file_is_named_after(tmp_path, rows):

@@ -212,6 +212,20 @@ def test_two_ranks_are_put_together(source, tmp_path):
         assert wrong
 
 
+def test_a_tensor_that_one_rank_lacks_is_missing(source, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint")
+    built = tiny.built(checkpoint, tmp_path / "engine", world_size=3)
+    assert check_weights(built, derivation_of(source), progress=SILENT).verdict.passed
+    file = built.rank_path(1) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["norm.bias"]
+    save_file(tensors, file)
+    verdict = check_weights(built, derivation_of(source), progress=SILENT).verdict
+    assert (verdict.passed, verdict.detail) == (False, "missing: norm.bias")
+
+
 class LateWriter(TorchRunner):
     """Writes and reads the cache one place too early once a row has begun."""
 

@@ -11,6 +11,8 @@ import torch
 from porttool.errors import SourceError, UsageError
 from porttool.evaluators.reference import ReferenceModel, fingerprint_model, quiet
 from porttool.evaluators.results import Decoding
+from porttool.evaluators.vocabulary import compare_tokenizers
+from porttool.text import load_tokenizer
 
 PROMPTS = [[5, 90, 211], [7] * 11, [300, 2, 8, 45, 6, 31], [19]]
 
@@ -127,3 +129,18 @@ def test_a_folder_that_is_none_of_transformers_says_what_to_name(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SourceError, match=r"config\.json.*damaged JSON"):
         ReferenceModel(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "there is no tokenizer in"),
+        ({"tokenizer.json": '{"broken": 1}'}, "transformers loads no tokenizer from"),
+    ],
+)
+def test_a_tokenizer_that_is_not_there_or_damaged_is_no_verdict(tmp_path, writer, files, said):
+    (tmp_path / "config.json").write_text((writer / "config.json").read_text())
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = compare_tokenizers(load_tokenizer(writer), tmp_path, ["some text"])
+    assert f"{said} {tmp_path}" in found

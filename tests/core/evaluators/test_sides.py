@@ -7,12 +7,15 @@ import torch
 
 import drawn
 from porttool.engines.torch.runner import TorchRunner
+from porttool.errors import UsageError
 from porttool.evaluator import Report, Verdict
 from porttool.evaluators.page import read_parity
-from porttool.evaluators.results import Decoding
-from porttool.evaluators.sides import add_logprobs, generate_all, sampling_of
+from porttool.evaluators.results import Decoding, Task
+from porttool.evaluators.sides import add_logprobs, generate_all, run_engine, sampling_of
 from porttool.evaluators.stages import StageMap, compare_stages, find_parting, likely_cause
 from porttool.nn import Step
+from porttool.progress import Progress
+from porttool.text import load_tokenizer
 from porttool.weights import concat, take, transpose
 
 PROMPTS = [[5, 90, 211], [7] * 11, [300, 2, 8, 45, 6, 31]]
@@ -49,6 +52,42 @@ def test_log_probabilities_are_added_as_far_as_the_tokens_are_the_same(writer_en
         assert merged.tokens == first.tokens
         assert len(merged.logprobs) == kept
         assert all(-20 < p <= 0 for p in merged.logprobs)
+
+
+class Counted(Progress):
+    def __init__(self):
+        self.steps = []
+        self.begun = []
+
+    def start(self, label, total, *, unit="B"):
+        self.begun.append(f"{label}: {total} {unit}")
+
+    def advance(self, amount):
+        self.steps.append(amount)
+
+
+@pytest.mark.parametrize(("num_beams", "steps"), [(1, [1] * 24), (2, [16, 8]), (4, [8] * 3)])
+def test_progress_counts_what_beams_make_too(writer_engine, num_beams, steps):
+    """The engine has five rows: so many prompts as fit are searched at a time."""
+    runner = TorchRunner(writer_engine, {"device": "cpu"})
+    sampling = sampling_of(Decoding(max_new_tokens=8, num_beams=num_beams), logprobs=False)
+    progress = Counted()
+    found = generate_all(runner, PROMPTS, sampling, (), progress=progress)
+    assert progress.steps == steps
+    alone = [generate_all(runner, [prompt], sampling, ())[0] for prompt in PROMPTS]
+    assert [c.tokens for c in found] == [c.tokens for c in alone]
+
+
+def test_an_engine_that_ends_early_was_asked_for_no_more(writer_engine, tokenizer_folder):
+    runner = TorchRunner(writer_engine, {"device": "cpu"})
+    end = generate_all(
+        runner, PROMPTS[:1], sampling_of(Decoding(max_new_tokens=8), logprobs=False), ()
+    )
+    task = Task.of((), PROMPTS, Decoding(max_new_tokens=8, eos=end[0].tokens[2:3]))
+    progress = Counted()
+    found = run_engine(runner, load_tokenizer(tokenizer_folder), PROMPTS, task, progress=progress)
+    assert progress.begun == ["engine: 24 tokens at most"]
+    assert sum(progress.steps) == sum(len(c.tokens) for c in found.continuations) < 24
 
 
 def test_only_stages_that_correspond_are_compared():
@@ -120,5 +159,23 @@ def test_a_page_shows_a_parity_report_and_no_other(tmp_path):
     for name, shown in (("parity", True), ("summarize", False)):
         report = Report(evaluator=name, engine="e", reference="r", verdicts=(verdict,))
         (tmp_path / "report.json").write_text(report.model_dump_json())
-        assert (read_parity(tmp_path / "report.json") is not None) is shown
-    assert read_parity(tmp_path / "nowhere.json") is None
+        assert (read_parity(tmp_path / "report.json", named=False) is not None) is shown
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("[1]", "should be"),
+        ("{", "Invalid JSON"),
+        ('{"evaluator": "summarize", "engine": "", "reference": "", "verdicts": []}',
+         "it is a report of 'summarize'"),
+    ],
+)  # fmt: skip
+def test_a_parity_report_that_was_named_is_one(tmp_path, content, said):
+    place = tmp_path / "report.json"
+    if content is not None:
+        place.write_text(content)
+    assert read_parity(place, named=False) is None
+    with pytest.raises(UsageError, match=f"{place}: no parity report of `verify`: .*{said}"):
+        read_parity(place, named=True)

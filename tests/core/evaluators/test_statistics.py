@@ -59,6 +59,8 @@ def test_coverage_of_the_lower_bound():
         (200, 2.0, 0.5, 0.9707),  # z = 3.5355 - 1.6449 = 1.8907
         (100, 4.0, 0.5, 0.3465),  # z = 1.25 - 1.6449 = -0.3949
         (50, 0.0, 0.5, 1.0),
+        (MIN_ARTICLES, 0.0, 0.5, 1.0),
+        (MIN_ARTICLES - 1, 0.0, 0.5, 0.0),
     ],
 )
 def test_power(n, sd, margin, power):

@@ -15,12 +15,15 @@ from porttool.config import PromptTemplate
 from porttool.engine import Engine
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, PorttoolError, UsageError
+from porttool.evaluator import Report, Verdict
+from porttool.evaluators.agreement import TOLERANCES
 from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
 from porttool.evaluators.reference import ReferenceModel
 from porttool.evaluators.results import Continuation, load_result
+from porttool.evaluators.statistics import articles_needed
 from porttool.evaluators.summarize import SummarizeEvaluator, summarize
 from porttool.evaluators.unfinished import Begun, Unfinished, unfinished_file
 from porttool.progress import Progress
@@ -183,6 +186,23 @@ def test_half_precision_is_held_to_the_references_own_rounding(
     rounding = load_result(tmp_path / "out", "reference").rounding
     assert set(rounding) == {dtype}
     assert drift.bound == f"99 % ≤ {2.5 * rounding[dtype]:.2g}"
+    assert any("was not computed in float32" in note for note in report.notes)  # no converter
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_parity_report_is_shown_beside_its_own_engine(run, writer_engine, tmp_path, own):
+    """Beside another one it would vouch for what was never verified."""
+    seal = writer_engine.manifest.seal if own else "another"
+    verdict = Verdict(name="greedy tokens", passed=True, found="6 of 6", bound="all")
+    ladder = Report(evaluator="parity", engine="torch", reference="", verdicts=(verdict,),
+                    measurements={"engine": seal})  # fmt: skip
+    place = tmp_path / "parity" / "report.json"
+    place.parent.mkdir()
+    place.write_text(ladder.model_dump_json())
+    report = run()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert ("<h2>Parity</h2>" in page) is own
+    assert (f"{place} is not of this engine, and not shown" in report.notes) is not own
 
 
 def test_too_few_articles_give_no_verdict(run):
@@ -351,6 +371,8 @@ def test_what_overflowed_can_be_read_again(run, tmp_path, monkeypatch):
     run(engine=False)
     found = load_result(tmp_path / "out", "reference")
     assert math.isnan(found.rounding["float16"])
+    half = found.model_copy(update={"dtype": "float16"})
+    assert Bounds().tolerance(half, found).drift == TOLERANCES["float16"].drift
     made = Continuation(tokens=(1,), ended=False, logprobs=(low,), candidates=(((1, low),),))
     begun = Begun(description="", source="", batch_size=1, task=found.task)
     Unfinished(tmp_path, begun).add([made], 1.0)
@@ -496,6 +518,19 @@ def test_an_article_that_the_tokenizer_has_no_token_for(writer, monkeypatch, tem
 def test_instruction_without_a_template(run):
     with pytest.raises(UsageError, match="no instruction template"):
         run(prompt="instruction")
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.99])
+def test_how_many_articles_decide_depends_on_the_confidence(confidence):
+    side = SimpleNamespace(
+        continuations=[SimpleNamespace(text="a")] * 20, dtype="float32", rounding={}
+    )
+    ours, theirs = {"rouge1": [3.0, 0.0] * 10}, {"rouge1": [0.0, 3.0] * 10}
+    bounds = Bounds(resamples=1000, confidence=confidence)
+    found = judge_rouge(Comparison((), side, side, ours, theirs, (), bounds), "rouge1")
+    sd = (9 * 20 / 19) ** 0.5
+    wanted = articles_needed(sd, 0.5, confidence=confidence)
+    assert found.detail.endswith(f"undecided: an equal port would need {wanted} articles")
 
 
 def test_articles_without_a_word_on_either_side_do_not_count():

@@ -52,6 +52,17 @@ def test_differing_ranks_are_refused():
         joined.load("norm")
 
 
+def test_a_rank_that_is_a_copy_of_another():
+    """Its file was fetched twice, or copied over the other's; biases may well be the same."""
+    parts = [rank(n, 4) for n in (0, 1, 1, 3)]
+    with pytest.raises(SourceError, match="file and file hold the same part of everything"):
+        JoinedRanks(dict(zip("abcd", parts, strict=True)), SPLITS.get)
+    bias = torch.zeros(3)
+    some = {n: tree(fused=bias, column=COLUMN[n : n + 3], norm=NORM) for n in range(3)}
+    assert JoinedRanks({str(n): t for n, t in some.items()}, SPLITS.get).load("fused").shape == (9,)
+    JoinedRanks({"a": tree(norm=NORM), "b": tree(norm=NORM)}, SPLITS.get)
+
+
 @pytest.mark.parametrize(
     ("names", "grid"),
     [

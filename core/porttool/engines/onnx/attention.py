@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from porttool.config import ModelConfig
 from porttool.engines.onnx.blocks import Blocks, GraphSpec
 from porttool.engines.onnx.graph import Shape
 
 FAR = 1 << 40
 """A key position that no query reaches."""
+
+
+def rotary_angles(config: ModelConfig, n_positions: int) -> np.ndarray[Any, Any]:
+    """Angles [n_positions, rotary_dim / 2] as models have them: rounded to float32 at every step.
+
+    What is rounded is computed in float64: in float32 a power depends on the processor, and an
+    engine's graph has to be made again to the bit where it is loaded.
+    """
+    steps = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
+    powers = (config.rotary_base ** steps.astype(np.float64)).astype(np.float32)
+    return np.arange(n_positions, dtype=np.float32)[:, None] * (np.float32(1) / powers)
 
 
 class AttentionBlock:
@@ -68,13 +82,11 @@ class AttentionBlock:
 
     def _angles(self, positions: str) -> tuple[str, str]:
         """Return cosine and sine of every position: [batch, 1, width, rotary_dim / 2] each."""
-        c, graph = self.config, self.graph
-        steps = np.arange(0, c.rotary_dim, 2, dtype=np.float32) / np.float32(c.rotary_dim)
-        frequency = 1 / np.float32(c.rotary_base) ** steps
-        angles = np.arange(self.spec.capacity, dtype=np.float32)[:, None] * frequency
+        graph = self.graph
+        angles = rotary_angles(self.config, self.spec.capacity).astype(np.float64)
         found = []
         for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
-            whole = graph.constant(f"rotary.{name}.table", table)
+            whole = graph.constant(f"rotary.{name}.table", table.astype(np.float32))
             rows = graph.node("Gather", [whole, positions], f"rotary.{name}.rows")
             rows = self.blocks.narrow(rows, f"rotary.{name}.narrow")
             found.append(graph.node("Unsqueeze", [rows, graph.integers(1)], f"rotary.{name}"))

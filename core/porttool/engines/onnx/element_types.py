@@ -6,5 +6,3 @@ ELEMENT_TYPES: dict[str, int] = {
     "float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16,
 }  # fmt: skip
 """onnx.TensorProto.DataType (onnx.proto3)."""
-
-TYPE_NAMES = {number: name for name, number in ELEMENT_TYPES.items()}

@@ -14,27 +14,15 @@ from porttool.component import Options
 from porttool.engines.onnx.builder import GraphRecord
 from porttool.engines.onnx.export import require_onnx
 from porttool.engines.onnx.session import SessionSettings, choose_device, known_gap, make_session
-from porttool.errors import UsageError
 from porttool.runner import Choose, Runner, TimedNode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from porttool.config import Limits
     from porttool.engine import Engine
     from porttool.engines.native.head import ScreenedHead
     from porttool.engines.onnx.program import SessionProgram
     from porttool.nn import Step
-
-
-def require_room(table: Tensor | None, limits: Limits) -> None:
-    """Refuse a prompt table that is larger than the room reserved at build."""
-    if table is not None and table.shape[0] > limits.max_prompt_rows:
-        raise UsageError(
-            f"the prompt table has {table.shape[0]} rows, the engine has room for "
-            f"{limits.max_prompt_rows}; "
-            f"build it with --max-prompt-embedding-table-size {table.shape[0]}"
-        )
 
 
 class OnnxRunnerOptions(Options):
@@ -117,7 +105,7 @@ class OnnxRunner(Runner):
 
     def load_prompt_table(self, table: Tensor | None) -> None:
         """Use a prompt table that fits the room reserved at build."""
-        require_room(table, self.engine.manifest.limits)
+        self.require_room(table)
         self._graph.load_table(table)
         self.prompt_rows = 0 if table is None else len(table)
 

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 from porttool.config import Dtype
 from porttool.engines.onnx.element_types import ELEMENT_TYPES
 from porttool.errors import EngineError
-from porttool.folder import PendingFolder
 from porttool.nn import require_shapes
-from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.shards import TensorJob, write_files
 from porttool.sources.safetensors_file import SafetensorsFile, check_entry, read_header
 from porttool.standing import require_space
 from porttool.weights import cast, listing
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
     from porttool.engine import Engine
     from porttool.progress import Progress
-
-JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,7 @@ def write_weights(
         checkpoint.copy_file(name, out / name)
         progress.advance(size)
     if not copied:
-        write_shards(PendingFolder(out, out), plan_shards(jobs, "model"), workers=2,
-                     progress=progress)  # fmt: skip
-        (out / JOURNAL).unlink()
+        write_files(out, jobs, progress=progress)
     progress.finish()
     files = sorted(out.glob("*.safetensors"))
     return {tensor.name: tensor for file in files for tensor in tensors_in(file)}

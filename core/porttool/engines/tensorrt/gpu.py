@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from porttool.config import Closed
+from porttool.engines.tensorrt.library import parse_version
 from porttool.engines.tensorrt.options import Hardware
 from porttool.errors import EngineError
 
@@ -37,7 +38,7 @@ class PlanOrigin(Closed):
 def require_same(origin: PlanOrigin, *, version: str, gpu: Gpu, where: str) -> None:
     """Refuse a plan of another TensorRT version or for another GPU, with both named."""
     same_version = version == origin.tensorrt or (
-        origin.version_compatible and version.split(".")[0] >= origin.tensorrt.split(".")[0]
+        origin.version_compatible and parse_version(version) >= parse_version(origin.tensorrt)
     )
     if not same_version:
         raise EngineError(

@@ -9,7 +9,6 @@ from pydantic import NonNegativeInt
 
 from porttool.component import Options
 from porttool.engines.onnx.export import MODEL
-from porttool.engines.onnx.runner import require_room
 from porttool.engines.tensorrt.builder import PLAN
 from porttool.engines.tensorrt.gpu import Gpu, PlanOrigin, require_same
 from porttool.engines.tensorrt.library import require_tensorrt
@@ -78,7 +77,7 @@ class TensorrtRunner(Runner):
 
     def load_prompt_table(self, table: Tensor | None) -> None:
         """Use a prompt table that fits the room reserved at build."""
-        require_room(table, self.engine.manifest.limits)
+        self.require_room(table)
         self._graph.load_table(table)
         self.prompt_rows = 0 if table is None else len(table)
 

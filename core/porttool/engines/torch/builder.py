@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.component import Options
 from porttool.config import Dtype
-from porttool.folder import PendingFolder
 from porttool.sharding import rank_config, shard
-from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.shards import TensorJob, write_files
 from porttool.standing import require_space
 from porttool.weights import cast as cast_tensor
 
@@ -88,9 +87,7 @@ class TorchBuilder(Builder):
         jobs = [rank_job(checkpoint, name, request.dtype, rank) for name in checkpoint.names()]
         require_space(out, sum(job.nbytes for job in jobs))
         progress.start(f"build rank {rank.index}", sum(job.nbytes for job in jobs))
-        folder = PendingFolder(out, out)
-        write_shards(folder, plan_shards(jobs, "model"), workers=2, progress=progress)
-        (out / "journal.jsonl").unlink()
+        write_files(out, jobs, progress=progress)
         progress.finish()
         return {"rank": rank.index, "weights": f"{request.dtype} slices", "n_head": config.n_head}
 

@@ -50,7 +50,7 @@ class Plan:
         """Work it out once for all layers."""
         n, width = step.tokens.shape
         positions, reach = step.positions, int((step.starts + step.lengths).max())
-        rows, columns = (torch.arange(width) < step.lengths[:, None]).nonzero(as_tuple=True)
+        rows, columns = step.real
         fresh = not step.starts.any()
         visible = torch.arange(reach) <= positions[:, None, :, None]
         whole = width == 1 and bool(visible.all())

@@ -86,12 +86,7 @@ class TorchRunner(Runner):
 
     def load_prompt_table(self, table: Tensor | None) -> None:
         """Use a prompt table that fits the room reserved at build."""
-        room = self.engine.manifest.limits.max_prompt_rows
-        if table is not None and table.shape[0] > room:
-            raise UsageError(
-                f"the prompt table has {table.shape[0]} rows, the engine has room for {room}; "
-                f"build it with --max-prompt-embedding-table-size {table.shape[0]}"
-            )
+        self.require_room(table)
         self._decoder.load_prompt_table(table)
         self._table = table
         self.prompt_rows = 0 if table is None else len(table)
