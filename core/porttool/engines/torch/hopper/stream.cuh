@@ -14,8 +14,8 @@
 constexpr int WARPS = THREADS / 32;
 constexpr int ALL_THREADS = THREADS + FILLERS * 32;
 constexpr int TEAMS = WARPS / TEAM;
-constexpr int ROWS = 8;   // rows of a slot
-constexpr int STEP = 64;  // bytes of a row that one load of a warp covers, 32 elements
+constexpr int ROWS = 8;         // rows of a slot
+constexpr int STEP = 64;        // bytes of a row that one load of a warp covers, 32 elements
 constexpr int LINE = 2 * STEP;  // rows and pieces of them begin and end with one
 constexpr int ATTENDED = HEADS * DIM;
 constexpr int LANES = DIM / 8;  // lanes that hold a position's key, eight elements each
