@@ -67,9 +67,9 @@ class Rows(Protocol):
 
 
 def load_articles(request: DatasetRequest) -> list[Article]:
-    """Return the wanted articles; UsageError if there are none, or not the ones pinned.
+    """Return the wanted articles.
 
-    An article that is there twice is one as well: twice the same says nothing more.
+    UsageError if there are none, not the ones pinned, or one twice: that says nothing more.
     """
     path = Path(request.name)
     if path.exists():
