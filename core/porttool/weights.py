@@ -272,7 +272,7 @@ def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False
     if is_finite(tensor):
         raise SourceError(
             f"{name}: values up to {float(tensor.abs().max()):.3g} do not fit {dtype}; "
-            "choose --dtype bfloat16 or float32"
+            f"choose --dtype {'bfloat16 or float32' if dtype == 'float16' else 'float64'}"
         )
     if allow_nonfinite:
         return result

@@ -94,6 +94,13 @@ def test_overflow_in_half_precision(tmp_path, copy):
     assert tiny.converted(copy, tmp_path / "out", dtype="bfloat16").manifest.dtype == "bfloat16"
 
 
+def test_overflow_in_single_precision(tmp_path, copy):
+    large = torch.full((24,), 1e300, dtype=torch.float64)
+    edit(copy, lambda t: t.update({"transformer.ln_f.weight": large}))
+    said = refusal(copy, tmp_path, dtype="float32")
+    assert "norm.weight: values up to 1e+300 do not fit float32; choose --dtype float64" in said
+
+
 @pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype_to_every_other(tmp_path, reference, stored, wanted):

@@ -201,11 +201,20 @@ def test_the_folder_in_the_one_named_is_told(said, source, checkpoint, tmp_path)
     shutil.copytree(source, tmp_path / "models" / "mine")
     shutil.copytree(checkpoint.path, tmp_path / "models" / "checkpoint")
     (tmp_path / "models" / "empty").mkdir()
-    near = "name the folder in it, models/checkpoint (a checkpoint) or models/mine (gpt2);"
+    near = "name one that lies in it, models/checkpoint (a checkpoint) or models/mine (gpt2);"
     for command in (["inspect", "models"], ["convert", "models", "--output", "out"]):
         status, error = said(*command)
         assert status == 2
         assert f"models: no installed family recognises this; {near}" in error
+
+
+def test_of_several_archives_one_has_to_be_named(said, tmp_path):
+    for name in "ab":
+        (tmp_path / "models").mkdir(exist_ok=True)
+        (tmp_path / "models" / f"{name}.nemo").touch()
+    status, error = said("convert", "models", "--output", "out")
+    near = "name one that lies in it, models/a.nemo (gpt_next) or models/b.nemo (gpt_next);"
+    assert (status, near in error) == (2, True)
 
 
 def test_a_source_named_as_nothing_is_not_the_familys_own(said, monkeypatch):

@@ -14,8 +14,8 @@ POINTER = b"version https://git-lfs"
 """How a pointer file of Git LFS begins (its specification, version 1)."""
 
 
-MAX_FOLDERS = 50
-"""Folders that are looked into where a folder itself is none that anybody reads."""
+MAX_NEAR = 50
+"""Folders and files that are looked at where the folder that they lie in is read by nobody."""
 
 
 def is_present(path: Path) -> bool:
@@ -40,19 +40,19 @@ def said_type(source: Path) -> str:
 
 
 def hints_at(source: Path, recognise: Callable[[Path], Iterable[Component]]) -> str:
-    """Return what a source that nobody reads says it is, or which folder near it is read."""
+    """Return what a source that nobody reads says it is, or what near it is read."""
 
-    def known(folder: Path) -> str:
+    def known(place: Path) -> str:
         with suppress(PorttoolError, OSError):
-            return kind_of(folder) or ", ".join(c.name for c in recognise(folder))
+            return kind_of(place) or ", ".join(c.name for c in recognise(place))
         return ""
 
     if source.is_file():
         found = known(source.parent)
         return f"; name the folder that it lies in, {source.parent} ({found})" if found else ""
-    folders = [path for path in sorted(source.glob("*")) if path.is_dir()][:MAX_FOLDERS]
-    inside = [f"{path} ({found})" for path in folders if (found := known(path))]
-    said = f"; name the folder in it, {' or '.join(inside[:3])}" if inside else ""
+    places = sorted(source.glob("*"))[:MAX_NEAR]
+    inside = [f"{path} ({found})" for path in places if (found := known(path))]
+    said = f"; name one that lies in it, {' or '.join(inside[:3])}" if inside else ""
     return said_type(source) + said
 
 
