@@ -2,8 +2,8 @@
 
     python bench/gpu_picture.py [--results FILE] [--out FILE]
 
-Reads what `gpu_decode.py` wrote. A line marks the least a step of one row can take: the bytes of
-the weights over the speed at which that run read memory.
+Reads what `gpu_decode.py` wrote. A line marks the time in which a sum in PyTorch would read the
+weights that a token needs, at the speed measured in that run.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def steps(found: dict[str, Any], name: str, index: int) -> list[float | None]:
     return [model.get("transformers eager", {}).get(key), vllm, model["porttool"][key]]
 
 
-def least(found: dict[str, Any], name: str) -> float:
-    """Return the milliseconds in which the weights that a token needs can be read."""
+def summed(found: dict[str, Any], name: str) -> float:
+    """Return the milliseconds in which PyTorch would sum the weights that a token needs."""
     shape = config(name)
     embedding = 0 if shape.tied_head else 2e-9 * shape.vocab_size * shape.d_model
     gigabytes = float(found["models"][name]["load"]["weights GB"]) - embedding
@@ -67,8 +67,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 )
         if ROWS[index] == 1:
             for y, name in enumerate(models):
-                axes.plot([least(found, name)] * 2, [y - 0.42, y + 0.42], color="#d1495b", lw=1.2,
-                          label="weights read once" if y == 0 else None)  # fmt: skip
+                axes.plot([summed(found, name)] * 2, [y - 0.42, y + 0.42], color="#d1495b", lw=1.2,
+                          label="weights summed by PyTorch" if y == 0 else None)  # fmt: skip
             lines, texts = axes.get_legend_handles_labels()
         axes.set_xscale("log")
         axes.set_xlim(0.04, 80)
