@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.config import HALF
 from porttool.errors import UsageError
-from porttool.evaluator import REPORT, Evaluator, Port, Report, Verdict, evaluate
+from porttool.evaluator import REPORT, Evaluator, Port, Report, Verdict, evaluate, telling
 from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
 from porttool.evaluators.results import (
     SideResult,
@@ -107,7 +107,8 @@ class SummarizeEvaluator(Evaluator):
                 **measurements_of(comparison),
             },
         )
-        write_page(output, report, comparison, n_examples=options.n_examples, parity=parity)
+        with telling(report, progress):
+            write_page(output, report, comparison, n_examples=options.n_examples, parity=parity)
         return report
 
 
