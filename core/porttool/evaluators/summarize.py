@@ -92,7 +92,7 @@ class SummarizeEvaluator(Evaluator):
         if engine and reference and engine.dtype in HALF and not wide:
             notes.append(UNSEEN)
         if parity and (engine is None or parity.measurements.get("engine") != engine.engine):
-            notes.append(f"{place} is not of this engine, and not shown")
+            notes += [f"{place} is not of this engine, and not shown"] if engine else []
             parity = None
         report = Report(
             evaluator=self.name,

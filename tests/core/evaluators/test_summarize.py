@@ -214,6 +214,7 @@ def test_a_parity_report_is_shown_beside_its_own_engine(run, writer_engine, tmp_
     place = tmp_path / "parity" / "report.json"
     place.parent.mkdir()
     place.write_text(ladder.model_dump_json())
+    assert not any("this engine" in note for note in run(engine=False).notes)  # there is none yet
     report = run()
     page = (tmp_path / "out" / "report.html").read_text()
     assert ("<h2>Parity</h2>" in page) is own
