@@ -158,7 +158,8 @@ def roles_in(folder: Path) -> set[str]:
     roles = [*read_object(folder / "special_tokens_map.json").items(), *settings.items()]
     said = [value for key, value in roles if key.endswith("_token")]
     said += settings.get("additional_special_tokens") or ()
-    said += [t for t in settings.get("added_tokens_decoder", {}).values() if t.get("special")]
+    known = settings.get("added_tokens_decoder") or {}
+    said += [token for token in known.values() if token.get("special")]
     texts = [value["content"] if isinstance(value, dict) else value for value in said]
     return {text for text in texts if isinstance(text, str)}
 

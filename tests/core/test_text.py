@@ -111,7 +111,9 @@ def test_added_tokens_as_transformers_has_them(tmp_path, byte_bpe, file, roles):
 def test_a_setting_that_is_true_is_no_token(tmp_path, byte_bpe):
     folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
     (folder / "added_tokens.json").write_text(json.dumps({"True": 320}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": True, "added_tokens_decoder": None})
+    )
     assert load_tokenizer(folder).decode([320]) == "True"
 
 
