@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,19 +140,28 @@ def evaluate(
 ) -> Report:
     """Run an evaluator and keep its report as `report.json` in `output`.
 
-    One that is refused leaves no empty folder. Where the report cannot be written (the disk became
-    full, say) its verdicts are told before that is raised: the work is not lost.
+    One that is refused leaves no empty folder.
     """
     with made_folder(output):
         report = evaluator.run(port, output, progress=progress)
-        try:
+        with telling(report, progress):
             write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
-        except PorttoolError:
-            for verdict in report.verdicts:
-                said = "pass" if verdict.passed is True else "FAIL"
-                progress.note(f"{said}: {verdict.name}: {verdict.found}, bound {verdict.bound}")
-            raise
     return report
+
+
+@contextmanager
+def telling(report: Report, progress: Progress) -> Iterator[None]:
+    """Tell the verdicts of a report that cannot be written (the disk became full, say).
+
+    The work is not lost then; the error is raised all the same.
+    """
+    try:
+        yield
+    except PorttoolError:
+        for verdict in report.verdicts:
+            said = "pass" if verdict.passed is True else "FAIL"
+            progress.note(f"{said}: {verdict.name}: {verdict.found}, bound {verdict.bound}")
+        raise
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -125,7 +125,7 @@ def load_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
 def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
     """Build GPT-2's byte-level BPE from vocab.json and merges.txt, and added_tokens.json.
 
-    Of the added tokens those that the folder gives a role are special, as in transformers.
+    Of the added tokens those with a role or called special are special, as in transformers.
     """
     import tokenizers
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -150,11 +150,18 @@ def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
 
 
 def roles_in(folder: Path) -> set[str]:
-    """Return the tokens that a folder's settings give a role, such as `pad_token`."""
-    files = ("special_tokens_map.json", "tokenizer_config.json")
-    roles = [item for name in files for item in read_object(folder / name).items()]
-    said = [value for key, value in roles if key.endswith("_token") and value]
-    return {value["content"] if isinstance(value, dict) else str(value) for value in said}
+    """Return the tokens that a folder's settings give a role, such as `pad_token`, or call special.
+
+    `add_bos_token` and the like are no tokens: they are true or false.
+    """
+    settings = read_object(folder / "tokenizer_config.json")
+    roles = [*read_object(folder / "special_tokens_map.json").items(), *settings.items()]
+    said = [value for key, value in roles if key.endswith("_token")]
+    said += settings.get("additional_special_tokens") or ()
+    known = settings.get("added_tokens_decoder") or {}
+    said += [token for token in known.values() if token.get("special")]
+    texts = [value["content"] if isinstance(value, dict) else value for value in said]
+    return {text for text in texts if isinstance(text, str)}
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -262,24 +262,25 @@ def describe(rule: Take, source: TensorSource) -> str:
 def cast(name: str, tensor: Tensor, dtype: str, *, allow_nonfinite: bool = False) -> Tensor:
     """Convert to a contiguous tensor of `dtype`; refuse NaN, infinity and overflow by name.
 
-    `allow_nonfinite` lets a tensor through that holds NaN or infinity itself.
+    `allow_nonfinite` lets NaN and infinity of the tensor itself through.
     """
     import torch
 
-    result = laid_out(tensor, getattr(torch, dtype))
+    result = laid_out(tensor, kind := getattr(torch, dtype))
     if is_finite(result):
         return result
-    if is_finite(tensor):
+    if not (allow_nonfinite or is_finite(tensor)):
         raise SourceError(
-            f"{name}: values up to {float(tensor.abs().max()):.3g} do not fit {dtype}; "
-            f"choose --dtype {'bfloat16 or float32' if dtype == 'float16' else 'float64'}"
+            f"{name}: holds NaN or infinity; the source is damaged (`porttool convert "
+            "--allow-nonfinite` takes it all the same, in any --dtype)"
         )
-    if allow_nonfinite:
-        return result
-    raise SourceError(
-        f"{name}: holds NaN or infinity; the source is damaged (`porttool convert "
-        "--allow-nonfinite` takes it all the same, in any --dtype)"
-    )
+    rows = (row.nan_to_num(0, 0, 0) for row in torch.atleast_2d(tensor))  # a few KB at a time
+    if lost := [float(row.abs().max()) for row in rows if not is_finite(row.to(kind))]:
+        wider = "bfloat16 or float32" if dtype == "float16" else "float64"
+        raise SourceError(
+            f"{name}: values up to {max(lost):.3g} do not fit {dtype}; choose --dtype {wider}"
+        )
+    return result
 
 
 def laid_out(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -293,8 +294,6 @@ def laid_out(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether every element is finite: the extremes of a tensor with a NaN are NaN.
-
-    One pass at the speed of memory, with no temporary of the tensor's size.
-    """
+    """Return whether every element is finite, in one pass, with no temporary of its size."""
+    # The extremes of a tensor with a NaN are NaN.
     return tensor.numel() == 0 or all(math.isfinite(float(x)) for x in tensor.aminmax())

@@ -86,9 +86,14 @@ def test_a_character_that_never_ends_is_shown_at_the_end(tokenizer_folder):
         ("special_tokens_map.json", {"pad_token": "[PAD]"}),
         ("special_tokens_map.json", {"pad_token": {"content": "[PAD]"}, "sep_token": None}),
         ("tokenizer_config.json", {"pad_token": "[PAD]", "tokenizer_class": "GPT2Tokenizer"}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["[PAD]"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {
+            "320": {"content": "[PAD]", "special": True},
+            "321": {"content": "<table>", "special": False},
+        }}),
         ("special_tokens_map.json", {}),
     ],
-)
+)  # fmt: skip
 def test_added_tokens_as_transformers_has_them(tmp_path, byte_bpe, file, roles):
     """Those with a role vanish from text, others are words like any."""
     folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
@@ -101,6 +106,15 @@ def test_added_tokens_as_transformers_has_them(tmp_path, byte_bpe, file, roles):
     assert ids[-1] == 321
     assert tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert tokenizer.decode(ids) == ("ab<table>" if roles else "a[PAD]b<table>")
+
+
+def test_a_setting_that_is_true_is_no_token(tmp_path, byte_bpe):
+    folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
+    (folder / "added_tokens.json").write_text(json.dumps({"True": 320}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"add_bos_token": True, "added_tokens_decoder": None})
+    )
+    assert load_tokenizer(folder).decode([320]) == "True"
 
 
 def test_an_added_token_whose_id_is_not_the_next(tmp_path, byte_bpe):

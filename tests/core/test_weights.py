@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -149,6 +151,19 @@ def test_opposite_infinities_do_not_cancel(shape):
 def test_overflow_names_the_value_and_the_way_out(allowed):
     with pytest.raises(SourceError, match=r"wte: values up to 7e\+04 do not fit float16; choose"):
         cast("wte", torch.tensor([1.0, -70000.0]), "float16", allow_nonfinite=allowed)
+
+
+@pytest.mark.parametrize("beside", [math.nan, math.inf])
+def test_what_overflows_beside_infinity_is_refused_too(beside):
+    tensor = torch.tensor([[1.0, beside], [2.0, 70000.0]])
+    for each in (tensor, tensor.flatten(), tensor.t()):
+        with pytest.raises(
+            SourceError, match=r"wte: values up to 7e\+04 do not fit float16; choose"
+        ):
+            cast("wte", each, "float16", allow_nonfinite=True)
+    found = cast("wte", tensor, "bfloat16", allow_nonfinite=True)
+    assert found.float().equal(tensor.bfloat16().float()) or math.isnan(beside)
+    assert found.isfinite().tolist() == [[True, False], [True, True]]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

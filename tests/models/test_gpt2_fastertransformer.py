@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -237,10 +238,12 @@ def test_a_folder_of_fastertransformer_4_is_told_what_to_add(tmp_path, mha, regi
         converter.open(source)
 
 
-def test_an_unfused_folder_is_known_by_its_name(tmp_path, mha):
-    """Its files have the bytes of a fused one."""
+def test_an_unfused_folder_is_known_by_its_name(tmp_path, mha, monkeypatch):
+    """Its files have the bytes of a fused one; one that is named `.` has a name, too."""
     folder = write_folder(tmp_path / "1-gpu", mha, 1).rename(tmp_path / "unfusedQKV-1-gpu")
     refused(folder, tmp_path, "queries, keys and values apart, by its name")
+    monkeypatch.chdir(folder)
+    refused(Path(), tmp_path, "queries, keys and values apart, by its name")
 
 
 def test_what_the_layout_cannot_express_is_refused(tmp_path, checkpoint):

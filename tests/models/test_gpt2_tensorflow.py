@@ -130,6 +130,9 @@ def test_a_folder_of_hugging_face_may_hold_hparams(tmp_path, damaged, source, re
     folder = shutil.copytree(source, tmp_path / "theirs")
     shutil.copy(damaged / "hparams.json", folder)
     assert choose_converter(registry, folder).name == "gpt2"
+    shutil.copytree(damaged, folder, dirs_exist_ok=True)
+    (folder / "hparams.json").unlink()
+    assert choose_converter(registry, folder).name == "gpt2"
 
 
 @pytest.mark.parametrize(

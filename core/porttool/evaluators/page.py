@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from porttool.component import explain
 from porttool.errors import MissingExtra, UsageError
 from porttool.evaluator import Report, Table, Verdict, write_whole
+from porttool.standing import whole_file
 
 if TYPE_CHECKING:
     from porttool.evaluators.comparison import Comparison
@@ -67,7 +68,8 @@ def write_page(
     from porttool.evaluators.chart import draw_chart
 
     picture = output / "report.png"
-    draw_chart(comparison, picture)
+    with whole_file(picture) as place:
+        draw_chart(comparison, place)
     parts = [
         heading(report),
         "<h2>Verdicts</h2>" + verdict_table(report.verdicts),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.config import HALF
 from porttool.errors import UsageError
-from porttool.evaluator import REPORT, Evaluator, Port, Report, Verdict, evaluate
+from porttool.evaluator import REPORT, Evaluator, Port, Report, Verdict, evaluate, telling
 from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
 from porttool.evaluators.results import (
     SideResult,
@@ -92,7 +92,7 @@ class SummarizeEvaluator(Evaluator):
         if engine and reference and engine.dtype in HALF and not wide:
             notes.append(UNSEEN)
         if parity and (engine is None or parity.measurements.get("engine") != engine.engine):
-            notes.append(f"{place} is not of this engine, and not shown")
+            notes += [f"{place} is not of this engine, and not shown"] if engine else []
             parity = None
         report = Report(
             evaluator=self.name,
@@ -107,7 +107,8 @@ class SummarizeEvaluator(Evaluator):
                 **measurements_of(comparison),
             },
         )
-        write_page(output, report, comparison, n_examples=options.n_examples, parity=parity)
+        with telling(report, progress):
+            write_page(output, report, comparison, n_examples=options.n_examples, parity=parity)
         return report
 
 

@@ -51,7 +51,7 @@ def open_folder(source: Path) -> Source:
     from porttool.nn import canonical_shapes
 
     folder = find_folder(source)
-    if folder.name.startswith(UNFUSED):
+    if folder.resolve().name.startswith(UNFUSED):  # also of `.`
         raise SourceError(
             f"{folder}: has queries, keys and values apart, by its name, as FasterTransformer "
             "converts with -fused_qkv 0; convert again with -fused_qkv 1"
@@ -73,7 +73,7 @@ def count_ranks(folder: Path, declared: int | None) -> int:
     """Return the number of ranks; the folder's name, config.ini and the files must agree."""
     stem = "model.layers.0.attention.query_key_value.weight."
     counts = {f"its {stem}*.bin files": len(list(folder.glob(f"{stem}[0-9]*.bin")))}
-    if match := re.fullmatch(r"(\d+)-gpu", folder.name):
+    if match := re.fullmatch(r"(\d+)-gpu", folder.resolve().name):
         counts["its name"] = int(match[1])
     if declared:
         counts[CONFIG] = declared

@@ -63,7 +63,8 @@ def ids_of(name: str, data: bytes) -> Iterable[int]:
 
 def is_tokenizer(names: Iterable[str]) -> bool:
     """Return true if files of these names hold a tokenizer, not only its settings."""
-    return any(needed <= set(names) for needed in TOKENIZERS)
+    found = set(names)
+    return any(needed <= found for needed in TOKENIZERS)
 
 
 def read_files(paths: Iterable[Path]) -> dict[str, bytes]:

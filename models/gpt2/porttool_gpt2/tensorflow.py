@@ -43,17 +43,18 @@ class TensorFlowConverter(Converter):
     def matches(self, source: Path) -> bool:
         """Return true for a hparams.json with GPT-2's keys beside an index of tensors.
 
-        One of the two may be missing, or damaged, and is then named when it is read.
+        One of the two may be missing, or damaged, and is then named when it is read; beside a
+        config.json the folder is Hugging Face's instead.
         """
         if source.is_file() and source.suffix != ".index":
             return False
         folder = source if source.is_dir() else source.parent
-        indexed = any(folder.glob("*.index"))
+        indexed, alone = any(folder.glob("*.index")), not (folder / "config.json").exists()
         try:
             told = read_json(folder / "hparams.json").keys() >= KEYS.keys()
         except SourceError:
-            return indexed and (folder / "encoder.json").is_file()
-        return told and (indexed or not (folder / "config.json").exists())
+            return indexed and alone and (folder / "encoder.json").is_file()
+        return told and (indexed or alone)
 
     def config(self, source: Path) -> ModelConfig:
         """Read hparams.json."""

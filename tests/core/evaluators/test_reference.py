@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 
@@ -144,3 +145,13 @@ def test_a_tokenizer_that_is_not_there_or_damaged_is_no_verdict(tmp_path, writer
         (tmp_path / name).write_text(text)
     found = compare_tokenizers(load_tokenizer(writer), tmp_path, ["some text"])
     assert f"{said} {tmp_path}" in found
+
+
+def test_a_tokenizer_of_two_files_is_compared(tmp_path, writer):
+    values = json.loads((writer / "tokenizer.json").read_text())["model"]
+    merges = [" ".join(m) if isinstance(m, list) else m for m in values["merges"]]
+    (tmp_path / "config.json").write_text((writer / "config.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(values["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    found = compare_tokenizers(load_tokenizer(tmp_path), tmp_path, ["some text"])
+    assert getattr(found, "passed", found) is True

@@ -90,6 +90,21 @@ def test_what_is_planned_is_said_before_and_what_was_found_after(run):
     assert any("measured sd of the differences 0.00" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("name", ["report.png", "report.html", "report.json"])
+def test_what_was_found_is_told_where_the_disk_is_full(run, tmp_path, name):
+    told = []
+
+    class Listener(Progress):
+        def note(self, text):
+            told.append(text)
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to("/dev/full")
+    with pytest.raises(PorttoolError, match=f"{name}: the disk is full"):
+        run(progress=Listener())
+    assert [text.split(":")[:2] for text in told[-6:]] == [["pass", f" {n}"] for n in COMPARED]
+
+
 def test_the_same_twice(run):
     first, second = run(), run()
     assert first.verdicts == second.verdicts
@@ -199,6 +214,7 @@ def test_a_parity_report_is_shown_beside_its_own_engine(run, writer_engine, tmp_
     place = tmp_path / "parity" / "report.json"
     place.parent.mkdir()
     place.write_text(ladder.model_dump_json())
+    assert not any("this engine" in note for note in run(engine=False).notes)  # there is none yet
     report = run()
     page = (tmp_path / "out" / "report.html").read_text()
     assert ("<h2>Parity</h2>" in page) is own

@@ -18,7 +18,8 @@ def rotary_angles(config: ModelConfig, n_positions: int) -> np.ndarray[Any, Any]
     """Angles [n_positions, rotary_dim / 2] as models have them: rounded to float32 at every step.
 
     What is rounded is computed in float64: in float32 a power depends on the processor, and an
-    engine's graph has to be made again to the bit where it is loaded.
+    engine's graph has to be made again to the bit where it is loaded. Models' powers are torch's in
+    float32, of which one in fifty has another last bit.
     """
     steps = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
     powers = (config.rotary_base ** steps.astype(np.float64)).astype(np.float32)
