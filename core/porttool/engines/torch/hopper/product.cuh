@@ -135,8 +135,7 @@ struct Program {
     }
 
     // Two neighbouring elements of the input: their first 16 bits, and the rest behind all of
-    // those, half a line further, so that both are read at once (where the steps of a row are
-    // even).
+    // those, half a line further, so that both are read at once.
     template <int K>
     __device__ void put(int at, float a, float b) {
         const u16 x = narrow(a), y = narrow(b);
