@@ -33,7 +33,9 @@ def test_every_key_must_be_read():
 
 def test_keys_that_must_have_one_value():
     SourceConfig({"quantization_config": None, "pruned_heads": {}}, FILE).finish()
-    for key, value in [("pruned_heads", {"0": [1]}), ("torchscript", True)]:
+    for key, value in [
+        ("pruned_heads", {"0": [1]}), ("torchscript", True), ("normalize_attention_scores", False),
+    ]:  # fmt: skip
         with pytest.raises(SourceError, match=rf"'{key}' is .*, which porttool cannot port"):
             SourceConfig({key: value}, FILE).finish()
 
@@ -46,6 +48,10 @@ PUBLISHED = {
     "of 2020": {"bad_words_ids": None, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
                 "num_return_sequences": 1, "decoder_start_token_id": None, "sep_token_id": 5,
                 "early_stopping": False, "unk_token_id": 1, "cls_token_id": 4},
+    "of early 2020": {"eos_token_ids": 0, "xla_device": None, "torchscript": False},
+    "of 2023": {"_flash_attn_2_enabled": True, "unsloth_version": "2024.8"},
+    "GPT-SW3": {"apply_query_key_layer_scaling": True, "normalize_attention_scores": True},
+    "KoGPT-2": {"author": "A", "created_date": "2021-04-28", "license": "CC-BY-NC-SA 4.0"},
     "of 2025": {"_attn_implementation_autoset": True, "typical_p": 1.0},
 }  # fmt: skip
 """Keys of published files of type gpt2 that change nothing, beside those that every one has."""
