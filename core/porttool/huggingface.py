@@ -128,7 +128,8 @@ class HuggingFaceConverter(Converter):
     `implements` names the classes of `auto_map` that `nn` computes exactly: a folder may name
     these, and no others, as code of its own. `spellings` are the tokens for infilling, of which
     a checkpoint gets those that its tokenizer knows. `end_of_text` is the token whose id goes for
-    `bos` and `eos` where the config declares none or one beyond the vocabulary.
+    `bos` and `eos` where the config declares none or one beyond the vocabulary. `default_end` is
+    the id that transformers gives both where a config lacks their keys, as those of 2019 do.
     """
 
     model_types: ClassVar[frozenset[str]]
@@ -136,6 +137,7 @@ class HuggingFaceConverter(Converter):
     prefix: ClassVar[str] = "transformer."
     spellings: ClassVar[tuple[InfillTokens, ...]] = ()
     end_of_text: ClassVar[str | None] = None
+    default_end: ClassVar[int | None] = None
 
     def __init_subclass__(cls) -> None:
         """Refuse model types that are one text."""
@@ -175,7 +177,8 @@ class HuggingFaceConverter(Converter):
 
     def special_tokens(self, source: Path, model: ModelConfig) -> SpecialTokens:
         """Read the ids that the folder declares; one outside the vocabulary is refused."""
-        ids = special_ids(source)
+        default = self.default_end
+        ids = special_ids(source, default if default and default < model.vocab_size else None)
         if self.end_of_text and (end := added_tokens(source).get(self.end_of_text)) is not None:
             for key in ("bos", "eos"):
                 declared = ids[key]
@@ -249,13 +252,16 @@ def open_indexed(source: Path, index: str) -> TensorSource:
     return tensors
 
 
-def special_ids(source: Path) -> dict[str, Any]:
-    """Read bos, eos and pad; generation_config.json goes before config.json, as when run."""
+def special_ids(source: Path, default: int | None = None) -> dict[str, Any]:
+    """Read bos, eos and pad; generation_config.json goes before config.json, as when run.
+
+    `default` goes for bos and eos where neither file has the key; null is no id.
+    """
     values = read_json(source / "config.json")
     generation = source / "generation_config.json"
     merged = {**values, **(read_json(generation) if generation.is_file() else {})}
-    keys = {key: f"{key}_token_id" for key in ("bos", "eos", "pad")}
-    return {key: merged.get(name) for key, name in keys.items()}
+    defaults = {"bos": default, "eos": default, "pad": None}
+    return {key: merged.get(f"{key}_token_id", value) for key, value in defaults.items()}
 
 
 def check_special_ids(ids: Mapping[str, Any], vocab_size: int, source: Path) -> SpecialTokens:
