@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from porttool.errors import SourceError
@@ -146,3 +147,25 @@ def test_a_config_without_a_model_type(tmp_path):
     assert read_config(tmp_path)["model_type"] == "gpt2"
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
     assert "model_type" not in read_config(tmp_path)
+
+
+def test_an_index_that_still_names_the_tied_head(tmp_path):
+    """A conversion of shards to safetensors leaves the copy out and keeps the index's line."""
+    form = tiny.Form(shards=2)
+    for name, tied in (("tied", True), ("untied", False)):
+        model = tiny.gpt2(tie_word_embeddings=tied)
+        source = tiny.write_source(tmp_path / name, model, form)
+        file = source / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        if not tied:
+            shard = source / index["weight_map"]["lm_head.weight"]
+            tensors = load_file(shard)
+            tiny.write_file(shard, {n: t for n, t in tensors.items() if n != "lm_head.weight"})
+        index["weight_map"].setdefault(
+            "lm_head.weight", index["weight_map"]["transformer.wte.weight"]
+        )
+        index["metadata"] = {"total_size": 123456.0, "total_parameters": 7}
+        file.write_text(json.dumps(index))
+    assert tiny.converted(tmp_path / "tied", tmp_path / "out").config.tied_head
+    with pytest.raises(SourceError, match=r"lm_head\.weight"):
+        tiny.converted(tmp_path / "untied", tmp_path / "refused")
