@@ -22,6 +22,9 @@ from porttool.weights import TensorSource, WeightMap, listing
 
 T = TypeVar("T")
 
+HEAD = "lm_head.weight"
+"""Every family's name of the head, which is the embedding where the two are tied."""
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
@@ -128,7 +131,8 @@ class HuggingFaceConverter(Converter):
     `implements` names the classes of `auto_map` that `nn` computes exactly: a folder may name
     these, and no others, as code of its own. `spellings` are the tokens for infilling, of which
     a checkpoint gets those that its tokenizer knows. `end_of_text` is the token whose id goes for
-    `bos` and `eos` where the config declares none or one beyond the vocabulary.
+    `bos` and `eos` where the config declares none or one beyond the vocabulary. `default_end` is
+    the id that transformers gives both where a config lacks their keys, as those of 2019 do.
     """
 
     model_types: ClassVar[frozenset[str]]
@@ -136,6 +140,7 @@ class HuggingFaceConverter(Converter):
     prefix: ClassVar[str] = "transformer."
     spellings: ClassVar[tuple[InfillTokens, ...]] = ()
     end_of_text: ClassVar[str | None] = None
+    default_end: ClassVar[int | None] = None
 
     def __init_subclass__(cls) -> None:
         """Refuse model types that are one text."""
@@ -175,7 +180,8 @@ class HuggingFaceConverter(Converter):
 
     def special_tokens(self, source: Path, model: ModelConfig) -> SpecialTokens:
         """Read the ids that the folder declares; one outside the vocabulary is refused."""
-        ids = special_ids(source)
+        default = self.default_end
+        ids = special_ids(source, default if default and default < model.vocab_size else None)
         if self.end_of_text and (end := added_tokens(source).get(self.end_of_text)) is not None:
             for key in ("bos", "eos"):
                 declared = ids[key]
@@ -229,7 +235,11 @@ def open_weight_file(path: Path) -> TensorSource:
 
 
 def open_indexed(source: Path, index: str) -> TensorSource:
-    """Open every shard that an index names, and hold the index to what they contain."""
+    """Open every shard that an index names, and hold the index to what they contain.
+
+    It may name a head that lies in no shard: conversions to safetensors leave a tied one out. A
+    head that is missed is missed by the table.
+    """
     weight_map = read_json(source / index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         raise SourceError(f"{source / index}: there is no weight_map")
@@ -241,7 +251,9 @@ def open_indexed(source: Path, index: str) -> TensorSource:
             raise SourceError(f"{source / file}: the shard is missing; fetch it again")
     tensors = ShardedTensors({file: open_weight_file(source / file) for file in files})
     found = {name: info.file for name, info in tensors.infos().items()}
-    wrong = sorted(n for n in weight_map.keys() | found.keys() if weight_map.get(n) != found.get(n))
+    both = weight_map.keys() | found.keys()
+    left_out = {HEAD} - found.keys()
+    wrong = sorted(n for n in both - left_out if weight_map.get(n) != found.get(n))
     if wrong:
         raise SourceError(
             f"{source / index}: the index and its shards disagree about: {listing(wrong)}"
@@ -249,13 +261,16 @@ def open_indexed(source: Path, index: str) -> TensorSource:
     return tensors
 
 
-def special_ids(source: Path) -> dict[str, Any]:
-    """Read bos, eos and pad; generation_config.json goes before config.json, as when run."""
+def special_ids(source: Path, default: int | None = None) -> dict[str, Any]:
+    """Read bos, eos and pad; generation_config.json goes before config.json, as when run.
+
+    `default` goes for bos and eos where neither file has the key; null is no id.
+    """
     values = read_json(source / "config.json")
     generation = source / "generation_config.json"
     merged = {**values, **(read_json(generation) if generation.is_file() else {})}
-    keys = {key: f"{key}_token_id" for key in ("bos", "eos", "pad")}
-    return {key: merged.get(name) for key, name in keys.items()}
+    defaults = {"bos": default, "eos": default, "pad": None}
+    return {key: merged.get(f"{key}_token_id", value) for key, value in defaults.items()}
 
 
 def check_special_ids(ids: Mapping[str, Any], vocab_size: int, source: Path) -> SpecialTokens:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from porttool.sources.archive import Archive, is_gzip, unpacked
     from porttool.sources.json_file import read_json
     from porttool.sources.megatron import flatten, is_megatron, open_megatron
-    from porttool.sources.nemo import CONFIG, WEIGHTS, locate_model, read_nemo_config
+    from porttool.sources.nemo import CONFIG, WEIGHTS, locate_model, read_nemo_config, tunes_prompts
     from porttool.sources.nemo_keys import accounted_keys
     from porttool.sources.npy_file import read_npy
     from porttool.sources.ranks import Renamed
@@ -98,6 +98,7 @@ _HOMES = {
     "special_ids": "huggingface",
     "special_tokens": "sources.tokenizer_files",
     "squeezed": "gpt2_layout",
+    "tunes_prompts": "sources.nemo",
     "unpacked": "sources.archive",
     "validated": "converter",
 }
@@ -151,6 +152,7 @@ __all__ = [
     "special_ids",
     "special_tokens",
     "squeezed",
+    "tunes_prompts",
     "unpacked",
     "validated",
 ]

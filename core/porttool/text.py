@@ -123,43 +123,49 @@ def load_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
-    """Build GPT-2's byte-level BPE from vocab.json and merges.txt, and added_tokens.json.
+    """Build GPT-2's byte-level BPE from vocab.json and merges.txt, and what the folder adds.
 
     Of the added tokens those with a role or called special are special, as in transformers.
     """
     import tokenizers
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+    settings = read_object(folder / "tokenizer_config.json")
     model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     built = tokenizers.Tokenizer(model)
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    prefixed = settings.get("add_prefix_space") is True
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefixed)
     built.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     special = {end, *roles_in(folder)}
     added = read_object(folder / "added_tokens.json")
+    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+        added[token["content"]] = int(i)
+        special |= {token["content"]} if token.get("special") else set()
     known = {end: i} if (i := built.token_to_id(end)) is not None else {}
     for text, wanted in sorted({**known, **added}.items(), key=lambda item: item[1]):
         add = built.add_special_tokens if text in special else built.add_tokens
         add([AddedToken(text, normalized=False)])
         if built.token_to_id(text) != wanted:
             raise ValueError(
-                f"added_tokens.json gives {text!r} the id {wanted}, where the next one is "
+                f"the folder gives {text!r} the id {wanted}, where the next one is "
                 f"{built.token_to_id(text)}"
             )
     return built
 
 
 def roles_in(folder: Path) -> set[str]:
-    """Return the tokens that a folder's settings give a role, such as `pad_token`, or call special.
+    """Return the tokens that a folder's settings give a role, such as `pad_token`.
 
+    Lists of further ones count in tokenizer_config.json alone, as in transformers 5.
     `add_bos_token` and the like are no tokens: they are true or false.
     """
     settings = read_object(folder / "tokenizer_config.json")
     roles = [*read_object(folder / "special_tokens_map.json").items(), *settings.items()]
     said = [value for key, value in roles if key.endswith("_token")]
-    said += settings.get("additional_special_tokens") or ()
-    known = settings.get("added_tokens_decoder") or {}
-    said += [token for token in known.values() if token.get("special")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        said += more.values() if isinstance(more, dict) else more
     texts = [value["content"] if isinstance(value, dict) else value for value in said]
     return {text for text in texts if isinstance(text, str)}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tiny
 from porttool.errors import SourceError
@@ -33,7 +34,9 @@ def test_every_key_must_be_read():
 
 def test_keys_that_must_have_one_value():
     SourceConfig({"quantization_config": None, "pruned_heads": {}}, FILE).finish()
-    for key, value in [("pruned_heads", {"0": [1]}), ("torchscript", True)]:
+    for key, value in [
+        ("pruned_heads", {"0": [1]}), ("torchscript", True), ("normalize_attention_scores", False),
+    ]:  # fmt: skip
         with pytest.raises(SourceError, match=rf"'{key}' is .*, which porttool cannot port"):
             SourceConfig({key: value}, FILE).finish()
 
@@ -46,6 +49,10 @@ PUBLISHED = {
     "of 2020": {"bad_words_ids": None, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
                 "num_return_sequences": 1, "decoder_start_token_id": None, "sep_token_id": 5,
                 "early_stopping": False, "unk_token_id": 1, "cls_token_id": 4},
+    "of early 2020": {"eos_token_ids": 0, "xla_device": None, "torchscript": False},
+    "of 2023": {"_flash_attn_2_enabled": True, "unsloth_version": "2024.8"},
+    "GPT-SW3": {"apply_query_key_layer_scaling": True, "normalize_attention_scores": True},
+    "KoGPT-2": {"author": "A", "created_date": "2021-04-28", "license": "CC-BY-NC-SA 4.0"},
     "of 2025": {"_attn_implementation_autoset": True, "typical_p": 1.0},
 }  # fmt: skip
 """Keys of published files of type gpt2 that change nothing, beside those that every one has."""
@@ -140,3 +147,25 @@ def test_a_config_without_a_model_type(tmp_path):
     assert read_config(tmp_path)["model_type"] == "gpt2"
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 4}))
     assert "model_type" not in read_config(tmp_path)
+
+
+def test_an_index_that_still_names_the_tied_head(tmp_path):
+    """A conversion of shards to safetensors leaves the copy out and keeps the index's line."""
+    form = tiny.Form(shards=2)
+    for name, tied in (("tied", True), ("untied", False)):
+        model = tiny.gpt2(tie_word_embeddings=tied)
+        source = tiny.write_source(tmp_path / name, model, form)
+        file = source / "model.safetensors.index.json"
+        index = json.loads(file.read_text())
+        if not tied:
+            shard = source / index["weight_map"]["lm_head.weight"]
+            tensors = load_file(shard)
+            tiny.write_file(shard, {n: t for n, t in tensors.items() if n != "lm_head.weight"})
+        index["weight_map"].setdefault(
+            "lm_head.weight", index["weight_map"]["transformer.wte.weight"]
+        )
+        index["metadata"] = {"total_size": 123456.0, "total_parameters": 7}
+        file.write_text(json.dumps(index))
+    assert tiny.converted(tmp_path / "tied", tmp_path / "out").config.tied_head
+    with pytest.raises(SourceError, match=r"lm_head\.weight"):
+        tiny.converted(tmp_path / "untied", tmp_path / "refused")

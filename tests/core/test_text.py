@@ -117,6 +117,34 @@ def test_a_setting_that_is_true_is_no_token(tmp_path, byte_bpe):
     assert load_tokenizer(folder).decode([320]) == "True"
 
 
+SLOW = {
+    "add_prefix_space": {"add_prefix_space": True},
+    "transformers 4": {"added_tokens_decoder": {
+        "320": {"content": "[PAD]", "lstrip": False, "normalized": True, "special": True},
+        "321": {"content": "<table>", "lstrip": False, "normalized": True, "special": False},
+    }, "additional_special_tokens": [], "clean_up_tokenization_spaces": True,
+        "chat_template": "{{ messages }}", "errors": "replace"},
+    "a list": {"additional_special_tokens": ["[PAD]", {"__type": "AddedToken", "content": "<t>"}]},
+    "extra, listed": {"extra_special_tokens": ["[PAD]"]},
+    "extra, by role": {"extra_special_tokens": {"image_token": "[PAD]"}},
+}  # fmt: skip
+"""What tokenizer_config.json of two-file tokenizers says, by those who wrote it."""
+
+
+@pytest.mark.parametrize("settings", SLOW.values(), ids=SLOW)
+def test_settings_of_two_files_as_transformers_has_them(tmp_path, byte_bpe, settings):
+    folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
+    if "added_tokens_decoder" not in settings:
+        (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 320, "<table>": 321}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours, theirs = load_tokenizer(folder), GPT2Tokenizer.from_pretrained(folder)
+    ids = ours.encode("The mayor[PAD] said<table> so")
+    assert ids == theirs("The mayor[PAD] said<table> so", add_special_tokens=False).input_ids
+    assert ours.decode(ids) == theirs.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
 def test_an_added_token_whose_id_is_not_the_next(tmp_path, byte_bpe):
     folder = shutil.copytree(byte_bpe, tmp_path / "bpe")
     (folder / "added_tokens.json").write_text(json.dumps({"<table>": 330}))

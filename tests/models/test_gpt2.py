@@ -9,6 +9,7 @@ import torch
 
 import tiny
 from porttool.errors import SourceError
+from porttool.plugins import choose_converter, load_registry
 from tiny import PROMPTS, Form, full_logits, reference_logits
 
 ATOL = 1e-9
@@ -147,3 +148,21 @@ def test_configs_that_cannot_be_ported(tmp_path, reference, change, said):
     assert said in str(caught.value)
     assert "config" in str(caught.value)
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_config_without_special_ids_has_those_that_transformers_gives(tmp_path):
+    """Configs of 2019 have no such keys; a model that never ends would be another one."""
+    from transformers import GPT2Config
+
+    converter = choose_converter(load_registry(), tiny.write_source(tmp_path / "a", tiny.gpt2()))
+    shape = converter.config(tmp_path / "a")
+    full = shape.model_copy(update={"vocab_size": 50257})
+    for keys in ({}, {"eos_token_id": None}, {"bos_token_id": 3, "eos_token_id": 4}):
+        values = {"n_embd": 24, "n_special": 0, "vocab_size": 50257, **keys}
+        (tmp_path / "a" / "config.json").write_text(json.dumps(values))
+        (tmp_path / "a" / "generation_config.json").unlink(missing_ok=True)
+        tokens, theirs = converter.special_tokens(tmp_path / "a", full), GPT2Config(**values)
+        eos = () if theirs.eos_token_id is None else (theirs.eos_token_id,)
+        assert (tokens.bos, tokens.eos) == (theirs.bos_token_id, eos)
+    (tmp_path / "a" / "config.json").write_text('{"n_embd": 24, "vocab_size": 67}')
+    assert converter.special_tokens(tmp_path / "a", shape).eos == ()

@@ -130,6 +130,20 @@ def test_fastertransformer_keys_are_understood(tmp_path, mha, registry):
     assert (source.config.n_head, source.config.d_ff, source.tokens.eos) == (4, 128, (66,))
 
 
+CONVERTER = {"saved_dir": "/out", "in_file": "gpt2", "trained_gpu_num": 1, "infer_gpu_num": 2,
+             "processes": 4, "weight_data_type": "fp32"}  # fmt: skip
+"""Arguments that FasterTransformer's converter of Hugging Face's folders writes down."""
+
+
+def test_keys_of_the_converter_of_hugging_faces_folders(tmp_path, mha):
+    """It writes every attribute of the config beside them, as transformers has it in memory."""
+    folder = write_folder(tmp_path / "2-gpu", mha, 2)
+    write_ini(folder, {**mha.config.to_dict(), **CONVERTER, "xla_device": None, "n_ctx": 48,
+                       "gradient_checkpointing": False})  # fmt: skip
+    other = write_folder(tmp_path / "other" / "2-gpu", mha, 2)
+    assert open_folder(folder).config == open_folder(other).config
+
+
 FIRST = "model.layers.0.attention.query_key_value.weight.0.bin"
 
 

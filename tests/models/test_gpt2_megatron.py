@@ -92,6 +92,21 @@ def test_megatron_core_names(tmp_path, model, registry):
     assert_ported(file, tmp_path, model, registry, vocab_size=67)
 
 
+def test_names_of_late_2023(tmp_path, model, registry):
+    """Megatron-LM's own layers, when their norms need not be LayerNorm any more."""
+    late = {"input_layernorm": "input_norm", "post_attention_layernorm": "post_attention_norm",
+            "final_layernorm": "final_norm"}  # fmt: skip
+    tree = model_tree(model, 3, 1, 0, 1, 0)
+    layers = tree["language_model"]["encoder"]
+    for old, new in late.items():
+        layers = {n.replace(old, new): t for n, t in layers.items()}
+    tree["language_model"]["encoder"] = layers
+    file = tmp_path / "model_optim_rng.pt"
+    args = arguments(model, 1, 1, layernorm_epsilon=None, norm_epsilon=1e-5)
+    torch.save({"model": tree, "checkpoint_version": 3.0, "args": args}, file)
+    assert_ported(file, tmp_path, model, registry, vocab_size=67)
+
+
 @pytest.mark.parametrize("epsilon", ["layernorm_epsilon", "norm_epsilon"])  # of 2019, of 2023
 def test_untied_and_exact_gelu(tmp_path, registry, epsilon):
     model = tiny.gpt2(n_embd=32, n_head=4, n_layer=1, activation_function="gelu",

@@ -97,6 +97,25 @@ def assert_same_as(model: torch.nn.Module, source: Path, folder: Path, registry)
         torch.testing.assert_close(full_logits(runner, prompt), expected, atol=ATOL, rtol=0)
 
 
+WRITTEN = {
+    "enable_megatron_timers": False, "megatron_timer_kwargs": {"log_mode": "minmax"},
+    "pipeline_model_parallel_split_rank": 0, "use_distributed_optimizer": True,
+    "num_moe_experts": None, "moe_router_topk": 2, "moe_grouped_gemm": False,
+    "dpo": {"ref_policy_kl_penalty": 0.2}, "context_parallel_size": 1, "sharp": False,
+}  # fmt: skip
+"""Keys of YAMLs that NeMo up to 1.23 wrote, which change nothing in a model without experts."""
+
+
+def test_keys_of_later_versions(tmp_path):
+    values = made(**WRITTEN) | {"num_moe_experts": None}
+    source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values))
+    tiny.converted(source, tmp_path / "checkpoint")
+    values["num_moe_experts"] = 8
+    source = nemo.write(tmp_path / "b.nemo", values, nemo.draw(values))
+    with pytest.raises(PorttoolError, match="'num_moe_experts' is 8, which porttool cannot port"):
+        tiny.converted(source, tmp_path / "refused")
+
+
 @pytest.mark.parametrize("groups", [None, 2])
 def test_gpt_2b_against_stablelm(tmp_path, registry, groups):
     values = made(num_query_groups=groups)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import nemo_writer as nemo
 import tiny
 from porttool import api
 from porttool.cli import invoke as run_cli
@@ -132,6 +133,26 @@ def test_nemo_adapters_and_unpacked_folders(tmp_path):
         tar.extractall(tmp_path / "folder", filter="data")
     table = made(tmp_path / "folder", tmp_path)
     assert (table.config.tasks, table.config.lengths) == (("email",), (5,))
+
+
+def test_nemo_since_1_19_says_it_in_the_models_yaml(tmp_path):
+    section = {"virtual_tokens": 5, "bottleneck_dim": 1024, "embedding_dim": 1024, "init_std": 0.02}
+    values = {
+        **nemo.GPT_2B,
+        "nemo_version": "1.20.0",
+        "restore_from_path": "/base.nemo",
+        "peft": {"peft_scheme": "ptuning", "restore_from_path": None, "p_tuning": section},
+    }
+    adapter = "model.language_model.adapter_layer.ptuning_adapter"
+    tree = {f"{adapter}.inference_table": TABLES["email"], f"{adapter}.mlp_head.0.bias": drawn(2)}
+    members = {"model_config.yaml": json.dumps(values).encode(),
+               "model_weights.ckpt": nemo.saved(tree)}  # fmt: skip
+    source = nemo.pack(tmp_path / "p.nemo", members, "tar")
+    table = made(source, tmp_path)
+    assert (table.config.tasks, table.config.lengths) == (("prompt",), (5,))
+    section["virtual_tokens"] = 6
+    members["model_config.yaml"] = json.dumps(values).encode()
+    refused(nemo.pack(tmp_path / "q.nemo", members, "tar"), tmp_path / "q", "says 6 virtual tokens")
 
 
 @pytest.mark.parametrize(

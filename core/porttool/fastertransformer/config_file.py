@@ -61,7 +61,8 @@ INERT = (
     "multi_query", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
     "max_batch_size", "max_sequence_length", "inference_runner", "pre_allocate_kv_cache",
     "pad_key_length", "validate_runner_input", "auto_map", "attention_head_type", "size_per_head",
-    "adapter_inter_size",
+    "adapter_inter_size", "saved_dir", "trained_gpu_num", "infer_gpu_num",
+    "trained_tensor_parallel_size", "infer_tensor_parallel_size",
 )  # fmt: skip
 """Arguments of the conversion, and attributes of Hugging Face's configs about how it was run."""
 

@@ -21,17 +21,20 @@ INERT_KEYS = frozenset({
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
     "forced_eos_token_id", "length_penalty", "no_repeat_ngram_size", "num_beam_groups",
     "num_return_sequences", "output_scores", "remove_invalid_values", "suppress_tokens",
-    "tf_legacy_loss", "typical_p",
+    "tf_legacy_loss", "typical_p", "eos_token_ids", "xla_device", "_flash_attn_2_enabled",
+    "_attn_implementation_internal", "apply_query_key_layer_scaling", "unsloth_version",
+    "unsloth_fixed", "author", "created_date", "license",
 })  # fmt: skip
 """Keys that change no arithmetic of a forward pass (dropout is off; special ids are read apart).
 
 Files that older versions of transformers wrote hold every one of generation's, and some that have
-long had no effect: those of gpt2-medium and distilgpt2 on the hub do.
+long had no effect: those of gpt2-medium and distilgpt2 on the hub do. Scaling scores by the layer
+is Megatron's, and undone in its softmax.
 """
 
 MUST_BE: dict[str, Any] = {
     "add_cross_attention": False, "is_encoder_decoder": False, "cross_attention_hidden_size": None,
     "pruned_heads": {}, "tie_encoder_decoder": False, "quantization_config": None,
-    "torchscript": False, "n_special": 0,
+    "torchscript": False, "n_special": 0, "normalize_attention_scores": True,
 }  # fmt: skip
 """Keys that would change the model unless they have this value."""

@@ -111,6 +111,16 @@ def read_nemo_config(path: Path) -> dict[str, Any]:
     return {key: resolved(values, key, path) for key in values}
 
 
+def tunes_prompts(values: Mapping[str, Any]) -> bool:
+    """Tell prompt learning's YAML from a model's.
+
+    Since NeMo 1.19 it is the model's own with `peft_scheme: ptuning` in it.
+    """
+    peft = values.get("peft")
+    scheme = peft.get("peft_scheme") if isinstance(peft, Mapping) else None
+    return "virtual_prompt_style" in values or scheme == "ptuning"
+
+
 def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
     """Parse a YAML mapping without constructing anything but plain values."""
     try:

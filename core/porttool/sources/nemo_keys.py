@@ -23,7 +23,6 @@ FIXED: dict[str, Any] = {
     "num_moe_experts": None,
     "multi_query_attention": False,
     "virtual_pipeline_model_parallel_size": None,
-    "pipeline_model_parallel_split_rank": None,
     "scale_positional_embedding": False,
     "embedding_scale": None,
     "add_position_embedding": True,
@@ -34,7 +33,8 @@ FIXED: dict[str, Any] = {
 
 TRAINING = (
     "name", "target", "nemo_version", "precision", "seed", "data", "optim", "inference", "peft",
-    "rlhf",
+    "rlhf", "dpo", "*megatron_timer*", "use_distributed_optimizer", "moe_*",
+    "pipeline_model_parallel_split_rank",
     "micro_batch_size", "global_batch_size", "rampup_batch_size", "resume_from_checkpoint",
     "restore_from_path", "gradient_*", "grad_*", "init_method_std", "use_scaled_init_method",
     "*dropout", "do_layer_norm_weight_decay", "native_amp_*", "hysteresis", "fp32_residual_*",

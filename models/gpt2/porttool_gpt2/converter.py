@@ -23,6 +23,7 @@ class GPT2Converter(HuggingFaceConverter):
         d_model=768, d_ff=3072, activation="gelu_tanh", attention_scale=0.125,
     )  # fmt: skip
     model_types: ClassVar[frozenset[str]] = frozenset({"gpt2"})
+    default_end = 50256
 
     def read_config(self, config: SourceConfig) -> ModelConfig:
         """Read every key of GPT2Config that changes the arithmetic."""

@@ -20,6 +20,7 @@ from porttool.reading import (
     locate_model,
     megatron_weight_map,
     read_nemo_config,
+    tunes_prompts,
     unpacked,
     validated,
 )
@@ -66,7 +67,7 @@ class NemoConverter(Converter):
             values = read_nemo_config(source)
         except SourceError:
             return source.suffix == ".nemo" and source.exists()
-        return "num_layers" in values and "virtual_prompt_style" not in values
+        return "num_layers" in values and not tunes_prompts(values)
 
     def prepare(
         self, source: Path, scratch: Path, progress: Progress

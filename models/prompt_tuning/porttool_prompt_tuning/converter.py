@@ -24,6 +24,7 @@ from porttool.reading import (
     read_json,
     read_nemo_config,
     read_npy,
+    tunes_prompts,
 )
 
 if TYPE_CHECKING:
@@ -51,16 +52,21 @@ class NemoConverter(TableConverter):
     def matches(self, source: Path) -> bool:
         """Tell it from a model's archive by its YAML."""
         try:
-            return "virtual_prompt_style" in read_nemo_config(source)
+            return tunes_prompts(read_nemo_config(source))
         except SourceError:
             return False
 
     def open(self, source: Path) -> Mapping[str, Tensor]:
         """Read the tasks of the YAML that have a table, in its order."""
         config = read_nemo_config(source)
-        if "virtual_prompt_style" not in config:
+        if not tunes_prompts(config):
             raise SourceError(f"{source}: {CONFIG} has no virtual_prompt_style; this is a model")
-        lengths = template_lengths(config.get("task_templates"), source)
+        if "virtual_prompt_style" in config:
+            lengths = template_lengths(config.get("task_templates"), source)
+        else:  # one table for all that the model was tuned to, and no name of it
+            section = config["peft"].get("p_tuning")
+            known = isinstance(section, dict)
+            lengths = {"prompt": section.get("virtual_tokens") if known else None}
         found = read_tables(source, next(iter(lengths), "prompt"))
         if unknown := found.keys() - lengths.keys():
             raise SourceError(
