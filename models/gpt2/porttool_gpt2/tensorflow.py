@@ -43,13 +43,13 @@ class TensorFlowConverter(Converter):
     def matches(self, source: Path) -> bool:
         """Return true for a hparams.json with GPT-2's keys beside an index of tensors.
 
-        One of the two may be missing, or damaged, and is then named when it is read; beside a
-        config.json the folder is Hugging Face's instead.
+        One of the two may be missing or damaged, and is then named when it is read.
         """
         if source.is_file() and source.suffix != ".index":
             return False
         folder = source if source.is_dir() else source.parent
-        indexed, alone = any(folder.glob("*.index")), not (folder / "config.json").exists()
+        indexed = any(folder.glob("*.index"))
+        alone = not (folder / "config.json").exists()  # with one it is Hugging Face's
         try:
             told = read_json(folder / "hparams.json").keys() >= KEYS.keys()
         except SourceError:
@@ -58,8 +58,7 @@ class TensorFlowConverter(Converter):
 
     def config(self, source: Path) -> ModelConfig:
         """Read hparams.json."""
-        file = hparams(source)
-        values = read_json(file)
+        values = read_json(file := hparams(source))
         if missing := KEYS.keys() - values.keys():
             raise SourceError(f"{file}: the keys {sorted(missing)} are missing")
         return gpt2_config({KEYS.get(key, key): value for key, value in values.items()}, file)
