@@ -185,6 +185,10 @@ def test_shards_and_their_index(tmp_path, reference, file):
     values["weight_map"][name] = f"{stem}-00001-of-00003.{suffix}"
     index.write_text(json.dumps(values))
     assert f"the index and its shards disagree about: {name}" in refusal(source, tmp_path)
+    values["weight_map"] |= {name: shard.name, "transformer.h.9.ln_1.weight": shard.name}
+    index.write_text(json.dumps(values))
+    said = "the index and its shards disagree about: transformer.h.9.ln_1.weight"
+    assert said in refusal(source, tmp_path)
     values["weight_map"][name] = "../outside.bin"
     index.write_text(json.dumps(values))
     assert "names a file outside the folder: '../outside.bin'" in refusal(source, tmp_path)
