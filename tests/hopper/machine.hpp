@@ -291,12 +291,14 @@ inline float warp_sum(float v) {
     return v;
 }
 
+inline u32 narrow(float a, float b) { return narrow(a) | u32(narrow(b)) << 16; }
 inline float2 widen(u32 pair) { return {widen_one(pair), widen_one(pair >> 16)}; }
 inline void widen8(const char* from, float* to) {
     for (int i = 0; i < 8; ++i) to[i] = widen_one(reinterpret_cast<const u16*>(from)[i]);
 }
 inline void widen8(uint4 w, float* to) { widen8(reinterpret_cast<const char*>(&w), to); }
 inline float2 read_constant(const float* from) { return {from[0], from[1]}; }
+inline u32 read_pair(const u16* from) { return from[0] | u32(from[1]) << 16; }
 
 // sum [16, 8] += a [16, 16] b [16, 8], a warp; the fragments of mma.m16n8k16.
 inline void multiply_add(float (&sum)[4], uint4 a, uint2 b) {
@@ -345,18 +347,21 @@ inline void store16(u32 address, uint4 v) {
 
 struct Word {
     u32 bits, flag;
+    bool of(u32 other) const { return flag == other; }
 };
 struct Words {
     Word a, b;
-    bool of(u32 flag) const { return a.flag == flag && b.flag == flag; }
+    bool of(u32 flag) const { return a.of(flag) && b.of(flag); }
 };
 
 inline void tell(u64* to, u32 bits, u32 flag) { *to = u64(flag) << 32 | bits, ++moved; }
 inline void tell(u64* to, float value, u32 flag) { tell(to, __float_as_uint(value), flag); }
-inline Words peek(const u64* from, int pair) {
+inline Word peek(const u64* from) {
     pause();
-    const u64 a = from[2 * pair], b = from[2 * pair + 1];
-    return {{u32(a), u32(a >> 32)}, {u32(b), u32(b >> 32)}};
+    return {u32(*from), u32(*from >> 32)};
+}
+inline Words peek(const u64* from, int pair) {
+    return {peek(from + 2 * pair), peek(from + 2 * pair + 1)};
 }
 inline u32 count_up(u32* at) {
     pause();

@@ -193,7 +193,7 @@ struct Running {
     __device__ static u32 pair(float chance, int group) {
         const float even = __shfl_sync(~0u, chance, 8 * group);
         const float odd = __shfl_sync(~0u, chance, 8 * group + 5);
-        return narrow(even) | u32(narrow(odd)) << 16;
+        return narrow(even, odd);
     }
 
     // A word of each of four positions, times their chances.
@@ -297,7 +297,7 @@ __device__ __forceinline__ void join(u16* all, Shared& s, int lane) {
                 const float2 part = reinterpret_cast<const float2*>(s.sums[which][w])[d];
                 sum.x += part.x * share[w], sum.y += part.y * share[w];
             }
-            out[d] = narrow(sum.x * scale) | u32(narrow(sum.y * scale)) << 16;
+            out[d] = narrow(sum.x * scale, sum.y * scale);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&s.joined[which]), 1);

@@ -233,8 +233,7 @@ __device__ __forceinline__ void take_slot(Running& run, Shared& s, int n, int ti
             const float b = __expf(scores[j][2 * i + 1] - above[i]);
             char* to = s.chances[tile * 16 + lane / 4 + 8 * i];
             run.total[i] += a + b;
-            reinterpret_cast<u32*>(to)[(j * WIDE + w) * 4 + lane % 4] = narrow(a) | u32(narrow(b))
-                                                                                        << 16;
+            reinterpret_cast<u32*>(to)[(j * WIDE + w) * 4 + lane % 4] = narrow(a, b);
         }
     if (live % GRAIN) clear_rest(s.values[(copy + live / GRAIN) % RING], live % GRAIN);
     together();
@@ -330,8 +329,8 @@ __device__ __forceinline__ void finish(const Step& step, const Shared& s, const 
         const float scale = 1.0f / total;
         u16* out = step.out +
                    (static_cast<long long>(part.row) * HEADS + part.kv * GROUP + head) * DIM + d;
-        *reinterpret_cast<uint2*>(out) = {narrow(v.x * scale) | u32(narrow(v.y * scale)) << 16,
-                                          narrow(v.z * scale) | u32(narrow(v.w * scale)) << 16};
+        *reinterpret_cast<uint2*>(out) = {narrow(v.x * scale, v.y * scale),
+                                          narrow(v.z * scale, v.w * scale)};
     }
 }
 

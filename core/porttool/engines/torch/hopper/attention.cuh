@@ -5,12 +5,26 @@
 struct Running {
     float top = LOWEST, total = 0.0f, acc[8] = {};
 
-    __device__ void take(float score, const float* value) {
-        const float above = fmaxf(top, score);
-        const float shrink = __expf(top - above), chance = __expf(score - above);
-        top = above, total = total * shrink + chance;
+    // Positions that are not `inside` count for nothing: theirs are zeros.
+    template <int N>
+    __device__ void take(const float (&score)[N], const uint4 (&value)[N],
+                         const bool (&inside)[N]) {
+        float above = top;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) acc[i] = acc[i] * shrink + chance * value[i];
+        for (int i = 0; i < N; ++i) above = fmaxf(above, inside[i] ? score[i] : LOWEST);
+        const float shrink = __expf(top - above);
+        top = above, total *= shrink;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[i] *= shrink;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            float v[8];
+            widen8(value[j], v);
+            const float chance = inside[j] ? __expf(score[j] - above) : 0.0f;
+            total += chance;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) acc[i] += chance * v[i];
+        }
     }
 };
 
@@ -55,20 +69,31 @@ struct Attention : Program {
                 continue;
             }
             const u16 kept = narrow(value);
-            (kind == 1 ? s.key : s.value)[d] = widen_one(kept);
+            (kind == 1 ? s.key : s.value)[d] = kept;
             if (part.head % (HEADS / KV) == 0)
                 (kind == 1 ? w.keys : w.values)[(kv * s.plan.capacity + position) * DIM + d] = kept;
         }
         together();
     }
 
-    __device__ static float dot(const float* a, const float* b) {
-        float sum = 0.0f;
+    // N positions at once, so that nobody waits for one after the other: this lane's elements of
+    // their keys and values.
+    template <int N>
+    __device__ static void meet(Running& run, const float (&query)[8], const uint4 (&key)[N],
+                                const uint4 (&value)[N], const bool (&inside)[N]) {
+        float score[N] = {};
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum += a[i] * b[i];
+        for (int j = 0; j < N; ++j) {
+            float k[8];
+            widen8(key[j], k);
 #pragma unroll
-        for (int step = LANES / 2; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        return sum;
+            for (int i = 0; i < 8; ++i) score[j] += query[i] * k[i];
+        }
+#pragma unroll
+        for (int step = LANES / 2; step; step /= 2)
+#pragma unroll
+            for (int j = 0; j < N; ++j) score[j] += __shfl_xor_sync(~0u, score[j], step);
+        run.take(score, value, inside);
     }
 
     __device__ void attend() {
@@ -77,27 +102,35 @@ struct Attention : Program {
         const bool own = part.high == position + 1 && part.low <= position;
         load_heads(part, own);
         Running run;
-        float query[8], key[8], value[8];
-        const int at = lane % LANES * 8, group = lane / LANES;
+        float query[8];
+        const int at = lane % LANES * 8, group = lane / LANES, mine = warp * (32 / LANES) + group;
 #pragma unroll
         for (int i = 0; i < 8; ++i) query[i] = s.query[at + i];
         const int end = part.stored(position);
         for (int first = part.low; first < end; first += CHUNK) {
-            const char* chunk = slot();
-            for (int i = 0; i < CHUNK && first + i < end; i += TOGETHER) {
-                const int t = i + warp * (32 / LANES) + group;
-                const int offset = (t * DIM + at) * 2;
-                const bool inside = first + t < end;
-                widen8(chunk + offset, key);
-                const float score = dot(query, key);
-                widen8(chunk + CHUNK * DIM * 2 + offset, value);
-                if (inside) run.take(score, value);
+            constexpr int N = CHUNK / TOGETHER;
+            const char* chunk = slot() + (mine * DIM + at) * 2;
+            uint4 key[N] = {}, value[N] = {};
+            bool inside[N];
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                inside[j] = first + j * TOGETHER + mine < end;
+                if (!inside[j]) continue;
+                key[j] = *reinterpret_cast<const uint4*>(chunk + j * TOGETHER * DIM * 2);
+                value[j] =
+                    *reinterpret_cast<const uint4*>(chunk + (CHUNK + j * TOGETHER) * DIM * 2);
             }
+            meet(run, query, key, value, inside);
             release();
         }
         if (own && warp == 0) {
-            const float score = dot(query, s.key + at);
-            if (group == 0) run.take(score, s.value + at);
+            const bool inside[] = {group == 0};
+            uint4 key[1] = {}, value[1] = {};
+            if (group == 0) {
+                key[0] = *reinterpret_cast<const uint4*>(s.key + at);
+                value[0] = *reinterpret_cast<const uint4*>(s.value + at);
+            }
+            meet(run, query, key, value, inside);
         }
         join(part, run, at);
     }
@@ -141,8 +174,7 @@ struct Attention : Program {
         const bool empty = total == 0.0f;  // a NaN is not: it shall be seen in the logits
         const float scale = empty ? 0.0f : 1.0f / total;
         if (d == 0) tell(s.plan.share + place, empty ? LOWEST : top + __logf(total), flag());
-        tell(s.plan.part + (place * DIM + d) / 2,
-             narrow(even * scale) | static_cast<u32>(narrow(odd * scale)) << 16, flag());
+        tell(s.plan.part + (place * DIM + d) / 2, narrow(even * scale, odd * scale), flag());
     }
 
     // Attention's result joined from its parts.
@@ -171,7 +203,7 @@ struct Attention : Program {
 #pragma unroll
                 for (int p = 0; p < SPLITS; ++p) all = all && parts[i][p].of(flag());
         } while (!all);
-        if (FEW) {
+        if (FEW) {  // not before: so many who ask for so few words delay those who tell them
             if (threadIdx.x < HEADS * SPLITS)
                 s.share[threadIdx.x] = hear(s.plan.share + threadIdx.x, flag());
             together();

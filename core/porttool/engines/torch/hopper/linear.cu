@@ -290,9 +290,7 @@ struct Quad {
     }
 };
 
-__device__ __forceinline__ uint2 narrow4(float4 v) {
-    return {narrow(v.x) | u32(narrow(v.y)) << 16, narrow(v.z) | u32(narrow(v.w)) << 16};
-}
+__device__ __forceinline__ uint2 narrow4(float4 v) { return {narrow(v.x, v.y), narrow(v.z, v.w)}; }
 
 // Store this program's rows, or add them to the residual stream. Nothing is unrolled: code that
 // has to be fetched would take longer than what it does. What comes from memory is asked for one

@@ -1,5 +1,5 @@
-// What every kernel here needs of the machine: asynchronous copies, loads, barriers, numbers, words.
-// No header is included: NVRTC compiles this where no CUDA toolkit is installed.
+// What every kernel here needs of the machine: asynchronous copies, loads, barriers, numbers,
+// words. No header is included: NVRTC compiles this where no CUDA toolkit is installed.
 //
 // Defined outside: BF16 (0 or 1), SHARED (bytes of shared memory), and what each file says.
 
@@ -69,6 +69,17 @@ __device__ __forceinline__ u16 narrow(float value) {
     return bits;
 }
 
+// Two numbers as a word of 16-bit ones.
+__device__ __forceinline__ u32 narrow(float a, float b) {
+    u32 pair;
+#if BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+#endif
+    return pair;
+}
+
 // Tensor cores: sum [16, 8] += a [16, 16] b [16, 8], 16-bit factors.
 __device__ __forceinline__ void multiply_add(float (&sum)[4], uint4 a, uint2 b) {
 #if BF16
@@ -116,10 +127,16 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// Asked for here and now, however late it is used.
+// Two numbers, asked for here and now, however late they are used.
 __device__ __forceinline__ float2 read_constant(const float* from) {
     float2 v;
     asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from));
+    return v;
+}
+
+__device__ __forceinline__ u32 read_pair(const u16* from) {
+    u32 v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
     return v;
 }
 
@@ -137,11 +154,12 @@ __device__ __forceinline__ float2 read_constant(const float* from) {
 // order.)
 struct Word {
     u32 bits, flag;
+    __device__ bool of(u32 other) const { return flag == other; }
 };
 
 struct Words {
     Word a, b;
-    __device__ bool of(u32 flag) const { return a.flag == flag && b.flag == flag; }
+    __device__ bool of(u32 flag) const { return a.of(flag) && b.of(flag); }
 };
 
 __device__ __forceinline__ void tell(u64* place, u32 bits, u32 flag) {
@@ -151,6 +169,13 @@ __device__ __forceinline__ void tell(u64* place, u32 bits, u32 flag) {
 
 __device__ __forceinline__ void tell(u64* place, float value, u32 flag) {
     tell(place, __float_as_uint(value), flag);
+}
+
+// The word as it is now.
+__device__ __forceinline__ Word peek(const u64* place) {
+    u64 word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
+    return {static_cast<u32>(word), static_cast<u32>(word >> 32)};
 }
 
 // Words 2 `pair` and 2 `pair` + 1 as they are now.
@@ -176,11 +201,11 @@ __device__ __forceinline__ u32 count_up(u32* place) {
 
 // One word of the stage.
 __device__ __forceinline__ float hear(const u64* place, u32 flag) {
-    u64 word;
+    Word word;
     do {
-        asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
-    } while (static_cast<u32>(word >> 32) != flag);
-    return __uint_as_float(static_cast<u32>(word));
+        word = peek(place);
+    } while (!word.of(flag));
+    return __uint_as_float(word.bits);
 }
 
 // Words of the stage at several places, all asked for together.
@@ -188,19 +213,13 @@ template <int N>
 __device__ __forceinline__ void hear(float (&heard)[N], const u64* const (&places)[N], u32 flag) {
     bool all;
     do {
-        u64 words[N];
+        Word words[N];
 #pragma unroll
-        for (int i = 0; i < N; ++i)
-            asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];"
-                         : "=l"(words[i])
-                         : "l"(places[i])
-                         : "memory");
+        for (int i = 0; i < N; ++i) words[i] = peek(places[i]);
         all = true;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            all = all && static_cast<u32>(words[i] >> 32) == flag;
-            heard[i] = __uint_as_float(static_cast<u32>(words[i]));
-        }
+        for (int i = 0; i < N; ++i)
+            all = all && words[i].of(flag), heard[i] = __uint_as_float(words[i].bits);
     } while (!all);
 }
 

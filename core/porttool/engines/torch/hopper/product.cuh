@@ -45,6 +45,26 @@ struct Product {
     }
 };
 
+constexpr int PAIRS = (D / 2 + THREADS - 1) / THREADS;  // of the residual stream, a thread
+constexpr bool NORM_AHEAD = PAIRS <= 12;                // else there are not the registers
+
+// A norm's scale and shift, as far as this thread needs them.
+struct Norm {
+    const float *scale, *shift;
+    float2 g[PAIRS], b[PAIRS];
+
+    __device__ static int pair(int i) {
+        return min(i * THREADS + static_cast<int>(threadIdx.x), D / 2 - 1);
+    }
+    __device__ void load() {
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            g[i] = read_constant(scale + 2 * pair(i));
+            b[i] = shift ? read_constant(shift + 2 * pair(i)) : make_float2(0.0f, 0.0f);
+        }
+    }
+};
+
 // Where a program is: the token and layer it works on, and its place in the ring.
 struct Program {
     Shared& shared;
@@ -119,14 +139,21 @@ struct Program {
 
     // ---- inputs ----
 
-    // Element `at` of the chosen token's embedding at its position.
-    __device__ float embedding(int at) const {
-        float value = widen_one(__ldg(s.plan.embedding + static_cast<long long>(s.token) * D + at));
-        if (s.plan.learned) {
-            const long long row = min(static_cast<long long>(position), s.plan.last_position);
-            value += widen_one(__ldg(s.plan.learned + row * D + at));
+    // Two elements of the chosen token's embedding, and of its position's, asked for here.
+    struct Embedded {
+        u32 token, position;
+
+        __device__ float2 sum() const {
+            const float2 a = widen(token), b = widen(position);
+            return make_float2(a.x + b.x, a.y + b.y);
         }
-        return value;
+    };
+
+    __device__ Embedded embedded(int pair) const {
+        const long long token = s.token,
+                        row = min(static_cast<long long>(position), s.plan.last_position);
+        return {read_pair(s.plan.embedding + token * D + 2 * pair),
+                s.plan.learned ? read_pair(s.plan.learned + row * D + 2 * pair) : 0};
     }
 
     // Where a pair of elements goes: a unit's middle words change places.
@@ -138,59 +165,52 @@ struct Program {
     // those, half a line further, so that both are read at once.
     template <int K>
     __device__ void put(int at, float a, float b) {
-        const u16 x = narrow(a), y = narrow(b);
         u32* to = reinterpret_cast<u32*>(s.input) + placed(at / 2);
-        to[0] = x | static_cast<u32>(y) << 16;
-        to[(K * 2 + STEP) / 4] =
-            narrow(a - widen_one(x)) | static_cast<u32>(narrow(b - widen_one(y))) << 16;
+        const u32 first = narrow(a, b);
+        const float2 kept = widen(first);
+        to[0] = first, to[(K * 2 + STEP) / 4] = narrow(a - kept.x, b - kept.y);
     }
 
-    template <int N>
-    __device__ static void load_constants(float2 (&g)[N], float2 (&b)[N], const float* scale,
-                                          const float* shift) {
+    // The first layer's input, an embedding: what every thread meets of it, all asked for at once.
+    __device__ void load_embedding(float2 (&x)[PAIRS]) {
+        if (token) {
+            Embedded asked[PAIRS];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            const int at = min(i * THREADS + static_cast<int>(threadIdx.x), D / 2 - 1);
-            g[i] = read_constant(scale + 2 * at);
-            b[i] = shift ? read_constant(shift + 2 * at) : make_float2(0.0f, 0.0f);
+            for (int i = 0; i < PAIRS; ++i) asked[i] = embedded(Norm::pair(i));
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) x[i] = asked[i].sum();
+        } else {
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i)
+                x[i] = reinterpret_cast<const float2*>(s.plan.x)[Norm::pair(i)];
         }
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i)
+            keep(2 * Norm::pair(i), x[i].x), keep(2 * Norm::pair(i) + 1, x[i].y);
     }
 
     // The normalised residual stream (Ba, Kiros and Hinton 2016; Zhang and Sennrich 2019). `before`
-    // is the flag of the words to hear; the first layer's input is an embedding.
-    __device__ void load_normed(const float* scale, const float* shift, u32 before, bool first) {
-        constexpr int EACH = (D / 2 + THREADS - 1) / THREADS;
-        constexpr bool AHEAD = EACH <= 12;  // scale and shift are read before the words come
-        float2 g[EACH], b[EACH], x[EACH];
+    // is the flag of the words to hear, unless the input is an embedding.
+    __device__ void load_normed(Norm& norm, u32 before, bool first) {
+        float2 x[PAIRS];
         float sum = 0.0f, square = 0.0f;
-        if (AHEAD) load_constants(g, b, scale, shift);
         if (first) {
-#pragma unroll
-            for (int i = 0; i < EACH; ++i) {
-                const int at = min(i * THREADS + static_cast<int>(threadIdx.x), D / 2 - 1);
-                x[i] = token ? make_float2(embedding(2 * at), embedding(2 * at + 1))
-                             : reinterpret_cast<const float2*>(s.plan.x)[at];
-            }
-#pragma unroll
-            for (int i = 0; i < EACH; ++i) {
-                const int at = min(i * THREADS + static_cast<int>(threadIdx.x), D / 2 - 1);
-                keep(2 * at, x[i].x), keep(2 * at + 1, x[i].y);
-            }
+            load_embedding(x);
         } else {
-            Words heard[EACH];
+            Words heard[PAIRS];
             hear(heard, s.plan.stream, threadIdx.x, THREADS, D / 2, before);
 #pragma unroll
-            for (int i = 0; i < EACH; ++i)
+            for (int i = 0; i < PAIRS; ++i)
                 x[i] =
                     make_float2(__uint_as_float(heard[i].a.bits), __uint_as_float(heard[i].b.bits));
         }
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
+        for (int i = 0; i < PAIRS; ++i) {
             if (i * THREADS + threadIdx.x >= D / 2) break;
             sum += x[i].x + x[i].y;
             square += x[i].x * x[i].x + x[i].y * x[i].y;
         }
-        if (!AHEAD) load_constants(g, b, scale, shift);
+        if (!NORM_AHEAD) norm.load();
         sum = warp_sum(sum), square = warp_sum(square);
         if (lane == 0) s.square[warp] = make_float2(sum, square);
         together();
@@ -200,11 +220,11 @@ struct Program {
         const float mean = RMS ? 0.0f : sum / D;
         const float r = rsqrtf(fmaxf(square / D - mean * mean, 0.0f) + EPS);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) {
+        for (int i = 0; i < PAIRS; ++i) {
             const int at = i * THREADS + threadIdx.x;
             if (at >= D / 2) break;
-            put<D>(2 * at, (x[i].x - mean) * r * g[i].x + b[i].x,
-                   (x[i].y - mean) * r * g[i].y + b[i].y);
+            put<D>(2 * at, (x[i].x - mean) * r * norm.g[i].x + norm.b[i].x,
+                   (x[i].y - mean) * r * norm.g[i].y + norm.b[i].y);
         }
         together();
     }
@@ -217,14 +237,14 @@ struct Program {
 
     // The MLP's inner activations, two to a word, as they are stored.
     __device__ void load_hidden() {
-        constexpr int PAIRS = FF / 4, EACH = (PAIRS + THREADS - 1) / THREADS,
+        constexpr int ALL = FF / 4, EACH = (ALL + THREADS - 1) / THREADS,
                       AT_ONCE = EACH > 8 ? (EACH + 1) / 2 : EACH;  // more arrive later
-        for (int first = threadIdx.x; first < PAIRS; first += AT_ONCE * THREADS) {
+        for (int first = threadIdx.x; first < ALL; first += AT_ONCE * THREADS) {
             Words heard[AT_ONCE];
-            hear(heard, s.plan.hidden, first, THREADS, PAIRS, flag());
+            hear(heard, s.plan.hidden, first, THREADS, ALL, flag());
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
-                if (first + i * THREADS < PAIRS) {
+                if (first + i * THREADS < ALL) {
                     u32* to = reinterpret_cast<u32*>(s.input) + placed(2 * (first + i * THREADS));
                     to[0] = heard[i].a.bits, to[2] = heard[i].b.bits;
                 }

@@ -20,24 +20,23 @@ struct Step : Attention {
                           : stage == UP   ? w.up_bias
                           : stage == DOWN ? w.down_bias
                                           : nullptr;
+        const bool inner = stage == UP, last = stage == HEAD;
+        Norm norm{last    ? s.plan.head_scale
+                  : inner ? w.up_scale
+                          : w.qkv_scale,
+                  last    ? s.plan.head_shift
+                  : inner ? w.up_shift
+                          : w.qkv_shift};
+        // Asked for before the words. That the bias is waited for gives the others time to tell:
+        // who asks too early asks twice, and delays those who tell.
+        if (NORM_AHEAD && stage != OUT && stage != DOWN) norm.load();
         const float shift = bias ? widen_one(__ldg(bias + row)) : 0.0f;
-        if (stage == OUT) {
+        if (stage == OUT)
             load_attended();
-        } else if (stage == DOWN) {
+        else if (stage == DOWN)
             load_hidden();
-        } else {
-            const bool inner = stage == UP, last = stage == HEAD;
-            load_normed(last    ? s.plan.head_scale
-                        : inner ? w.up_scale
-                                : w.qkv_scale,
-                        last    ? s.plan.head_shift
-                        : inner ? w.up_shift
-                                : w.qkv_shift,
-                        last    ? flag() + 1
-                        : inner ? flag()
-                                : flag() - 1,
-                        stage == QKV && layer == 0);
-        }
+        else
+            load_normed(norm, flag() + last - (stage == QKV), stage == QKV && layer == 0);
         if (stage == HEAD) return choose_among(logits);
         if (stage == QKV) multiply<QKV>(QKV_MATRIX.rows());
         if (stage == OUT) multiply<OUT>(OUT_MATRIX.rows());
@@ -61,8 +60,7 @@ struct Step : Attention {
         const float odd = __shfl_down_sync(~0u, y, GATED ? 2 : 1);
         const int column = threadIdx.x / (GATED ? 2 : 1);
         if (threadIdx.x % (GATED ? 4 : 2) == 0 && column < UP_MATRIX.owned())
-            tell(s.plan.hidden + (UP_MATRIX.first() + column) / 2,
-                 narrow(y) | static_cast<u32>(narrow(odd)) << 16, flag());
+            tell(s.plan.hidden + (UP_MATRIX.first() + column) / 2, narrow(y, odd), flag());
     }
 
     // Logits of this program's part of the vocabulary: all of them where wanted, the first largest.
@@ -173,9 +171,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1)
         if (blockIdx.x == 0 && threadIdx.x == 0) s.plan.history[cursor + step.token] = s.token;
         step.advance();
     }
-    if (threadIdx.x < OUT_MATRIX.rows())
-        s.plan.x[OUT_MATRIX.first() + threadIdx.x] =
-            step.embedding(OUT_MATRIX.first() + threadIdx.x);
+    for (int i = blockIdx.x * THREADS + threadIdx.x; i < D / 2; i += GRID * THREADS)
+        reinterpret_cast<float2*>(s.plan.x)[i] = step.embedded(i).sum();
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         *s.plan.tokens = s.token;
         *s.plan.positions = start + count;

@@ -25,7 +25,7 @@ __device__ constexpr int ceiling(int a, int b) { return (a + b - 1) / b; }
 // One matrix's geometry. A gated one holds its two halves one after the other; a column's two rows
 // follow each other in its program. Columns are cut in groups of `cut`.
 struct Matrix {
-    int columns, steps, span, pieces, paired, cut;  // a row is `steps` long, a piece `span` at most
+    int columns, steps, span, pieces, paired, cut, groups;  // a piece is `span` of `steps` at most
 
     __device__ constexpr Matrix(int columns, int inner, int paired = 0, int cut = 1)
         : columns(columns),
@@ -33,13 +33,14 @@ struct Matrix {
           span(ceiling(ceiling(steps, ceiling(steps, MOST_STEPS)), 2) * 2),  // whole lines
           pieces(ceiling(steps, span)),
           paired(paired),
-          cut(cut) {}
+          cut(cut),
+          groups(columns / cut) {}
     __device__ constexpr int most_rows() const {
-        return (columns / cut + GRID - 1) / GRID * cut * (paired ? 2 : 1);
+        return (groups + GRID - 1) / GRID * cut * (paired ? 2 : 1);
     }
     __device__ int begin(int piece) const { return min(piece * span, steps); }
     __device__ int edge(int program) const {
-        return static_cast<u32>(columns / cut) * program / GRID * cut;
+        return static_cast<u32>(groups) * program / GRID * cut;
     }
     __device__ int first() const { return edge(blockIdx.x); }
     __device__ int owned() const { return edge(blockIdx.x + 1) - first(); }
@@ -105,7 +106,8 @@ struct Desk {
     float residual[OUT_MATRIX.most_rows()];  // this program's elements of the residual stream
     float2 square[WARPS];                    // sums and sums of squares of the norm's input
     float share[HEADS * SPLITS];             // logarithmic weights of attention's parts
-    alignas(16) float query[DIM], key[DIM], value[DIM];
+    alignas(16) float query[DIM];
+    alignas(16) u16 key[DIM], value[DIM];  // of the step's own position
     float best[WARPS];
     int where[WARPS];
     int token;
