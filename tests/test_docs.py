@@ -160,6 +160,18 @@ def test_the_command_line_page_is_what_help_says():
     assert found == module.cli_page(), "run: python docs/make_cli.py"
 
 
+@pytest.mark.parametrize("group", [(), ("plugins",)])
+def test_the_list_of_commands_cuts_no_sentence_off(group):
+    from click.testing import CliRunner
+
+    from porttool.cli import cli
+
+    shown = CliRunner().invoke(cli, [*group, "--help"], env={"COLUMNS": "80"}).output
+    listed = shown.partition("Commands:")[2].splitlines()
+    assert len(listed) > 2
+    assert [line for line in listed if line.endswith("...")] == []
+
+
 COMMAND = re.compile(
     r"`(?:mpirun -np \d+ )?(porttool [^`]+)`|^(?: {4}|\$ )(porttool .+)$", re.MULTILINE
 )
