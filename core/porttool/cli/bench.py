@@ -66,8 +66,9 @@ PICTURES = (".png", ".svg", ".pdf")
 def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> None:
     """Measure how fast ENGINES are, over a grid of sizes.
 
-    Every batch runs with every input and output length. Every side gets the same random prompts, greedily, end tokens ignored. The sides take turns in
-    every round, beside what the device was measured to do just then.
+    Every batch runs with every input and output length. Every side gets the same random prompts,
+    greedily, end tokens ignored. The sides take turns in every round, beside what the device was
+    measured to do just then.
     """
     from porttool.benchmark import Method, bench, grid
     from porttool.workspace import Workspace

@@ -106,7 +106,8 @@ def describe(component: type) -> str:
 def check(name: str, as_json: bool) -> None:
     """Run the conformance kit on the plugin or family NAME.
 
-    The exit status is 1 if a check fails. The cases are in the module `conformance` of the plugin's package.
+    The exit status is 1 if a check fails. The cases are in the module `conformance` of the
+    plugin's package.
     """
     from porttool.plugins import load_registry
     from porttool.testing import find_cases, run_checks
