@@ -14,7 +14,7 @@ HEAD = """\
 # The command line
 
 What `--help` says, written by `python docs/make_cli.py`. Exit status: 0 done, 1 a failed check or
-operation, 2 a usage error.
+operation, 2 a usage error, 130 interrupted.
 """
 WIDTH = 100
 

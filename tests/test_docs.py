@@ -124,6 +124,25 @@ def test_every_hook_is_documented():
         assert f"`{name}({', '.join(inspect.signature(function).parameters)})`" in page
 
 
+def test_what_every_class_of_a_plugin_has_to_say_is_documented():
+    from porttool import Builder, Converter, Evaluator, HuggingFaceConverter, Refinement, Runner
+    from porttool.prompt_table import TableConverter
+    from porttool.vetting import undeclared
+
+    page = (DOCS / "hooks.md").read_text()
+    kinds = (Converter, HuggingFaceConverter, Refinement, TableConverter)
+    for kind in (*kinds, Builder, Runner, Evaluator):
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{kind.__name__}`"))
+        said = row.split(" | ")[1]
+        for name in kind.__abstractmethods__:
+            found = inspect.signature(getattr(kind, name)).parameters.values()
+            bare = [p.replace(annotation=p.empty, default=p.empty) for p in found]
+            written = str(inspect.Signature(bare)).replace("(self, ", f"{name}(")
+            assert f"`{written}`" in said, (kind.__name__, written)
+        for name in set(undeclared(kind)) - {"name"}:
+            assert f"`{name}`" in said, (kind.__name__, name)
+
+
 def test_every_check_of_the_kit_is_documented():
     from porttool.testing import FamilyConformance
     from porttool.testing.cases import check_names
@@ -139,6 +158,18 @@ def test_the_command_line_page_is_what_help_says():
     spec.loader.exec_module(module)
     found = (DOCS / "cli.md").read_text()
     assert found == module.cli_page(), "run: python docs/make_cli.py"
+
+
+@pytest.mark.parametrize("group", [(), ("plugins",)])
+def test_the_list_of_commands_cuts_no_sentence_off(group):
+    from click.testing import CliRunner
+
+    from porttool.cli import cli
+
+    shown = CliRunner().invoke(cli, [*group, "--help"], env={"COLUMNS": "80"}).output
+    listed = shown.partition("Commands:")[2].splitlines()
+    assert len(listed) > 2
+    assert [line for line in listed if line.endswith("...")] == []
 
 
 COMMAND = re.compile(
@@ -186,7 +217,18 @@ def test_what_the_decoder_can_say_is_whole():
     assert [n for n in names if n.endswith(".weight") and f"`{n}`" not in page] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings get."""
+    heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_links_between_documents_lead_somewhere():
-    for page in [*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    pages = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    found = [(p, t) for p in pages for t in re.findall(r"\]\(([^):]+)\)", p.read_text())]
+    assert len(found) > 60
+    for page, target in found:
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name}: {target}"

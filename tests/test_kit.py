@@ -6,17 +6,19 @@ import json
 import re
 import socket
 from dataclasses import replace
+from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 import torch
 
-from porttool import cli
+from porttool import cli, plugins
 from porttool.catalog import Plugin
 from porttool.errors import CheckFailed, PluginError, UsageError
 from porttool.gpt2_layout import gpt2_config, read_gpt2_config
-from porttool.plugins import load_registry
+from porttool.plugins import GROUP, load_registry
 from porttool.testing import cases, find_cases, isolation, run_checks
 from porttool.weights import WeightMap, take
+from porttool_camel5b.conformance import Camel5bConformance
 from porttool_camel5b.converter import Camel5bConverter
 from porttool_gpt2.conformance import GPT2Conformance
 from porttool_gpt2.converter import GPT2Converter
@@ -238,6 +240,37 @@ def test_a_broken_plugin_is_not_checked():
     registry.plugins.append(Plugin("sick", "porttool-sick", "0", "ImportError: no"))
     with pytest.raises(PluginError, match="'sick' is broken: ImportError: no"):
         cases.find_plugin(registry, "sick")
+
+
+HALF_A_CLASS = """
+from porttool import HuggingFaceConverter, hookimpl
+api_version = 1
+class Half(HuggingFaceConverter):
+    name = family = "half"
+@hookimpl
+def porttool_converters(): return [Half]
+"""
+
+
+def test_a_plugin_whose_hook_fails_is_named_as_broken(monkeypatch, tmp_path):
+    (tmp_path / "porttool_half.py").write_text(HALF_A_CLASS)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [*entry_points(group=GROUP), EntryPoint("half", "porttool_half", GROUP)]
+    for module in (plugins, cases):
+        monkeypatch.setattr(module, "entry_points", lambda group: found)
+    why = "PluginError: Half has no model_types"
+    with pytest.raises(PluginError, match=f"'half' is broken: {why}"):
+        find_cases(load_registry(), "half")
+    with pytest.raises(UsageError, match=f"set aside: half of unknown unknown .{why}"):
+        find_cases(load_registry(), "halves")
+
+
+def test_anothers_case_that_fails_is_named(monkeypatch):
+    monkeypatch.setattr(GPT2Conformance, "sizes", {"n_embd": 5, "n_head": 2})
+    said = failure_of(Camel5bConformance, "detection")
+    assert "GPT2Conformance of the installed family 'gpt2' writes no source" in said
+    assert "ValueError" in said
+    assert "PORTTOOL_DISABLE_PLUGINS" in said
 
 
 def test_the_command_shows_a_table_and_exits_with_1_on_failure(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """porttool ports GPT-family language models to fast engines and proves that nothing broke.
 
-These names are the public API; everything that a plugin needs is here or in porttool.testing.
+These names are the public API; what else a plugin needs is in porttool.reading and
+porttool.testing.
 """
 
 from __future__ import annotations

@@ -119,7 +119,8 @@ class SourceConfig:
         if unread:
             raise SourceError(
                 f"{self.file}: unknown keys that could change the model: {listing(unread)}; "
-                "if they do not, delete them from a copy of the config"
+                "if they do not, delete them from a copy of the config, or, in a plugin of your "
+                "own, let read_config `ignore` them"
             )
         for section in self._sections:
             section.finish()

@@ -227,7 +227,11 @@ def write_table(
     """Read every task's table, check it, and write them all."""
     require_outside(source, output)
     require_free(output, MANIFEST, replace=replace, sources=[source])
-    record = SourceRecord(path=str(source.absolute()), fingerprint=fingerprint(source))
+    record = SourceRecord(
+        path=str(source.absolute()),
+        fingerprint=fingerprint(source),
+        options=converter.options.model_dump(mode="json", exclude_none=True),
+    )
     tables = read_tables(converter, source, progress)
     for task, table in tables.items():
         check_table(source, task, table)

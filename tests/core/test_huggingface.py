@@ -25,7 +25,8 @@ def test_every_key_must_be_read():
     config = SourceConfig({"n_layer": 2, "alpha": 1, "beta": 2, "use_cache": True}, FILE)
     assert config.integer("n_layer") == 2
     with pytest.raises(
-        SourceError, match=r"config\.json: unknown keys .*: alpha, beta; if they do"
+        SourceError,
+        match=r"config\.json: unknown keys .*: alpha, beta; if they do.*read_config `ignore` them",
     ):
         config.finish()
     config.ignore("alpha", "beta")

@@ -482,6 +482,16 @@ def test_the_proof_knows_tasks_by_their_names(tmp_path):
         )
 
 
+def test_tasks_that_were_named_at_conversion_are_proved(tmp_path, roomy, source):
+    """An array has no names: the table's manifest keeps those that it was told."""
+    np.save(tmp_path / "p.npy", drawn(4).reshape(2, 2, D).numpy())
+    table = str(tmp_path / "table")
+    named = ["--set", "tasks", '["news", "mail"]']
+    assert run_cli(["convert", str(tmp_path / "p.npy"), "--output", table, *named]) == 0
+    verify = ["verify", str(roomy), "--hf-model", str(source), "--prompt-table", table]
+    assert run_cli([*verify, "--set", "prompt_len", "6", "--set", "new_tokens", "2"]) == 0
+
+
 def peft_logits(model, ids):
     with torch.inference_mode():
         return model(input_ids=torch.tensor([ids])).logits[0]

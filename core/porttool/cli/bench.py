@@ -64,10 +64,11 @@ PICTURES = (".png", ".svg", ".pdf")
 @json_option
 @click.pass_context
 def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> None:
-    """Measure ENGINES over a grid: every batch with every input and output length.
+    """Measure how fast ENGINES are, over a grid of sizes.
 
-    Every side gets the same random prompts, greedily, end tokens ignored. The sides take turns in
-    every round, beside what the device was measured to do just then.
+    Every batch runs with every input and output length. Every side gets the same random prompts,
+    greedily, end tokens ignored. The sides take turns in every round, beside what the device was
+    measured to do just then.
     """
     from porttool.benchmark import Method, bench, grid
     from porttool.workspace import Workspace

@@ -83,7 +83,7 @@ DUMMY: OptionTable = (
 @json_option
 @click.pass_context
 def command(context: click.Context, /, checkpoint: Path | None, **_: Any) -> None:
-    """Build an engine from CHECKPOINT, for the sizes that it shall serve.
+    """Build an engine from CHECKPOINT, for the sizes it has to serve.
 
     With --dummy there is no checkpoint: the weights are random, and the engine says so.
     """

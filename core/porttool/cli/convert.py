@@ -52,10 +52,10 @@ def command(
     as_json: bool,
     **told: Any,
 ) -> None:
-    """Turn SOURCE (a folder, a file or a hub id) into a checkpoint, or into a prompt table.
+    """Turn SOURCE into a checkpoint, or into a prompt table.
 
-    SOURCE defaults to the family's own weights on the hub. The family is recognised; --model
-    insists on one. What a killed run left is taken up again.
+    SOURCE is a folder, a file or a hub id, by default the family's own weights on the hub. The
+    family is recognised; --model insists on one. What a killed run left is taken up again.
     """
     from porttool.api import convert, convert_prompts
     from porttool.workspace import Workspace

@@ -20,7 +20,7 @@ from porttool.errors import UsageError
               help="Articles to summarise.")  # fmt: skip
 @console.without_notes()  # they tell how other commands go on
 def command(data: Path, workdir: Path, max_articles: int) -> None:
-    """Convert a small trained GPT-2, build it, prove it, and summarise articles with it.
+    """Convert, build, prove and use a small trained GPT-2.
 
     Runs from a clone of the repository, which ships the model and the articles.
     """

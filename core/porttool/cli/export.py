@@ -29,7 +29,10 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write CHECKPOINT as FasterTransformer and early TensorRT-LLM read it."""
+    """Write CHECKPOINT as a FasterTransformer folder.
+
+    Early versions of TensorRT-LLM read it, too.
+    """
     from porttool.api import open_checkpoint
     from porttool.fastertransformer import CONFIG, export, place_of
     from porttool.plugins import load_registry

@@ -38,7 +38,7 @@ OPTIONS = (
 @json_option
 @click.pass_context
 def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
-    """Fill gaps in programs with ENGINE and with Hugging Face, and compare.
+    """Fill gaps in programs with ENGINE and Hugging Face; compare.
 
     Both get the same token ids. Exact match, edit similarity and ROUGE are compared problem by
     problem, tokens with an eye for ties, and log-probabilities directly.

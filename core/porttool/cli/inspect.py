@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.pass_context
 @spelling(flags_in(UNTOLD))
 def command(context: click.Context, /, path: Path, as_json: bool, **_: Any) -> None:
-    """Say what PATH is: a checkpoint, an engine, or a source and who can read it.
+    """Say what PATH is: a checkpoint, an engine or a source.
 
     A gzipped archive of a model is unpacked for it, into the system's temporary folder ($TMPDIR).
     """

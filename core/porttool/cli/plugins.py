@@ -29,7 +29,7 @@ def command(context: click.Context) -> None:
 @command.command("list")
 @json_option
 def show(as_json: bool = False) -> None:
-    """List families with their sources, engines, evaluators and broken plugins."""
+    """List families, engines, evaluators and broken plugins."""
     from porttool.cli import COMMANDS
     from porttool.plugins import load_registry
 
@@ -104,9 +104,10 @@ def describe(component: type) -> str:
 @json_option
 @console.without_notes()  # what they say is kept is in a folder that is taken away
 def check(name: str, as_json: bool) -> None:
-    """Run the conformance kit on the plugin or family NAME; exit status 1 if it fails.
+    """Run the conformance kit on the plugin or family NAME.
 
-    Its cases are in the module `conformance` of the plugin's package.
+    The exit status is 1 if a check fails. The cases are in the module `conformance` of the
+    plugin's package.
     """
     from porttool.plugins import load_registry
     from porttool.testing import find_cases, run_checks
@@ -136,7 +137,10 @@ def check_rows(results: Iterable[CheckResult]) -> Iterable[tuple[str, ...]]:
 @click.argument("name")
 @click.option("--output", "-o", type=FOLDER, default=Path(), help="Where the package goes [here].")
 def new(name: str, output: Path) -> None:
-    """Write an installable package for a new family NAME that passes the kit as it is."""
+    """Write a package for a new family NAME, which passes the kit.
+
+    It reads GPT-2 under a name of its own: change it step by step, and check after each.
+    """
     from porttool.scaffold import write_plugin
 
     folder = write_plugin(name, output)

@@ -57,7 +57,10 @@ def command(
     settings: tuple[tuple[str, str], ...],
     as_json: bool,
 ) -> None:
-    """Profile a prefill and its decoding: a Chrome trace, tables by layer and kernel, a picture."""
+    """Show where the time of a prefill and its decoding goes.
+
+    Writes a Chrome trace, tables by layer and kernel, and a picture.
+    """
     from porttool import api
     from porttool.profiling import ProfileShape, profile, run_unrecorded
     from porttool.workspace import Workspace

@@ -41,11 +41,11 @@ OPTIONS = (
 @json_option
 @click.pass_context
 def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
-    """Summarise cnn_dailymail with ENGINE and with Hugging Face, and compare.
+    """Summarise articles with ENGINE and Hugging Face; compare.
 
-    Both get the same token ids. ROUGE is compared article by article, tokens with an eye for ties,
-    and log-probabilities directly. The two sides may run separately: first --test-hf, later
-    --test-engine.
+    The articles are cnn_dailymail's, or those of --dataset. Both sides get the same token ids.
+    ROUGE is compared article by article, tokens with an eye for ties, and log-probabilities
+    directly. The two sides may run separately: first --test-hf, later --test-engine.
     """
     asked = choose_sides(context.params)
     run_evaluation("summarize", engine, OPTIONS, asked)

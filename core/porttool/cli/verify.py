@@ -31,10 +31,11 @@ TABLE: OptionTable = (
 @json_option
 @click.pass_context
 def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
-    """Hold ENGINE against its source: exit status 0 only if it is still the same model.
+    """Check that ENGINE is still the same model as its source.
 
     Weights are accounted for, logits compared with Hugging Face in prefill and in decode, greedy
-    tokens token by token. On failure it names the first operation where the two part, and why.
+    tokens one by one. The exit status is 0 only if every check passes; if not, it names the first
+    operation that differs, and why.
     """
     sides = {"test_engine": True, "test_hf": True, "check_accuracy": True}
     asked = {**context.params, **sides}

@@ -38,9 +38,9 @@ def find_cases(registry: Registry, name: str) -> list[type[FamilyConformance]]:
 
     UsageError for an unknown name or a plugin without cases, PluginError for a broken plugin.
     """
+    made = registry.converters  # read before any plugin counts as healthy: a hook may fail
     plugin = find_plugin(registry, name)
     home = case_modules()[plugin]
-    made = registry.converters
     if plugin not in {made.origin[c.name].name for c in made}:
         raise UsageError(f"the plugin {plugin!r} brings no family of models; the kit checks those")
     if not is_there(home):
@@ -97,7 +97,7 @@ def find_plugin(registry: Registry, name: str) -> str:
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise UsageError(
         f"there is no plugin or family named {name!r}{hint}; `porttool plugins list` shows what "
-        "there is"
+        f"there is{registry.set_aside()}"
     )
 
 

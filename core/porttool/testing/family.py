@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from porttool.catalog import DENY, explained
 from porttool.errors import CheckFailed, SourceError, UsageError
 from porttool.plugins import choose_converter
 from porttool.testing.damage import Altered, require_refused, strangers
@@ -254,7 +255,13 @@ def other_sources(family: str, folder: Path) -> Iterator[tuple[str, Path]]:
             if case.family != family:
                 path = folder / case.__name__ / "source"
                 path.parent.mkdir(parents=True)
-                case().write_source(path, 0)
+                try:
+                    case().write_source(path, 0)
+                except Exception as error:
+                    raise CheckFailed(
+                        f"{case.__name__} of the installed family {case.family!r} writes no "
+                        f"source: {explained(error)}; mend it, or name its plugin in {DENY}"
+                    ) from error
                 yield case.family, path
 
 

@@ -18,12 +18,12 @@ class GPT2Converter(HuggingFaceConverter):
     name = "gpt2"
     family = "gpt2"
     hub_id = "openai-community/gpt2"
-    shape = ModelConfig(
+    shape = ModelConfig(  # the published 124M, for builds with random weights
         vocab_size=50257, n_positions=1024, n_layer=12, n_head=12, n_kv_head=12, head_dim=64,
         d_model=768, d_ff=3072, activation="gelu_tanh", attention_scale=0.125,
     )  # fmt: skip
     model_types: ClassVar[frozenset[str]] = frozenset({"gpt2"})
-    default_end = 50256
+    default_end = 50256  # configs of 2019 say neither where text begins nor where it ends
 
     def read_config(self, config: SourceConfig) -> ModelConfig:
         """Read every key of GPT2Config that changes the arithmetic."""

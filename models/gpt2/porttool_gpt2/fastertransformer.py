@@ -18,8 +18,8 @@ class FasterTransformerConverter(Converter):
     def matches(self, source: Path) -> bool:
         """Return true if there is a config.ini here or in a folder like `1-gpu`.
 
-        An embedding without one is known as well: FasterTransformer 4 wrote none, and reading says
-        what to write.
+        A folder with an embedding alone is recognised, too: FasterTransformer 4 wrote no
+        config.ini, and `open` then says what to put into one.
         """
         places = (source, *source.glob("*-gpu"))
         return any((p / name).is_file() for p in places for name in ("config.ini", "model.wte.bin"))

@@ -30,7 +30,7 @@ TOKENIZER = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 """The same files under the names that they have elsewhere."""
 
 TRAINING = ("*[Aa]dam*", "*global_step*", "beta*_power*", "*OBJECT_GRAPH*")
-"""What fine-tuning leaves beside the weights."""
+"""What training leaves beside the weights."""
 
 
 class TensorFlowConverter(Converter):
@@ -43,13 +43,13 @@ class TensorFlowConverter(Converter):
     def matches(self, source: Path) -> bool:
         """Return true for a hparams.json with GPT-2's keys beside an index of tensors.
 
-        One of the two may be missing or damaged, and is then named when it is read.
+        If one of the two is missing or damaged, the folder still matches, so that `open` names it.
         """
         if source.is_file() and source.suffix != ".index":
             return False
         folder = source if source.is_dir() else source.parent
         indexed = any(folder.glob("*.index"))
-        alone = not (folder / "config.json").exists()  # with one it is Hugging Face's
+        alone = not (folder / "config.json").exists()  # with a config.json it is Hugging Face's
         try:
             told = read_json(folder / "hparams.json").keys() >= KEYS.keys()
         except SourceError:
