@@ -169,6 +169,9 @@ BROKEN = {
     "a team takes another's slots": ("others = TEAMS - 1;", "others = 0;"),
     "a pair is rotated before both are there": (
         "= heard[j];\n            together();", "= heard[j];"),
+    "positions that are not there count": (
+        "inside[j] ? __expf(score[j] - above) : 0.0f", "__expf(score[j] - above)"),
+    "each group of lanes counts the step's own position": ("{group == 0}", "{true}"),
     "plain queries and keys lie over the sums": (
         "(DIM + 2) * 4, 3 * DIM * 4);", "(DIM + 2) * 4, 0);"),
 }  # fmt: skip
