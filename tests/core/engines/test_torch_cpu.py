@@ -100,6 +100,17 @@ def test_prefill_decode_and_several_tokens(shape, dtype, native):
     pair.check(one_each(pair, [12, 4], [0, 4]))
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=compiled), False])
+def test_rotary_beyond_the_trained_positions(native):
+    """A long prompt, which torch feeds, and then what follows it: as with more positions."""
+    pair = Pair("rotary", native=native)
+    short = pair.config.model_copy(update={"n_positions": 12})
+    weights = drawn(pair.config, torch.float32)
+    pair.decoder = CpuDecoder(short, weights, dtype=torch.float32, limits=LIMITS, native=native)
+    pair.check(Step.prefill([list(range(40)), [7]], [1, 3]))
+    pair.check(one_each(pair, [40, 1], [1, 3]))
+
+
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_feel_its_neighbours(dtype):

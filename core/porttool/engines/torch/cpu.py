@@ -147,7 +147,7 @@ class CpuDecoder(DeviceDecoder):
 
     def _torch_step(self, plan: Plan, *, all_positions: bool) -> Tensor:
         step, module = plan.step, self.module
-        positions = step.positions.clamp(max=self.config.n_positions - 1)
+        positions = step.positions
         x = module.embed(step.tokens, positions)  # [n, width, d_model]
         for index in range(self.config.n_layer):
             layer: Layer = module.layers[index]  # type: ignore[assignment]
