@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.native import head, library
-from porttool.engines.torch.cpu import NATIVE_TOKENS, CpuDecoder
+from porttool.engines.torch.cpu import NATIVE_TOKENS, CpuDecoder, Plan
 from porttool.errors import UsageError
 from porttool.nn import Decoder, KVCache, Step
 
@@ -111,6 +112,23 @@ def test_rotary_beyond_the_trained_positions(native):
     pair.check(one_each(pair, [40, 1], [1, 3]))
 
 
+def test_a_fresh_prompt_needs_no_mask():
+    """Of a long one it would take the square of the length, for every row."""
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.most = max(self.most, getattr(out, "nbytes", 0))
+            return out
+
+    step = Step.prefill([[1] * 500] * 4)
+    with Largest() as seen:
+        assert Plan.of(step).mask is None
+    assert seen.most <= 2 * step.tokens.nbytes
+
+
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_feel_its_neighbours(dtype):
@@ -125,6 +143,15 @@ def test_a_row_does_not_feel_its_neighbours(dtype):
             )
             alone = pair.decoder.step(one, all_positions=False)
             assert torch.equal(alone[0], together[slot, i])
+
+
+@pytest.mark.parametrize(("slot", "start"), [(0, 39), (5, 3)])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=compiled), False])
+def test_decoding_stays_in_the_cache(native, slot, start):
+    pair = Pair(native=native)
+    with pytest.raises(UsageError, match=f"{start + 12} tokens in slot {slot}; .* 5 slots of 50"):
+        pair.decoder.decode(one_each(pair, [start], [slot]), 12)
+    assert pair.decoder.decode(one_each(pair, [38], [4]), 12).shape == (1, 12)
 
 
 @compiled

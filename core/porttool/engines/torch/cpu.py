@@ -52,14 +52,13 @@ class Plan:
         positions, reach = step.positions, int((step.starts + step.lengths).max())
         rows, columns = step.real
         fresh = not step.starts.any()
-        visible = torch.arange(reach) <= positions[:, None, :, None]
-        whole = width == 1 and bool(visible.all())
+        whole = width == 1 and bool((positions == reach - 1).all())
         first = int(step.slots[0])
         neighbours = step.slots.equal(torch.arange(first, first + n))
         return cls(
             step, rows, columns, positions[rows, columns],
             slice(first, first + n) if neighbours else step.slots, reach,
-            None if fresh or whole else visible,
+            None if fresh or whole else torch.arange(reach) <= positions[:, None, :, None],
         )  # fmt: skip
 
 
@@ -107,8 +106,17 @@ class CpuDecoder(DeviceDecoder):
 
     @torch.inference_mode()
     def decode(self, step: Step, n_tokens: int) -> Tensor:
-        """Decode greedily; larger batches than compiled code is good for go step by step."""
+        """Decode greedily; larger batches than compiled code is good for go step by step.
+
+        Raises UsageError for what the cache does not hold: compiled code would write elsewhere.
+        """
         self._check_ids(step)
+        reach, slot = int(step.starts.max()) + n_tokens, int(step.slots.max())
+        if reach > self.max_len or slot >= self.n_slots:
+            raise UsageError(
+                f"decoding would reach {reach} tokens in slot {slot}; "
+                f"there are {self.n_slots} slots of {self.max_len}"
+            )
         if self.native is not None and len(step.slots) <= NATIVE_TOKENS[self.dtype]:
             return self.native.decode(
                 step.tokens[:, 0].contiguous(), step.slots, step.starts, n_tokens
