@@ -162,6 +162,21 @@ def test_shared_weights_count_for_both(monkeypatch):
     assert held[0] > 60e6 and held[1] > 60e6 and held[2] < 5e6
 
 
+def test_what_a_side_forgets_before_a_cell_it_no_longer_holds(monkeypatch):
+    """Compiled code and its cache are thrown away and made anew: they count once."""
+    side, made = Pretender("compiled", [even(0.1, 0.1)]), []
+    side.prepare = made.clear
+
+    def run(prompts, output_len):
+        made[:] = made or [torch.ones(64 << 18)]
+        return even(0.1, 0.1)
+
+    side.run = run
+    found = measured([side], grid((1, 2, 3), (4,), (4,)), monkeypatch)
+    peaks = [m.peak_memory_bytes for m in found.measurements]
+    assert all(60e6 < peak < 90e6 for peak in peaks)
+
+
 def test_resident_memory_sees_an_allocation():
     meter = Meter(ResidentMemory())
     with meter.watch():

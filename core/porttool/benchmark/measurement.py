@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +52,10 @@ class Entry:
     record: SideRecord
     timings: list[Timing] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Count what its memory does inside, where the system says."""
+        return self.meter.watch() if self.meter is not None else nullcontext()
 
 
 class Benchmark:
@@ -127,15 +131,14 @@ class Benchmark:
 
     def _warm_up(self, entry: Entry, prompts: Prompts, cell: Cell) -> bool:
         entry.timings, entry.rounds = [], []
+        with entry.watched():  # what it forgets is no longer held
+            entry.side.prepare()
         if entry.meter is not None:
             entry.meter.reset()
-        entry.side.prepare()
         return all(self._run(entry, prompts, cell) for _ in range(self.method.warmup))
 
     def _run(self, entry: Entry, prompts: Prompts, cell: Cell) -> Timing | None:
-        with ExitStack() as watching:
-            if entry.meter is not None:
-                watching.enter_context(entry.meter.watch())
+        with entry.watched():
             try:
                 timing = entry.side.run(prompts, cell.output_len)
             except SideFailed as reason:
