@@ -164,6 +164,33 @@ def test_command_writes_everything(tmp_path, folder, capsys, engine):
     assert "of the roofline" in capsys.readouterr().out
 
 
+def test_results_for_machines_come_with_the_picture(tmp_path, folder, capsys):
+    pytest.importorskip("matplotlib")
+    line = ["profile", str(folder / "torch"), "--json", "--prompt-len", "9", "--new-tokens", "2"]
+    assert cli.invoke([*line, "-o", str(tmp_path), "--set", "device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["output"] == str(tmp_path)
+    assert (tmp_path / "modules.png").is_file()
+
+
+def test_without_matplotlib_everything_else_is_shown(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = ["profile", str(folder / "torch"), "--prompt-len", "9", "--new-tokens", "2"]
+    assert cli.invoke([*line, "-o", str(tmp_path), "--set", "device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "Kernels and operations" in out and "modules.png" not in out
+    assert "is not drawn: the package 'matplotlib' is not installed" in err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_vocabulary_smaller_than_the_prompt(tmp_path, kind):
+    pytest.importorskip("onnxruntime")
+    config = drawn.shape("gpt2").model_copy(update={"vocab_size": 4})
+    checkpoint = drawn.checkpoint(tmp_path / "checkpoint", config, drawn.weights(config))
+    drawn.engine(checkpoint, tmp_path / "engine", kind=kind)
+    found = profile(open_runner(tmp_path / "engine"), SHAPE, tmp_path / "out")
+    assert found.phases["decode"]["seconds"] > 0
+
+
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, folder, capsys):
     (tmp_path / "file").touch()
     assert cli.invoke(["profile", str(folder / "torch"), "-o", str(tmp_path / "file")]) == 2

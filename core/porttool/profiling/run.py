@@ -104,7 +104,8 @@ def run_steps(runner: Runner, shape: ProfileShape) -> None:
 
     An engine that decodes on its device does so in one step, as it does for `run`.
     """
-    tokens = torch.arange(shape.batch * shape.prompt).view(shape.batch, -1) % 97
+    tokens = torch.arange(shape.batch * shape.prompt).view(shape.batch, -1)
+    tokens %= min(97, runner.config.vocab_size)
     slots = torch.arange(shape.batch)
     whole = Step(slots, tokens, torch.zeros_like(slots), torch.full_like(slots, shape.prompt))
     with phase("warm-up"):
@@ -127,7 +128,7 @@ def decode(runner: Runner, shape: ProfileShape, i: int) -> None:
     """Decode behind i tokens that were decoded before."""
     ones = torch.ones(shape.batch, dtype=torch.int64)
     slots = torch.arange(shape.batch)
-    step = Step(slots, 5 * ones[:, None], (shape.prompt + i) * ones, ones)
+    step = Step(slots, 0 * ones[:, None], (shape.prompt + i) * ones, ones)
     if runner.decodes_on_device:
         runner.decode(step, shape.new)
     else:
