@@ -9,6 +9,7 @@ import torch
 
 import drawn
 import tensorrt_double as double
+import tensorrt_install
 from drawn import prompts, step_of
 from porttool.config import Sampling
 from porttool.errors import CheckpointError, EngineError, UsageError
@@ -144,6 +145,18 @@ def test_sizes_beyond_the_plan(tmp_path, library):
         runner.step(step_of([[1]], [0], [48]))
     with pytest.raises(EngineError, match=r"tokens \[3, 31\] is outside the plan's profile"):
         runner.step(step_of(prompts(31), [0], [0]))
+
+
+def test_all_positions_of_more_than_a_prompt(tmp_path, library, monkeypatch):
+    """A plan takes no more tokens at once than its longest prompt has."""
+    limits = LIMITS.model_copy(update={"max_input_len": 5, "max_output_len": 43})
+    monkeypatch.setattr(tensorrt_install, "LIMITS", limits)
+    checkpoint, engine = build(tmp_path)
+    step = step_of(prompts(12, 3), [2, 0], [0, 0])
+    got = load_runner(engine, load_registry()).step(step, all_positions=True)
+    reference = drawn.decoder(checkpoint.config, drawn.weights(checkpoint.config))
+    wanted = reference(step, KVCache(checkpoint.config, 3, 50, dtype=torch.float64))
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=0, atol=2e-4)
 
 
 def test_layer_times_come_with_the_run_they_belong_to(tmp_path, library):

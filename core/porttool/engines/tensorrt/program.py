@@ -11,7 +11,7 @@ from torch import Tensor
 
 from porttool.engines.onnx.cached_graph import Program
 from porttool.engines.tensorrt.layer_times import LayerTimes
-from porttool.engines.tensorrt.log import MessageLog
+from porttool.engines.tensorrt.log import MessageLog, started
 from porttool.engines.tensorrt.stream import DeviceStream
 from porttool.errors import EngineError
 
@@ -162,7 +162,7 @@ def load_plan(
     plan: Path, *, log: MessageLog, host_code: bool, graph: Path | None, budget: int | None
 ) -> trt.ICudaEngine:
     """Deserialise a plan; put the weights of a stripped one in; set the streaming budget."""
-    runtime = trt.Runtime(log)
+    runtime = started(trt.Runtime, log)
     runtime.engine_host_code_allowed = host_code
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:

@@ -68,7 +68,8 @@ class TensorrtRunner(Runner):
 
         self.check(step)
         if all_positions:
-            return fed_in_pieces(self._run, step, self.max_len, width=ALL_POSITIONS_WIDTH)
+            width = min(ALL_POSITIONS_WIDTH, self.engine.manifest.limits.max_input_len)
+            return fed_in_pieces(self._run, step, self.max_len, width=width)
         return fed(self._run, step, self.max_len, all_positions=False)
 
     def copy_slots(self, source: list[int], target: list[int]) -> None:
