@@ -45,15 +45,19 @@ def test_logits_of_any_step(tmp_path, library, shape, options):
         torch.testing.assert_close(runner.step(step).double(), ends, rtol=0, atol=2e-4)
 
 
-def test_same_tokens_as_torch(tmp_path, library):
-    checkpoint, engine = build(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"cache": "concat"}, {"static_batch": False}])
+def test_same_tokens_as_torch(tmp_path, library, options):
+    """Rows join and leave: where the batch may vary, every size is captured and comes back."""
+    checkpoint, engine = build(tmp_path, **options)
     registry = load_registry()
     plain = drawn.engine(checkpoint, tmp_path / "torch", limits=LIMITS)
     runners = [load_runner(engine, registry), load_runner(plain, registry, {"device": "cpu"})]
     ids = prompts(3, 9, 1, 14)
-    for sampling in (Sampling(max_new_tokens=7), Sampling(max_new_tokens=5, num_beams=3)):
+    beams = Sampling(max_new_tokens=5, num_beams=3)
+    drawn_tokens = Sampling(max_new_tokens=9, temperature=1.0)
+    for sampling in (Sampling(max_new_tokens=7), beams, drawn_tokens):
         mine, theirs = (
-            [[c.tokens for c in row] for row in generate(r, ids, sampling, eos=(7,))]
+            [[c.tokens for c in row] for row in generate(r, ids, sampling, eos=range(0, 211, 5))]
             for r in runners
         )
         assert mine == theirs

@@ -1,4 +1,7 @@
-"""A deserialised plan: one context for each profile, all on one stream and one block of memory."""
+"""A deserialised plan: a context for each profile and for each captured graph.
+
+All are on one stream and on one block of memory.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,10 @@ class PlanProgram(Program):
         """
         if missing := set(self.names) ^ tensors.keys():
             raise EngineError(f"the plan's tensors are not the graph's: {sorted(missing)}")
-        return BoundCall(self, dict(tensors), captures=repeats and self.captures)
+        if repeats and self.captures:  # other shapes never touch a captured graph's context
+            context = self._make_context(PHASES.index("decode"))
+            return BoundCall(self, context, dict(tensors), captures=True)
+        return BoundCall(self, self.context_for(tensors), dict(tensors), captures=False)
 
     def context_for(self, tensors: Mapping[str, Tensor]) -> trt.IExecutionContext:
         """Return the context whose profile holds a step of this width."""
@@ -96,10 +102,17 @@ def plain(tensors: Mapping[str, Tensor]) -> bool:
 class BoundCall:
     """One binding: shapes and addresses are set for a first run, then captured for the others."""
 
-    def __init__(self, program: PlanProgram, tensors: dict[str, Tensor], *, captures: bool) -> None:
+    def __init__(
+        self,
+        program: PlanProgram,
+        context: trt.IExecutionContext,
+        tensors: dict[str, Tensor],
+        *,
+        captures: bool,
+    ) -> None:
         self.program = program
         self.tensors = tensors
-        self.context = program.context_for(tensors)
+        self.context = context
         self.captures = captures
         self.replay: Callable[[], None] | None = None
 
