@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import drawn
-from porttool.benchmark import BenchmarkResult, Method, grid
+from porttool.benchmark import BenchmarkResult, Method, grid, memory
 from porttool.benchmark import measurement as measuring
 from porttool.benchmark.engines import spread
 from porttool.benchmark.measurement import Benchmark
@@ -263,6 +263,33 @@ def test_the_command_measures_engines_beside_transformers(folder, tmp_path, caps
     assert files[1].stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "RANDOM WEIGHTS" in shown and "x eager" in shown
+
+
+def test_an_engine_that_fails_in_a_cell_is_listed(folder, capsys, monkeypatch):
+    """A library that has no memory left for a larger batch costs nobody the smaller one."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def short_of_memory(session, binding, *rest):
+        if binding.get_outputs()[0].shape()[0] > 1:
+            raise RuntimeError("Available memory of 5 is smaller than requested bytes of 7")
+        return run(session, binding, *rest)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", short_of_memory)
+    assert invoke(["bench", str(folder / "onnx"), *SMALL, "--json"]) == 0
+    found = BenchmarkResult.model_validate_json(capsys.readouterr().out)
+    assert [m.cell.batch_size for m in found.measurements] == [1]
+    (failure,) = found.failures
+    assert failure.cell.batch_size == 3 and "Available memory of 5" in failure.reason
+
+
+def test_where_the_system_counts_no_memory(folder, capsys, monkeypatch, tmp_path):
+    """Containers may have the file that resets the peak, and refuse to write it."""
+    monkeypatch.setattr(memory, "CLEAR", tmp_path)
+    assert invoke(["bench", str(folder / "torch"), *SMALL, "--batch-size", "1", "--json"]) == 0
+    found = BenchmarkResult.model_validate_json(capsys.readouterr().out)
+    assert found.measurements[0].peak_memory_bytes is None
+    assert found.sides[0].memory_counter == "none here"
 
 
 def test_json_on_standard_output(folder, capsys):

@@ -68,6 +68,8 @@ class EngineSide(Side):
             generate(self._runner, prompts, sampling, eos=(), on_token=note)
         except torch.OutOfMemoryError as error:
             raise SideFailed(f"out of memory: {error}") from error
+        except EngineError as error:  # so does another library say that its memory ran out
+            raise SideFailed(str(error)) from error
         total = time.perf_counter() - began
         later = spread(times, self.tokens_a_sample)
         return Timing(times[0] - began, later, total)
