@@ -24,7 +24,9 @@ from porttool.config import ModelConfig
 from porttool.engine import Engine
 from porttool.errors import EngineError
 from porttool.nn import meta_decoder
+from porttool.plugins import load_registry
 from porttool.progress import SILENT
+from porttool.runner import load_verified
 
 CONFIG = drawn.shape("gpt2")
 CEILING = Ceiling(flops=1e12, copy_bandwidth=1e9, read_bandwidth=2e9)
@@ -281,6 +283,18 @@ def test_an_engine_that_fails_in_a_cell_is_listed(folder, capsys, monkeypatch):
     assert [m.cell.batch_size for m in found.measurements] == [1]
     (failure,) = found.failures
     assert failure.cell.batch_size == 3 and "Available memory of 5" in failure.reason
+
+
+def test_tokens_that_the_host_gets_at_a_time_are_told(folder, capsys, monkeypatch):
+    from porttool.engines.torch import cpu
+
+    if not load_verified(folder / "torch", load_registry(), {"device": "cpu"}).decodes_on_device:
+        pytest.skip("nothing is compiled here")
+    for read, n in ((1, 1), (1 << 40, 16)):
+        monkeypatch.setattr(cpu, "READ_AT_ONCE", read)
+        assert invoke(["bench", str(folder / "torch"), *SMALL, "--json"]) == 0
+        found = BenchmarkResult.model_validate_json(capsys.readouterr().out)
+        assert found.sides[0].tokens_a_sample == n
 
 
 def test_where_the_system_counts_no_memory(folder, capsys, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,32 @@ def test_engines_without_a_profiler_of_their_own_have_torch_operations(tmp_path,
         )  # fmt: skip
     with pytest.raises(UsageError, match=r"^--batch-size is 9, the engine holds 4: give"):
         profile(open_runner(folder / "torch"), ProfileShape(9, 9, 4), tmp_path)
+
+
+def test_a_step_of_several_tokens_is_shared_by_them(tmp_path, folder, monkeypatch):
+    """An engine that gives three at a time needs four steps for ten, and one for three."""
+    from porttool.runner import Runner
+
+    steps = []
+
+    class Threes(Runner):
+        name, decodes_on_device, tokens_at_once = "threes", True, 3
+
+        def step(self, step, *, all_positions=False):
+            return torch.zeros(len(step.slots), 211)
+
+        def copy_slots(self, source, target):
+            raise NotImplementedError
+
+        def decode(self, step, n_tokens, choose=None):
+            steps.append((step.starts.tolist(), n_tokens))
+            time.sleep(0.06)
+            return torch.zeros(len(step.slots), min(n_tokens, 3))
+
+    runner = Threes(open_runner(folder / "torch").engine)
+    found = profile(runner, ProfileShape(batch=2, prompt=9, new=10), tmp_path / "out")
+    assert steps[1:] == [([9, 9], 10), ([12, 12], 7), ([15, 15], 4), ([18, 18], 1)]
+    assert 0.019 < found.phases["decode"]["seconds"] < 0.04
 
 
 @pytest.mark.parametrize("engine", ["onnx", "torch"])

@@ -37,7 +37,8 @@ class EngineSide(Side):
             self._device = self._runner.step(Step.prefill([[0]])).device.type
         except torch.OutOfMemoryError as error:
             raise EngineError(f"{self.name} does not fit: {error}") from error
-        self.tokens_a_sample = CHUNK if self._runner.decodes_on_device else 1
+        runner = self._runner
+        self.tokens_a_sample = min(CHUNK, runner.tokens_at_once) if runner.decodes_on_device else 1
 
     @property
     def description(self) -> str:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.native import head, library
+from porttool.engines.torch import cpu
 from porttool.engines.torch.cpu import NATIVE_TOKENS, CpuDecoder, Plan
 from porttool.errors import UsageError
 from porttool.nn import Decoder, KVCache, Step
@@ -167,6 +168,23 @@ def test_greedy_decoding_takes_the_highest_logit(dtype, n):
         best = decoder.step(step, all_positions=False).argmax(-1)
         assert best.tolist() == found[:, i].tolist()
         step = Step(step.slots, best[:, None], step.starts + 1, step.lengths)
+
+
+@compiled
+def test_a_large_model_hands_over_its_tokens_sooner(monkeypatch):
+    """What follows an end token is decoded for nothing, and a stream waits for all of it."""
+    pair = Pair()
+    n_bytes = sum(weight.nbytes for weight in pair.decoder.module.parameters())
+    step = one_each(pair, [3, 5], [0, 1])
+    pair.decoder.step(Step.prefill(prompts(2)), all_positions=False)
+    whole = pair.decoder.decode(step, 12)
+    assert whole.shape == (2, 12)
+    for read, n in ((n_bytes // 2, 1), (3 * n_bytes, 3)):
+        monkeypatch.setattr(cpu, "READ_AT_ONCE", read)
+        large = Pair().decoder
+        large.step(Step.prefill(prompts(2)), all_positions=False)
+        assert large.tokens_at_once == n
+        assert torch.equal(large.decode(step, 12), whole[:, :n])
 
 
 @compiled

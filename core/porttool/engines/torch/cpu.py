@@ -24,6 +24,8 @@ from porttool.nn.decoder import Layer
 
 NATIVE_TOKENS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
 """Tokens of a step up to which compiled code is faster than torch: see bench/cpu_decode.py."""
+READ_AT_ONCE = 1 << 32
+"""Bytes of weights that decoding reads before the host sees the tokens: some 200 ms."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class CpuDecoder(DeviceDecoder):
         except NativeUnavailable as reason:
             self.description = f"cpu, plain torch ({reason})"
         self.decodes_on_device = self.native is not None
+        n_bytes = sum(weight.nbytes for weight in self.module.parameters())
+        self.tokens_at_once = min(self.tokens_at_once, max(1, READ_AT_ONCE // n_bytes))
 
     @torch.inference_mode()
     def step(self, step: Step, *, all_positions: bool) -> Tensor:
@@ -108,9 +112,11 @@ class CpuDecoder(DeviceDecoder):
     def decode(self, step: Step, n_tokens: int) -> Tensor:
         """Decode greedily; larger batches than compiled code is good for go step by step.
 
+        A large model gives fewer tokens at a time, which the host then need not wait for.
         Raises UsageError for what the cache does not hold: compiled code would write elsewhere.
         """
         self._check_ids(step)
+        n_tokens = min(n_tokens, self.tokens_at_once)
         reach, slot = int(step.starts.max()) + n_tokens, int(step.slots.max())
         if reach > self.max_len or slot >= self.n_slots:
             raise UsageError(
