@@ -337,6 +337,17 @@ def test_why_nothing_was_compiled_is_said(monkeypatch, tmp_path, compiler, reaso
     assert not list(tmp_path.rglob("*.so"))
 
 
+@compiled
+def test_the_compiler_may_be_a_command_of_several_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", f"env LANG=C {shutil.which('g++')} -m64")
+    assert library.build_library().is_file()
+    monkeypatch.setenv("CXX", "'g++")
+    library.load_library.cache_clear()
+    with pytest.raises(library.NativeUnavailable, match="No closing quotation"):
+        library.load_library()
+
+
 def test_without_a_home_folder_nothing_is_compiled(monkeypatch):
     library.load_library.cache_clear()
     for name in ("HOME", "XDG_CACHE_HOME"):
