@@ -125,6 +125,30 @@ def test_what_fails_does_so_alone_and_says_why(monkeypatch):
     assert [s.name for s in found.sides] == ["good", "cold", "late"]
 
 
+def test_a_cell_beside_which_nothing_more_fits_costs_no_other(monkeypatch):
+    """The device's own speed needs memory, too."""
+    left = iter([CEILING] * 4 + [None] + [CEILING] * 3)
+
+    def measure(*_):
+        if (found := next(left)) is None:
+            raise EngineError("no 4 GB left")
+        return found
+
+    sides = [Pretender(name, [even(0.1, 0.1)]) for name in ("first", "second")]
+    run = Benchmark(CONFIG, Method(warmup=1, repeats=3), SILENT)
+    monkeypatch.setattr(measuring, "measure_ceiling", measure)
+    monkeypatch.setattr(measuring, "PAUSE", 0)
+    for side in sides:
+        run.load(side)
+    found = run.measure_all(grid((1, 2, 3), (4,), (4,)))
+    assert [(m.side, m.cell.batch_size) for m in found.measurements] == [
+        ("first", 1), ("second", 1), ("first", 3), ("second", 3)
+    ]  # fmt: skip
+    assert [(f.side, f.cell.batch_size, f.reason) for f in found.failures] == [
+        ("first", 2, "no 4 GB left"), ("second", 2, "no 4 GB left")
+    ]  # fmt: skip
+
+
 class Scripted(Counter):
     """Reads what a list says: in use, and at most."""
 

@@ -35,7 +35,7 @@ from porttool.benchmark.results import (
 from porttool.benchmark.roofline import decode_cost, measure_ceiling, peak_of, prefill_cost
 from porttool.benchmark.side import Prompts, Side, SideFailed, Timing
 from porttool.config import ModelConfig
-from porttool.errors import EngineError
+from porttool.errors import EngineError, PorttoolError
 from porttool.progress import Progress
 
 BASE = "HF eager"
@@ -115,7 +115,12 @@ class Benchmark:
         running = [entry for entry in self.entries if self._warm_up(entry, prompts, cell)]
         for _ in range(self.method.repeats):
             places = {(e.record.device, e.record.dtype) for e in running}
-            ceilings = {place: measure_ceiling(*place) for place in places}
+            try:
+                ceilings = {place: measure_ceiling(*place) for place in places}
+            except EngineError as reason:  # no room for it: other cells may leave some
+                for entry in running:
+                    self._fail(entry.side, cell, reason)
+                return
             for entry in list(running):
                 timing = self._run(entry, prompts, cell)
                 if timing is None:
@@ -147,7 +152,7 @@ class Benchmark:
         self.progress.advance(1)
         return timing
 
-    def _fail(self, side: Side, cell: Cell | None, reason: SideFailed) -> None:
+    def _fail(self, side: Side, cell: Cell | None, reason: PorttoolError) -> None:
         self.progress.note(f"{side.name} does not run{f', {cell}' if cell else ''}: {reason}")
         self.failures.append(Failure(side=side.name, cell=cell, reason=str(reason)))
 
