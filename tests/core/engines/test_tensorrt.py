@@ -10,6 +10,7 @@ import torch
 import drawn
 import tensorrt_double as double
 import tensorrt_install
+import tiny
 from drawn import prompts, step_of
 from porttool.config import Sampling
 from porttool.errors import CheckpointError, EngineError, UsageError
@@ -138,6 +139,22 @@ def test_damaged_and_foreign_plans(tmp_path, library, monkeypatch):
     monkeypatch.setattr(double.ICudaEngine, "get_aliased_input_tensor", lambda self, name: None)
     with pytest.raises(EngineError, match="would not be updated in place"):
         load_runner(engine, load_registry())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda built: [], "the manifest says 1 ranks and describes 0"),
+        (lambda built: [{**built, "origin": 3}], "describes no TensorRT plan: origin"),
+        (lambda built: [{**built, "options": {"level": 9}}], "describes no TensorRT plan: .*level"),
+        (lambda built: [{k: v for k, v in built.items() if k != "inputs"}], "plan: inputs"),
+    ],
+)
+def test_a_manifest_that_describes_no_plan(tmp_path, library, change, message):
+    _, engine = build(tmp_path)
+    tiny.edit_manifest(engine.path / "engine.json", built=change(engine.manifest.built[0]))
+    with pytest.raises(EngineError, match=message):
+        load_runner(type(engine).open(engine.path), load_registry())
 
 
 def test_sizes_beyond_the_plan(tmp_path, library):
