@@ -79,7 +79,7 @@ class CachedGraph:
         size = (limits.max_prompt_rows, config.d_model)
         self.table = torch.zeros(size, dtype=kind, device=self.device)
         self._rows = RowMap(limits.max_batch_size)
-        self._written = torch.zeros(limits.max_batch_size, dtype=torch.int64)  # places, by row
+        self._written = [0] * limits.max_batch_size  # places of each row that hold something
         self._kept: dict[StepShape, Binding] = {}
 
     def run(self, step: Step, *, all_positions: bool) -> Tensor:
@@ -99,7 +99,7 @@ class CachedGraph:
         place = self._rows.arrange(step.slots.tolist())
         self._copy(place.moves)
         order = torch.tensor(place.order)
-        self._begin(place.first + torch.arange(n), step.starts[order], width)
+        self._begin(place.first, step.starts[order].tolist(), width)
         ends = torch.arange(n) * width + step.lengths[order] - 1
         given = {
             "tokens": step.tokens[order],
@@ -142,24 +142,26 @@ class CachedGraph:
 
     def _copy(self, moves: list[tuple[int, int]]) -> None:
         if moves:
-            source, target = (torch.tensor(rows) for rows in zip(*moves, strict=True))
-            self.cache.copy_slots(source, target)
-            self._written[target] = self._written[source]
+            source, target = zip(*moves, strict=True)
+            self.cache.copy_slots(torch.tensor(source), torch.tensor(target))
+            written = [self._written[row] for row in source]
+            for row, places in zip(target, written, strict=True):
+                self._written[row] = places
 
-    def _begin(self, rows: Tensor, starts: Tensor, width: int) -> None:
+    def _begin(self, first: int, starts: list[int], width: int) -> None:
         """Note what a step writes to rows; clear what the last row left where one begins anew.
 
         A graph multiplies the whole cache by weights, which are 0 for what a row does not see:
         infinity or NaN that another left there would become this row's.
         """
-        first = width if self.program.scatters else 0  # up to there the graph writes, then reads
-        for row in rows[(starts == 0) & (self._written[rows] > first)].tolist():
-            for whole in (self.cache.keys, self.cache.values):
-                whole[:, row, :, first : int(self._written[row])] = 0
-            self._written[row] = 0
-        reach = torch.maximum(self._written[rows], starts + width)
-        inside = starts < self.cache.keys.shape[3]
-        self._written[rows] = torch.where(inside, reach, self._written[rows])
+        kept = width if self.program.scatters else 0  # up to there the graph writes, then reads
+        for row, start in enumerate(starts, first):
+            if start == 0 and self._written[row] > kept:
+                for whole in (self.cache.keys, self.cache.values):
+                    whole[:, row, :, kept : self._written[row]] = 0
+                self._written[row] = 0
+            if start < self.cache.keys.shape[3]:
+                self._written[row] = max(self._written[row], start + width)
 
     def _binding(self, shape: StepShape) -> Binding:
         """Bind a shape; one of plain decoding is kept, since it comes back with every token."""
