@@ -48,6 +48,9 @@ class Runner(Component):
     decodes_on_device: ClassVar[bool] = False
     """True when `decode` is implemented: several greedy tokens without leaving the device."""
 
+    tokens_at_once: int = 16
+    """Tokens of a row that `decode` gives at most, where it is implemented."""
+
     prompt_rows: int = 0
     """Rows of the prompt table that is loaded; `load_prompt_table` keeps it."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import drawn
-from porttool.benchmark import BenchmarkResult, Method, grid
+from porttool.benchmark import BenchmarkResult, Method, grid, memory
 from porttool.benchmark import measurement as measuring
 from porttool.benchmark.engines import spread
 from porttool.benchmark.measurement import Benchmark
@@ -24,7 +24,9 @@ from porttool.config import ModelConfig
 from porttool.engine import Engine
 from porttool.errors import EngineError
 from porttool.nn import meta_decoder
+from porttool.plugins import load_registry
 from porttool.progress import SILENT
+from porttool.runner import load_verified
 
 CONFIG = drawn.shape("gpt2")
 CEILING = Ceiling(flops=1e12, copy_bandwidth=1e9, read_bandwidth=2e9)
@@ -123,6 +125,30 @@ def test_what_fails_does_so_alone_and_says_why(monkeypatch):
     assert [s.name for s in found.sides] == ["good", "cold", "late"]
 
 
+def test_a_cell_beside_which_nothing_more_fits_costs_no_other(monkeypatch):
+    """The device's own speed needs memory, too."""
+    left = iter([CEILING] * 4 + [None] + [CEILING] * 3)
+
+    def measure(*_):
+        if (found := next(left)) is None:
+            raise EngineError("no 4 GB left")
+        return found
+
+    sides = [Pretender(name, [even(0.1, 0.1)]) for name in ("first", "second")]
+    run = Benchmark(CONFIG, Method(warmup=1, repeats=3), SILENT)
+    monkeypatch.setattr(measuring, "measure_ceiling", measure)
+    monkeypatch.setattr(measuring, "PAUSE", 0)
+    for side in sides:
+        run.load(side)
+    found = run.measure_all(grid((1, 2, 3), (4,), (4,)))
+    assert [(m.side, m.cell.batch_size) for m in found.measurements] == [
+        ("first", 1), ("second", 1), ("first", 3), ("second", 3)
+    ]  # fmt: skip
+    assert [(f.side, f.cell.batch_size, f.reason) for f in found.failures] == [
+        ("first", 2, "no 4 GB left"), ("second", 2, "no 4 GB left")
+    ]  # fmt: skip
+
+
 class Scripted(Counter):
     """Reads what a list says: in use, and at most."""
 
@@ -160,6 +186,21 @@ def test_shared_weights_count_for_both(monkeypatch):
         run.load(side)
     held = [entry.meter.held for entry in run.entries]
     assert held[0] > 60e6 and held[1] > 60e6 and held[2] < 5e6
+
+
+def test_what_a_side_forgets_before_a_cell_it_no_longer_holds(monkeypatch):
+    """Compiled code and its cache are thrown away and made anew: they count once."""
+    side, made = Pretender("compiled", [even(0.1, 0.1)]), []
+    side.prepare = made.clear
+
+    def run(prompts, output_len):
+        made[:] = made or [torch.ones(64 << 18)]
+        return even(0.1, 0.1)
+
+    side.run = run
+    found = measured([side], grid((1, 2, 3), (4,), (4,)), monkeypatch)
+    peaks = [m.peak_memory_bytes for m in found.measurements]
+    assert all(60e6 < peak < 90e6 for peak in peaks)
 
 
 def test_resident_memory_sees_an_allocation():
@@ -248,6 +289,45 @@ def test_the_command_measures_engines_beside_transformers(folder, tmp_path, caps
     assert files[1].stat().st_size > 10_000
     shown = capsys.readouterr().out
     assert "RANDOM WEIGHTS" in shown and "x eager" in shown
+
+
+def test_an_engine_that_fails_in_a_cell_is_listed(folder, capsys, monkeypatch):
+    """A library that has no memory left for a larger batch costs nobody the smaller one."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def short_of_memory(session, binding, *rest):
+        if binding.get_outputs()[0].shape()[0] > 1:
+            raise RuntimeError("Available memory of 5 is smaller than requested bytes of 7")
+        return run(session, binding, *rest)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", short_of_memory)
+    assert invoke(["bench", str(folder / "onnx"), *SMALL, "--json"]) == 0
+    found = BenchmarkResult.model_validate_json(capsys.readouterr().out)
+    assert [m.cell.batch_size for m in found.measurements] == [1]
+    (failure,) = found.failures
+    assert failure.cell.batch_size == 3 and "Available memory of 5" in failure.reason
+
+
+def test_tokens_that_the_host_gets_at_a_time_are_told(folder, capsys, monkeypatch):
+    from porttool.engines.torch import cpu
+
+    if not load_verified(folder / "torch", load_registry(), {"device": "cpu"}).decodes_on_device:
+        pytest.skip("nothing is compiled here")
+    for read, n in ((1, 1), (1 << 40, 16)):
+        monkeypatch.setattr(cpu, "READ_AT_ONCE", read)
+        assert invoke(["bench", str(folder / "torch"), *SMALL, "--json"]) == 0
+        found = BenchmarkResult.model_validate_json(capsys.readouterr().out)
+        assert found.sides[0].tokens_a_sample == n
+
+
+def test_where_the_system_counts_no_memory(folder, capsys, monkeypatch, tmp_path):
+    """Containers may have the file that resets the peak, and refuse to write it."""
+    monkeypatch.setattr(memory, "CLEAR", tmp_path)
+    assert invoke(["bench", str(folder / "torch"), *SMALL, "--batch-size", "1", "--json"]) == 0
+    found = BenchmarkResult.model_validate_json(capsys.readouterr().out)
+    assert found.measurements[0].peak_memory_bytes is None
+    assert found.sides[0].memory_counter == "none here"
 
 
 def test_json_on_standard_output(folder, capsys):

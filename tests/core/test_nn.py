@@ -75,6 +75,14 @@ def test_padding_is_written_nowhere(position):
     torch.testing.assert_close(decoder(step, cache)[0, :2], expected, atol=1e-12, rtol=0)
 
 
+def test_rotary_goes_on_beyond_the_trained_positions():
+    """They bound a learned table alone: what a longer context sees and how far away is the same."""
+    prompt = [[(7 * i) % 67 for i in range(20)]]
+    short, long = (config(position="rotary", n_positions=n) for n in (8, 32))
+    expected = redraw(Decoder(long))(Step.prefill(prompt))
+    torch.testing.assert_close(redraw(Decoder(short))(Step.prefill(prompt)), expected)
+
+
 def test_a_row_may_step_back():
     """Rejected draft tokens are overwritten: what the cache held beyond is not seen."""
     shape = config()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,32 @@ def test_engines_without_a_profiler_of_their_own_have_torch_operations(tmp_path,
         profile(open_runner(folder / "torch"), ProfileShape(9, 9, 4), tmp_path)
 
 
+def test_a_step_of_several_tokens_is_shared_by_them(tmp_path, folder, monkeypatch):
+    """An engine that gives three at a time needs four steps for ten, and one for three."""
+    from porttool.runner import Runner
+
+    steps = []
+
+    class Threes(Runner):
+        name, decodes_on_device, tokens_at_once = "threes", True, 3
+
+        def step(self, step, *, all_positions=False):
+            return torch.zeros(len(step.slots), 211)
+
+        def copy_slots(self, source, target):
+            raise NotImplementedError
+
+        def decode(self, step, n_tokens, choose=None):
+            steps.append((step.starts.tolist(), n_tokens))
+            time.sleep(0.06)
+            return torch.zeros(len(step.slots), min(n_tokens, 3))
+
+    runner = Threes(open_runner(folder / "torch").engine)
+    found = profile(runner, ProfileShape(batch=2, prompt=9, new=10), tmp_path / "out")
+    assert steps[1:] == [([9, 9], 10), ([12, 12], 7), ([15, 15], 4), ([18, 18], 1)]
+    assert 0.019 < found.phases["decode"]["seconds"] < 0.04
+
+
 @pytest.mark.parametrize("engine", ["onnx", "torch"])
 def test_command_writes_everything(tmp_path, folder, capsys, engine):
     pytest.importorskip("matplotlib")
@@ -162,6 +189,33 @@ def test_command_writes_everything(tmp_path, folder, capsys, engine):
     names = {f.name for f in (tmp_path / "out").iterdir()}
     assert names == {"trace.json", "layers.csv", "kernels.csv", "profile.json", "modules.png"}
     assert "of the roofline" in capsys.readouterr().out
+
+
+def test_results_for_machines_come_with_the_picture(tmp_path, folder, capsys):
+    pytest.importorskip("matplotlib")
+    line = ["profile", str(folder / "torch"), "--json", "--prompt-len", "9", "--new-tokens", "2"]
+    assert cli.invoke([*line, "-o", str(tmp_path), "--set", "device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["output"] == str(tmp_path)
+    assert (tmp_path / "modules.png").is_file()
+
+
+def test_without_matplotlib_everything_else_is_shown(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = ["profile", str(folder / "torch"), "--prompt-len", "9", "--new-tokens", "2"]
+    assert cli.invoke([*line, "-o", str(tmp_path), "--set", "device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "Kernels and operations" in out and "modules.png" not in out
+    assert "is not drawn: the package 'matplotlib' is not installed" in err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_vocabulary_smaller_than_the_prompt(tmp_path, kind):
+    pytest.importorskip("onnxruntime")
+    config = drawn.shape("gpt2").model_copy(update={"vocab_size": 4})
+    checkpoint = drawn.checkpoint(tmp_path / "checkpoint", config, drawn.weights(config))
+    drawn.engine(checkpoint, tmp_path / "engine", kind=kind)
+    found = profile(open_runner(tmp_path / "engine"), SHAPE, tmp_path / "out")
+    assert found.phases["decode"]["seconds"] > 0
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path, folder, capsys):

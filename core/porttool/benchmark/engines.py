@@ -37,7 +37,8 @@ class EngineSide(Side):
             self._device = self._runner.step(Step.prefill([[0]])).device.type
         except torch.OutOfMemoryError as error:
             raise EngineError(f"{self.name} does not fit: {error}") from error
-        self.tokens_a_sample = CHUNK if self._runner.decodes_on_device else 1
+        runner = self._runner
+        self.tokens_a_sample = min(CHUNK, runner.tokens_at_once) if runner.decodes_on_device else 1
 
     @property
     def description(self) -> str:
@@ -68,6 +69,8 @@ class EngineSide(Side):
             generate(self._runner, prompts, sampling, eos=(), on_token=note)
         except torch.OutOfMemoryError as error:
             raise SideFailed(f"out of memory: {error}") from error
+        except EngineError as error:  # so does another library say that its memory ran out
+            raise SideFailed(str(error)) from error
         total = time.perf_counter() - began
         later = spread(times, self.tokens_a_sample)
         return Timing(times[0] - began, later, total)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from porttool.benchmark.results import (
 from porttool.benchmark.roofline import decode_cost, measure_ceiling, peak_of, prefill_cost
 from porttool.benchmark.side import Prompts, Side, SideFailed, Timing
 from porttool.config import ModelConfig
-from porttool.errors import EngineError
+from porttool.errors import EngineError, PorttoolError
 from porttool.progress import Progress
 
 BASE = "HF eager"
@@ -52,6 +52,10 @@ class Entry:
     record: SideRecord
     timings: list[Timing] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
+
+    def watched(self) -> AbstractContextManager[None]:
+        """Count what its memory does inside, where the system says."""
+        return self.meter.watch() if self.meter is not None else nullcontext()
 
 
 class Benchmark:
@@ -111,7 +115,12 @@ class Benchmark:
         running = [entry for entry in self.entries if self._warm_up(entry, prompts, cell)]
         for _ in range(self.method.repeats):
             places = {(e.record.device, e.record.dtype) for e in running}
-            ceilings = {place: measure_ceiling(*place) for place in places}
+            try:
+                ceilings = {place: measure_ceiling(*place) for place in places}
+            except EngineError as reason:  # no room for it: other cells may leave some
+                for entry in running:
+                    self._fail(entry.side, cell, reason)
+                return
             for entry in list(running):
                 timing = self._run(entry, prompts, cell)
                 if timing is None:
@@ -127,15 +136,14 @@ class Benchmark:
 
     def _warm_up(self, entry: Entry, prompts: Prompts, cell: Cell) -> bool:
         entry.timings, entry.rounds = [], []
+        with entry.watched():  # what it forgets is no longer held
+            entry.side.prepare()
         if entry.meter is not None:
             entry.meter.reset()
-        entry.side.prepare()
         return all(self._run(entry, prompts, cell) for _ in range(self.method.warmup))
 
     def _run(self, entry: Entry, prompts: Prompts, cell: Cell) -> Timing | None:
-        with ExitStack() as watching:
-            if entry.meter is not None:
-                watching.enter_context(entry.meter.watch())
+        with entry.watched():
             try:
                 timing = entry.side.run(prompts, cell.output_len)
             except SideFailed as reason:
@@ -144,7 +152,7 @@ class Benchmark:
         self.progress.advance(1)
         return timing
 
-    def _fail(self, side: Side, cell: Cell | None, reason: SideFailed) -> None:
+    def _fail(self, side: Side, cell: Cell | None, reason: PorttoolError) -> None:
         self.progress.note(f"{side.name} does not run{f', {cell}' if cell else ''}: {reason}")
         self.failures.append(Failure(side=side.name, cell=cell, reason=str(reason)))
 

@@ -105,4 +105,9 @@ def choose_counter(*, cuda: bool, through_torch: bool) -> Counter | None:
     """Return what reads a side's memory; None where the system has no such counter."""
     if cuda:
         return TorchMemory() if through_torch else DeviceMemory()
-    return ResidentMemory() if CLEAR.exists() else None
+    resident = ResidentMemory()
+    try:
+        resident.reset()
+    except OSError:  # not Linux, or a container that keeps it read-only
+        return None
+    return resident

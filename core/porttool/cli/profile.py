@@ -18,6 +18,7 @@ from porttool.cli.options import (
     model_options,
     set_option,
 )
+from porttool.errors import MissingExtra
 from porttool.progress import format_tera
 from porttool.standing import made_folder, require_place
 
@@ -76,6 +77,7 @@ def command(
         run_unrecorded(runner, shape)
         return
     found = profile(runner, shape, output)
+    draw(found, output / "modules.png")
     if as_json:
         console.say_json({**asdict(found), "output": str(output)})
         return
@@ -125,9 +127,20 @@ def tell_counters(output: Path, *, as_json: bool) -> None:
     console.say(f"{output / 'counters.csv'}: every counter of every launch")
 
 
+def draw(found: Profile, picture: Path) -> None:
+    """Draw the picture; without matplotlib say so: everything else is there."""
+    from porttool.profiling.chart import draw_chart
+
+    try:
+        draw_chart(found.lines, found.peak, found.description, picture)
+    except MissingExtra as error:
+        console.note(f"{picture} is not drawn: {error}")
+    else:
+        console.note(f"{picture}: the picture")
+
+
 def show(found: Profile, output: Path) -> None:
     """Print phases, modules or kernels, and where the files are."""
-    from porttool.profiling.chart import draw_chart
     from porttool.profiling.table import over_layers
 
     flops = format_tera(found.peak.flops)
@@ -148,12 +161,9 @@ def show(found: Profile, output: Path) -> None:
         ]  # fmt: skip
         columns = ("step", "module, all layers", "ms", "GFLOP", "GB", "of the roofline")
         console.table("Modules", columns, lines)
-    draw_chart(found.lines, found.peak, found.description, output / "modules.png")
     kernels = [
         (name[:70], str(calls), f"{1e3 * seconds:.3f}")
         for name, calls, seconds in found.kernels[:KERNELS_SHOWN]
     ]
     console.table("Kernels and operations, all steps", ("name", "calls", "ms"), kernels)
-    console.say(
-        f"{output}: trace.json (chrome://tracing, Perfetto), layers.csv, kernels.csv, modules.png"
-    )
+    console.say(f"{output}: trace.json (chrome://tracing, Perfetto), layers.csv, kernels.csv")

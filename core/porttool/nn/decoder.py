@@ -102,21 +102,24 @@ class Decoder(nn.Module):
 
     def forward(self, step: Step, cache: KVCache | None = None) -> Tensor:
         """Return logits [n, width, vocab_size]; rows past their length hold nothing of use."""
-        positions = step.positions.clamp(max=self.config.n_positions - 1)
+        positions = step.positions
         x = self.embed(step.tokens, positions)
         for layer in self.layers:
             x = layer(x, positions, cache, step)
         return self.logits(self.norm(x))
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Token embeddings, or prompt-table rows, plus learned positions: [n, width, d_model]."""
+        """Token embeddings, or prompt-table rows, plus learned positions: [n, width, d_model].
+
+        Only padding may lie beyond the learned positions.
+        """
         x: Tensor = self.embedding(tokens.clamp(max=self.config.vocab_size - 1))
         if self.prompt_table is not None:
             row = (tokens - self.config.vocab_size).clamp(min=0)
             virtual = (tokens >= self.config.vocab_size)[..., None]
             x = torch.where(virtual, F.embedding(row, self.prompt_table), x)
         if self.config.position == "learned":
-            x = x + self.position(positions)
+            x = x + self.position(positions.clamp(max=self.config.n_positions - 1))
         return x
 
     def logits(self, x: Tensor) -> Tensor:

@@ -102,9 +102,10 @@ def require_fit(runner: Runner, shape: ProfileShape) -> None:
 def run_steps(runner: Runner, shape: ProfileShape) -> None:
     """Feed the prompts and decode, each step a named range; the first two steps are warm-up.
 
-    An engine that decodes on its device does so in one step, as it does for `run`.
+    An engine that decodes on its device makes as many tokens in a step as it can.
     """
-    tokens = torch.arange(shape.batch * shape.prompt).view(shape.batch, -1) % 97
+    tokens = torch.arange(shape.batch * shape.prompt).view(shape.batch, -1)
+    tokens %= min(97, runner.config.vocab_size)
     slots = torch.arange(shape.batch)
     whole = Step(slots, tokens, torch.zeros_like(slots), torch.full_like(slots, shape.prompt))
     with phase("warm-up"):
@@ -113,25 +114,21 @@ def run_steps(runner: Runner, shape: ProfileShape) -> None:
         decode(runner, shape, 0)
     with phase("prefill"):
         runner.step(whole)
-    for i in range(0, shape.new, tokens_a_step(runner, shape)):
+    made = 0
+    while made < shape.new:
         with phase("decode"):
-            decode(runner, shape, i)
+            made += decode(runner, shape, made)
 
 
-def tokens_a_step(runner: Runner, shape: ProfileShape) -> int:
-    """Return how many tokens a row one decoding step makes."""
-    return shape.new if runner.decodes_on_device else 1
-
-
-def decode(runner: Runner, shape: ProfileShape, i: int) -> None:
-    """Decode behind i tokens that were decoded before."""
+def decode(runner: Runner, shape: ProfileShape, i: int) -> int:
+    """Decode behind i tokens that were decoded before; return how many a row it made."""
     ones = torch.ones(shape.batch, dtype=torch.int64)
     slots = torch.arange(shape.batch)
-    step = Step(slots, 5 * ones[:, None], (shape.prompt + i) * ones, ones)
+    step = Step(slots, 0 * ones[:, None], (shape.prompt + i) * ones, ones)
     if runner.decodes_on_device:
-        runner.decode(step, shape.new)
-    else:
-        runner.step(step)
+        return runner.decode(step, shape.new - i).shape[1]
+    runner.step(step)
+    return 1
 
 
 @contextmanager
@@ -182,7 +179,8 @@ def summarize(
     peak = measure_peak(on_gpu, made.dtype)
     phases = {}
     for name, size in sizes.items():
-        tokens = tokens_a_step(runner, shape) if name == "decode" else 1
+        # all but the last step make as many
+        tokens = -(-shape.new // names.count(name)) if name == "decode" else 1
         taken = sorted(e["dur"] / 1e6 / tokens for e in ranges if e["name"] == PREFIX + name)
         cost = total_cost(made.config, size)
         median = taken[len(taken) // 2]

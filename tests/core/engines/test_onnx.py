@@ -101,6 +101,30 @@ def test_float16(tmp_path, shape, cache):
 
 
 @pytest.mark.parametrize("cache", CACHES)
+def test_what_overflowed_in_a_row_stays_with_it(tmp_path, cache):
+    """Token 205 has a value beyond float16: a later row in its slot does not see it."""
+    config = drawn.shape("gpt2")
+    tensors = drawn.weights(config)
+    tensors["embedding.weight"][:, 0] = 100 * torch.eye(config.vocab_size)[205]
+    tensors["layers.0.norm1.weight"][0] = 1
+    tensors["layers.0.attention.qkv.weight"][-1, 0] = 2e4  # of 7 or so deviations
+    made = drawn.checkpoint(tmp_path / "checkpoint", config, tensors)
+    engine = drawn.engine(
+        made, tmp_path / "engine", kind="onnx", options={"cache": cache}, limits=LIMITS,
+        dtype="float16",
+    )  # fmt: skip
+    runner = load_runner(engine, load_registry(), {"device": "cpu"})
+    steps = [step_of(prompts(3, 9), [2, 4], [0, 0]), step_of([[5], [6]], [2, 4], [3, 9])]
+    expected = [runner.step(step) for step in steps]
+    assert not runner.step(step_of([[205] * 20, [1]], [2, 3], [0, 0])).isfinite().all()
+    runner.copy_slots([2], [4])
+    runner.step(step_of([[5]], [4], [20]))
+    runner.step(step_of([[5], [6], [6]], [1, 3, 4], [0, 1, 21]))  # moves the rows
+    for step, logits in zip(steps, expected, strict=True):
+        torch.testing.assert_close(runner.step(step), logits)
+
+
+@pytest.mark.parametrize("cache", CACHES)
 def test_prompt_table(tmp_path, cache):
     pair = Pair(tmp_path, cache=cache)
     table = torch.randn(3, pair.config.d_model, generator=torch.Generator().manual_seed(1))

@@ -9,6 +9,8 @@ import torch
 
 import drawn
 import tensorrt_double as double
+import tensorrt_install
+import tiny
 from drawn import prompts, step_of
 from porttool.config import Sampling
 from porttool.errors import CheckpointError, EngineError, UsageError
@@ -44,15 +46,19 @@ def test_logits_of_any_step(tmp_path, library, shape, options):
         torch.testing.assert_close(runner.step(step).double(), ends, rtol=0, atol=2e-4)
 
 
-def test_same_tokens_as_torch(tmp_path, library):
-    checkpoint, engine = build(tmp_path)
+@pytest.mark.parametrize("options", [{}, {"cache": "concat"}, {"static_batch": False}])
+def test_same_tokens_as_torch(tmp_path, library, options):
+    """Rows join and leave: where the batch may vary, every size is captured and comes back."""
+    checkpoint, engine = build(tmp_path, **options)
     registry = load_registry()
     plain = drawn.engine(checkpoint, tmp_path / "torch", limits=LIMITS)
     runners = [load_runner(engine, registry), load_runner(plain, registry, {"device": "cpu"})]
     ids = prompts(3, 9, 1, 14)
-    for sampling in (Sampling(max_new_tokens=7), Sampling(max_new_tokens=5, num_beams=3)):
+    beams = Sampling(max_new_tokens=5, num_beams=3)
+    drawn_tokens = Sampling(max_new_tokens=9, temperature=1.0)
+    for sampling in (Sampling(max_new_tokens=7), beams, drawn_tokens):
         mine, theirs = (
-            [[c.tokens for c in row] for row in generate(r, ids, sampling, eos=(7,))]
+            [[c.tokens for c in row] for row in generate(r, ids, sampling, eos=range(0, 211, 5))]
             for r in runners
         )
         assert mine == theirs
@@ -135,6 +141,22 @@ def test_damaged_and_foreign_plans(tmp_path, library, monkeypatch):
         load_runner(engine, load_registry())
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda built: [], "the manifest says 1 ranks and describes 0"),
+        (lambda built: [{**built, "origin": 3}], "describes no TensorRT plan: origin"),
+        (lambda built: [{**built, "options": {"level": 9}}], "describes no TensorRT plan: .*level"),
+        (lambda built: [{k: v for k, v in built.items() if k != "inputs"}], "plan: inputs"),
+    ],
+)
+def test_a_manifest_that_describes_no_plan(tmp_path, library, change, message):
+    _, engine = build(tmp_path)
+    tiny.edit_manifest(engine.path / "engine.json", built=change(engine.manifest.built[0]))
+    with pytest.raises(EngineError, match=message):
+        load_runner(type(engine).open(engine.path), load_registry())
+
+
 def test_sizes_beyond_the_plan(tmp_path, library):
     _, engine = build(tmp_path)
     runner = load_runner(engine, load_registry())
@@ -144,6 +166,18 @@ def test_sizes_beyond_the_plan(tmp_path, library):
         runner.step(step_of([[1]], [0], [48]))
     with pytest.raises(EngineError, match=r"tokens \[3, 31\] is outside the plan's profile"):
         runner.step(step_of(prompts(31), [0], [0]))
+
+
+def test_all_positions_of_more_than_a_prompt(tmp_path, library, monkeypatch):
+    """A plan takes no more tokens at once than its longest prompt has."""
+    limits = LIMITS.model_copy(update={"max_input_len": 5, "max_output_len": 43})
+    monkeypatch.setattr(tensorrt_install, "LIMITS", limits)
+    checkpoint, engine = build(tmp_path)
+    step = step_of(prompts(12, 3), [2, 0], [0, 0])
+    got = load_runner(engine, load_registry()).step(step, all_positions=True)
+    reference = drawn.decoder(checkpoint.config, drawn.weights(checkpoint.config))
+    wanted = reference(step, KVCache(checkpoint.config, 3, 50, dtype=torch.float64))
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=0, atol=2e-4)
 
 
 def test_layer_times_come_with_the_run_they_belong_to(tmp_path, library):

@@ -13,7 +13,9 @@ import tensorrt_double as double
 from porttool.engines.tensorrt import gpu as gpu_module
 from porttool.engines.tensorrt.gpu import Gpu, PlanOrigin, require_same
 from porttool.engines.tensorrt.profiles import make_profiles
-from porttool.errors import EngineError, MissingExtra, UsageError
+from porttool.errors import EngineError, MissingExtra, PorttoolError, UsageError
+from porttool.plugins import load_registry
+from porttool.runner import load_runner
 from tensorrt_install import H200, LIMITS, build
 
 
@@ -83,6 +85,47 @@ def test_timings_are_kept_and_joined(tmp_path, library):
     (file,) = folder.glob("*.timing")
     assert file.name == "tensorrt-11.4.0.106-NVIDIA-H200-sm90-level3.timing"
     assert file.read_bytes() == b'["kernel 1", "kernel 2"]'
+
+
+def test_a_timing_cache_that_the_library_does_not_read(tmp_path, library, monkeypatch):
+    """None is what the bindings make of such a cache; they raise a TypeError if they get it."""
+    monkeypatch.setattr(double.IBuilderConfig, "create_timing_cache", lambda self, data: None)
+    with pytest.raises(EngineError, match="refuses this timing cache; delete the file"):
+        build(tmp_path, timing_cache=str(tmp_path))
+    assert not double.Builder.built
+
+
+def test_timings_that_do_not_go_together_are_left_alone(tmp_path, library, monkeypatch):
+    (tmp_path / "first").mkdir()
+    build(tmp_path / "first", timing_cache=str(tmp_path))
+    monkeypatch.setattr(double.ITimingCache, "combine", lambda *_, **__: False)
+    build(tmp_path, timing_cache=str(tmp_path))
+    (file,) = tmp_path.glob("*.timing")
+    assert file.read_bytes() == b'["kernel 1"]'
+
+
+def test_a_timing_cache_that_cannot_be_written_is_found_before_the_build(tmp_path, library):
+    (tmp_path / "file").touch()
+    with pytest.raises(PorttoolError, match="file"):
+        build(tmp_path, timing_cache=str(tmp_path / "file" / "timings"))
+    assert not double.Builder.built
+
+
+def test_a_library_that_does_not_start(tmp_path, library, monkeypatch):
+    """What the bindings raise where the driver is too old."""
+
+    def refuse(self, logger):
+        logger.log(double.ILogger.Severity.ERROR, "CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    _, engine = build(tmp_path)
+    monkeypatch.setattr(double.Runtime, "__init__", refuse)
+    with pytest.raises(EngineError, match=r"does not start: CUDA init.* error: 35; .* driver"):
+        load_runner(engine, load_registry())
+    monkeypatch.setattr(double.Builder, "__init__", refuse)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(EngineError, match=r"does not start: CUDA init.* error: 35; .* driver"):
+        build(tmp_path / "other")
 
 
 @pytest.mark.parametrize(

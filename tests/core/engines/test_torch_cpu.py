@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.native import head, library
-from porttool.engines.torch.cpu import NATIVE_TOKENS, CpuDecoder
+from porttool.engines.torch import cpu
+from porttool.engines.torch.cpu import NATIVE_TOKENS, CpuDecoder, Plan
 from porttool.errors import UsageError
 from porttool.nn import Decoder, KVCache, Step
 
@@ -100,6 +102,34 @@ def test_prefill_decode_and_several_tokens(shape, dtype, native):
     pair.check(one_each(pair, [12, 4], [0, 4]))
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=compiled), False])
+def test_rotary_beyond_the_trained_positions(native):
+    """A long prompt, which torch feeds, and then what follows it: as with more positions."""
+    pair = Pair("rotary", native=native)
+    short = pair.config.model_copy(update={"n_positions": 12})
+    weights = drawn(pair.config, torch.float32)
+    pair.decoder = CpuDecoder(short, weights, dtype=torch.float32, limits=LIMITS, native=native)
+    pair.check(Step.prefill([list(range(40)), [7]], [1, 3]))
+    pair.check(one_each(pair, [40, 1], [1, 3]))
+
+
+def test_a_fresh_prompt_needs_no_mask():
+    """Of a long one it would take the square of the length, for every row."""
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.most = max(self.most, getattr(out, "nbytes", 0))
+            return out
+
+    step = Step.prefill([[1] * 500] * 4)
+    with Largest() as seen:
+        assert Plan.of(step).mask is None
+    assert seen.most <= 2 * step.tokens.nbytes
+
+
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_feel_its_neighbours(dtype):
@@ -116,6 +146,15 @@ def test_a_row_does_not_feel_its_neighbours(dtype):
             assert torch.equal(alone[0], together[slot, i])
 
 
+@pytest.mark.parametrize(("slot", "start"), [(0, 39), (5, 3)])
+@pytest.mark.parametrize("native", [pytest.param(True, marks=compiled), False])
+def test_decoding_stays_in_the_cache(native, slot, start):
+    pair = Pair(native=native)
+    with pytest.raises(UsageError, match=f"{start + 12} tokens in slot {slot}; .* 5 slots of 50"):
+        pair.decoder.decode(one_each(pair, [start], [slot]), 12)
+    assert pair.decoder.decode(one_each(pair, [38], [4]), 12).shape == (1, 12)
+
+
 @compiled
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -129,6 +168,23 @@ def test_greedy_decoding_takes_the_highest_logit(dtype, n):
         best = decoder.step(step, all_positions=False).argmax(-1)
         assert best.tolist() == found[:, i].tolist()
         step = Step(step.slots, best[:, None], step.starts + 1, step.lengths)
+
+
+@compiled
+def test_a_large_model_hands_over_its_tokens_sooner(monkeypatch):
+    """What follows an end token is decoded for nothing, and a stream waits for all of it."""
+    pair = Pair()
+    n_bytes = sum(weight.nbytes for weight in pair.decoder.module.parameters())
+    step = one_each(pair, [3, 5], [0, 1])
+    pair.decoder.step(Step.prefill(prompts(2)), all_positions=False)
+    whole = pair.decoder.decode(step, 12)
+    assert whole.shape == (2, 12)
+    for read, n in ((n_bytes // 2, 1), (3 * n_bytes, 3)):
+        monkeypatch.setattr(cpu, "READ_AT_ONCE", read)
+        large = Pair().decoder
+        large.step(Step.prefill(prompts(2)), all_positions=False)
+        assert large.tokens_at_once == n
+        assert torch.equal(large.decode(step, 12), whole[:, :n])
 
 
 @compiled
@@ -279,6 +335,17 @@ def test_why_nothing_was_compiled_is_said(monkeypatch, tmp_path, compiler, reaso
     with pytest.raises(library.NativeUnavailable, match=reason):
         library.load_library()
     assert not list(tmp_path.rglob("*.so"))
+
+
+@compiled
+def test_the_compiler_may_be_a_command_of_several_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", f"env LANG=C {shutil.which('g++')} -m64")
+    assert library.build_library().is_file()
+    monkeypatch.setenv("CXX", "'g++")
+    library.load_library.cache_clear()
+    with pytest.raises(library.NativeUnavailable, match="No closing quotation"):
+        library.load_library()
 
 
 def test_without_a_home_folder_nothing_is_compiled(monkeypatch):

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -32,7 +33,8 @@ def load_library() -> ctypes.CDLL:
     """Compile the library if this machine has not yet, and load it."""
     try:
         library = ctypes.CDLL(str(build_library()))
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home folder is known
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: nobody's home folder is known; ValueError: quotes in CXX that do not match
         raise NativeUnavailable(f"the compiled step does not load: {error}") from error
     library.porttool_scratch.restype = c_int64
     library.porttool_scratch.argtypes = [c_void_p, c_int64, c_int64]
@@ -57,13 +59,14 @@ def build_library() -> Path:
     OpenMP is left undefined in it: torch has loaded its own, and a second one would keep a second
     pool of spinning threads.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    found = shutil.which("g++") or shutil.which("c++")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+    if not compiler:
         raise NativeUnavailable("no C++ compiler (g++) found")
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         raise NativeUnavailable(f"not written for {platform.system()} on {platform.machine()}")
     sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
-    identity = [compiler, *FLAGS, cpu_flags(), *(path.read_text() for path in sources)]
+    identity = [*compiler, *FLAGS, cpu_flags(), *(path.read_text() for path in sources)]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     target = cache_folder() / f"decode-{key}.so"
     if not target.is_file():
@@ -71,14 +74,17 @@ def build_library() -> Path:
     return target
 
 
-def compile_library(compiler: str, target: Path) -> None:
-    """Compile into a temporary folder beside the target, then rename: many may try at once."""
+def compile_library(compiler: list[str], target: Path) -> None:
+    """Compile into a temporary folder beside the target, then rename: many may try at once.
+
+    `compiler` is a command: `CXX` may name a wrapper, or flags.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made, library = Path(folder) / "decode.o", Path(folder) / "decode.so"
-            run_compiler([compiler, *FLAGS, "-c", str(SOURCES / "decode.cpp"), "-o", str(made)])
-            run_compiler([compiler, "-shared", "-pthread", str(made), "-o", str(library)])
+            run_compiler([*compiler, *FLAGS, "-c", str(SOURCES / "decode.cpp"), "-o", str(made)])
+            run_compiler([*compiler, "-shared", "-pthread", str(made), "-o", str(library)])
             library.replace(target)
     except OSError as error:
         raise NativeUnavailable(f"cannot write to {target.parent}: {error}") from error

@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from pydantic import ValidationError
-
 from porttool.builder import Builder, BuildRequest, Rank
-from porttool.component import Options, explain
+from porttool.component import Options
 from porttool.config import Closed
 from porttool.engines.onnx.export import MODEL, export_model, require_single_rank
-from porttool.errors import EngineError
+from porttool.engines.onnx.record import BuildRecord
 
 if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
-    from porttool.engine import Engine
     from porttool.progress import Progress
 
 Cache = Literal["scatter", "concat"]
@@ -41,33 +38,16 @@ class SessionRecord(Closed):
     optimization: Optimization
 
 
-class GraphRecord(Closed):
+class GraphRecord(BuildRecord):
     """What the builder notes of the graph in the engine's manifest."""
 
-    rank: Literal[0]
+    of_what = "ONNX graph"
     graph: Literal["model.onnx"]
     opset: int
     cache: Cache
     capacity: int
     nodes: int
     session: SessionRecord
-
-    @classmethod
-    def of(cls, engine: Engine) -> GraphRecord:
-        """Return an engine's record; an EngineError says what the manifest has in its place."""
-        built = engine.manifest.built
-        if len(built) != 1 or engine.manifest.world_size != 1:
-            raise EngineError(
-                f"{engine.path}: the manifest says {engine.manifest.world_size} ranks and describes"
-                f" {len(built)}; an ONNX engine has one, build it again"
-            )
-        try:
-            return cls.model_validate(built[0])
-        except ValidationError as error:
-            raise EngineError(
-                f"{engine.path}: the manifest describes no ONNX graph: {explain(error)}; "
-                "build the engine again"
-            ) from error
 
 
 class OnnxBuilder(Builder):
@@ -90,7 +70,6 @@ class OnnxBuilder(Builder):
         options = cast("OnnxOptions", self.options)
         made = export_model(checkpoint, request, out, form=options.cache, progress=progress)
         record = GraphRecord(
-            rank=0,
             graph=MODEL,
             opset=made.opset,
             cache=options.cache,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.engines.onnx.export import export_model, require_single_rank
+from porttool.engines.onnx.record import BuildRecord
 from porttool.engines.tensorrt.gpu import Gpu, PlanOrigin
 from porttool.engines.tensorrt.library import SCATTER, parse_version, require_tensorrt
 from porttool.engines.tensorrt.options import TensorrtOptions
-from porttool.engines.tensorrt.profiles import Profile, make_profiles
+from porttool.engines.tensorrt.profiles import Profile, Sizes, make_profiles
 from porttool.engines.tensorrt.timing_cache import cache_file
 
 if TYPE_CHECKING:
@@ -20,6 +21,22 @@ if TYPE_CHECKING:
     from porttool.progress import Progress
 
 PLAN = "decoder.plan"
+
+
+class BuiltPlan(BuildRecord):
+    """What the builder notes of the plan in the engine's manifest."""
+
+    of_what = "TensorRT plan"
+    origin: PlanOrigin
+    cache: Literal["scatter", "concat"]
+    capacity: int
+    options: TensorrtOptions
+    inputs: dict[str, list[int | str]]
+    outputs: dict[str, list[int | str]]
+    profiles: dict[str, list[Sizes]]
+    layers: int
+    attention_layers: int
+    plan_bytes: int
 
 
 class TensorrtBuilder(Builder):
@@ -53,21 +70,17 @@ class TensorrtBuilder(Builder):
         )
         form = choose_form(options, version)
         made = export_model(checkpoint, request, out, form=form, progress=progress)
-        record = self._build(made.path, out / PLAN, version, gpu, profiles)
+        facts = self._build(made.path, out / PLAN, version, gpu, profiles)
         if not (options.strip or options.keep_graph):
             remove_graph(out)
         origin = PlanOrigin(
             tensorrt=version, gpu=gpu, hardware=options.hardware,
             version_compatible=options.version_compatible,
         )  # fmt: skip
-        return {
-            "rank": rank.index,
-            "origin": origin.model_dump(mode="json"),
-            "cache": form,
-            "capacity": made.spec.capacity,
-            "options": options.model_dump(mode="json"),
-            **record,
-        }
+        record = BuiltPlan(
+            origin=origin, cache=form, capacity=made.spec.capacity, options=options, **facts
+        )
+        return record.model_dump(mode="json")
 
     def _build(
         self, model: Path, plan: Path, version: str, gpu: Gpu, profiles: tuple[Profile, ...]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import tensorrt as trt
 
+from porttool.errors import EngineError
+
 KEPT = 8
+Made = TypeVar("Made")
 
 
 class MessageLog(trt.ILogger):
@@ -28,3 +34,17 @@ class MessageLog(trt.ILogger):
     def summary(self) -> str:
         """The kept messages as one line."""
         return "; ".join(self.messages) or "TensorRT gave no reason"
+
+
+def started(kind: Callable[[MessageLog], Made], log: MessageLog) -> Made:
+    """Return TensorRT's builder or runtime; EngineError where the library gives none.
+
+    That is so with a driver older than its CUDA, and the bindings call it a TypeError.
+    """
+    try:
+        return kind(log)
+    except TypeError as error:
+        raise EngineError(
+            f"TensorRT does not start: {log.summary}; see whether the GPU's driver is new enough "
+            "for this version's CUDA"
+        ) from error

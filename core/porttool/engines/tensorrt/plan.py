@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tensorrt as trt
 
-from porttool.engines.tensorrt.log import MessageLog
+from porttool.engines.tensorrt.log import MessageLog, started
 from porttool.engines.tensorrt.options import TensorrtOptions
 from porttool.engines.tensorrt.profiles import Profile, free_inputs
 from porttool.engines.tensorrt.timing_cache import locked_file, read_cache, replace_file
@@ -40,7 +40,7 @@ class PlanRecord:
 def build_plan(job: PlanJob, target: Path) -> PlanRecord:
     """Build a plan and write it; EngineError with the library's words if any step fails."""
     log = MessageLog()
-    builder = trt.Builder(log)
+    builder = started(trt.Builder, log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)  # holds the weights: it must live until the build ends
     parse_model(parser, job.model)
@@ -145,18 +145,24 @@ def add_profile(
 
 
 def read_timings(config: trt.IBuilderConfig, path: Path | None) -> None:
-    """Hand the kept timings to a build."""
-    if path is not None and not config.set_timing_cache(
-        config.create_timing_cache(read_cache(path)), ignore_mismatch=False
-    ):
+    """Hand the kept timings to a build, whose own could be kept there too."""
+    if path is None:
+        return
+    with locked_file(path):  # a folder that cannot be written is found before the build
+        kept = config.create_timing_cache(read_cache(path))
+    if kept is None or not config.set_timing_cache(kept, ignore_mismatch=False):
         raise EngineError(f"{path}: TensorRT refuses this timing cache; delete the file")
 
 
 def keep_timings(config: trt.IBuilderConfig, path: Path | None) -> None:
-    """Join a build's timings with those that other builds have kept meanwhile."""
+    """Join a build's timings with those that other builds have kept meanwhile.
+
+    Where these do not go together they stay as they are: the plan is built, and worth more.
+    """
     if path is None:
         return
     ours = config.get_timing_cache()
     with locked_file(path):
-        ours.combine(config.create_timing_cache(read_cache(path)), ignore_mismatch=False)
-        replace_file(path, bytes(memoryview(ours.serialize())))
+        theirs = config.create_timing_cache(read_cache(path))
+        if theirs is not None and ours.combine(theirs, ignore_mismatch=False):
+            replace_file(path, bytes(memoryview(ours.serialize())))

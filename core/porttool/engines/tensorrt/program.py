@@ -1,4 +1,7 @@
-"""A deserialised plan: one context for each profile, all on one stream and one block of memory."""
+"""A deserialised plan: a context for each profile and for each captured graph.
+
+All are on one stream and on one block of memory.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from porttool.engines.onnx.cached_graph import Program
 from porttool.engines.tensorrt.layer_times import LayerTimes
-from porttool.engines.tensorrt.log import MessageLog
+from porttool.engines.tensorrt.log import MessageLog, started
 from porttool.engines.tensorrt.stream import DeviceStream
 from porttool.errors import EngineError
 
@@ -44,7 +47,10 @@ class PlanProgram(Program):
         """
         if missing := set(self.names) ^ tensors.keys():
             raise EngineError(f"the plan's tensors are not the graph's: {sorted(missing)}")
-        return BoundCall(self, dict(tensors), captures=repeats and self.captures)
+        if repeats and self.captures:  # other shapes never touch a captured graph's context
+            context = self._make_context(PHASES.index("decode"))
+            return BoundCall(self, context, dict(tensors), captures=True)
+        return BoundCall(self, self.context_for(tensors), dict(tensors), captures=False)
 
     def context_for(self, tensors: Mapping[str, Tensor]) -> trt.IExecutionContext:
         """Return the context whose profile holds a step of this width."""
@@ -96,10 +102,17 @@ def plain(tensors: Mapping[str, Tensor]) -> bool:
 class BoundCall:
     """One binding: shapes and addresses are set for a first run, then captured for the others."""
 
-    def __init__(self, program: PlanProgram, tensors: dict[str, Tensor], *, captures: bool) -> None:
+    def __init__(
+        self,
+        program: PlanProgram,
+        context: trt.IExecutionContext,
+        tensors: dict[str, Tensor],
+        *,
+        captures: bool,
+    ) -> None:
         self.program = program
         self.tensors = tensors
-        self.context = program.context_for(tensors)
+        self.context = context
         self.captures = captures
         self.replay: Callable[[], None] | None = None
 
@@ -162,7 +175,7 @@ def load_plan(
     plan: Path, *, log: MessageLog, host_code: bool, graph: Path | None, budget: int | None
 ) -> trt.ICudaEngine:
     """Deserialise a plan; put the weights of a stripped one in; set the streaming budget."""
-    runtime = trt.Runtime(log)
+    runtime = started(trt.Runtime, log)
     runtime.engine_host_code_allowed = host_code
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:

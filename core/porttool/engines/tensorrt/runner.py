@@ -9,10 +9,9 @@ from pydantic import NonNegativeInt
 
 from porttool.component import Options
 from porttool.engines.onnx.export import MODEL
-from porttool.engines.tensorrt.builder import PLAN
-from porttool.engines.tensorrt.gpu import Gpu, PlanOrigin, require_same
+from porttool.engines.tensorrt.builder import PLAN, BuiltPlan
+from porttool.engines.tensorrt.gpu import Gpu, require_same
 from porttool.engines.tensorrt.library import require_tensorrt
-from porttool.engines.tensorrt.options import TensorrtOptions
 from porttool.engines.tensorrt.profiles import ALL_POSITIONS_WIDTH
 from porttool.errors import EngineError
 from porttool.runner import Runner, TimedNode
@@ -42,9 +41,8 @@ class TensorrtRunner(Runner):
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(engine, options)
-        (self._built,) = engine.manifest.built
-        self._origin = PlanOrigin.model_validate(self._built["origin"])
-        self._options = TensorrtOptions.model_validate(self._built["options"])
+        self._record = BuiltPlan.of(engine)
+        self._origin = self._record.origin
         version = require_tensorrt()
         plan = engine.rank_path() / PLAN
         require_same(self._origin, version=version, gpu=Gpu.current(), where=str(plan))
@@ -59,7 +57,7 @@ class TensorrtRunner(Runner):
         """Library, GPU, type and form of the cache."""
         return (
             f"tensorrt {self._origin.tensorrt} on {self._origin.gpu.name}, "
-            f"{self.engine.manifest.dtype}, {self._built['cache']} cache"
+            f"{self.engine.manifest.dtype}, {self._record.cache} cache"
         )
 
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
@@ -68,7 +66,8 @@ class TensorrtRunner(Runner):
 
         self.check(step)
         if all_positions:
-            return fed_in_pieces(self._run, step, self.max_len, width=ALL_POSITIONS_WIDTH)
+            width = min(ALL_POSITIONS_WIDTH, self.engine.manifest.limits.max_input_len)
+            return fed_in_pieces(self._run, step, self.max_len, width=width)
         return fed(self._run, step, self.max_len, all_positions=False)
 
     def copy_slots(self, source: list[int], target: list[int]) -> None:
@@ -97,7 +96,7 @@ class TensorrtRunner(Runner):
         return self._information
 
     def _run(self, step: Step, *, all_positions: bool) -> Tensor:
-        if not self._options.static_batch:
+        if not self._record.options.static_batch:
             return self._graph.run(step, all_positions=all_positions)
         from porttool.engines.onnx.stepping import filled
 
@@ -115,11 +114,11 @@ class TensorrtRunner(Runner):
             folder / PLAN,
             log=log,
             host_code=self._origin.version_compatible,
-            graph=folder / MODEL if self._options.strip else None,
+            graph=folder / MODEL if self._record.options.strip else None,
             budget=cast("TensorrtRunnerOptions", self.options).weight_streaming_budget,
         )
         program = PlanProgram(engine, log, DeviceStream())
-        wanted = {*self._built["inputs"], *self._built["outputs"]}
+        wanted = {*self._record.inputs, *self._record.outputs}
         if differ := wanted ^ set(program.names):
             raise EngineError(
                 f"{folder / PLAN}: its inputs and outputs are not those of the manifest: "

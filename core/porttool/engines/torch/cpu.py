@@ -24,6 +24,8 @@ from porttool.nn.decoder import Layer
 
 NATIVE_TOKENS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
 """Tokens of a step up to which compiled code is faster than torch: see bench/cpu_decode.py."""
+READ_AT_ONCE = 1 << 32
+"""Bytes of weights that decoding reads before the host sees the tokens: some 200 ms."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,13 @@ class Plan:
         positions, reach = step.positions, int((step.starts + step.lengths).max())
         rows, columns = step.real
         fresh = not step.starts.any()
-        visible = torch.arange(reach) <= positions[:, None, :, None]
-        whole = width == 1 and bool(visible.all())
+        whole = width == 1 and bool((positions == reach - 1).all())
         first = int(step.slots[0])
         neighbours = step.slots.equal(torch.arange(first, first + n))
         return cls(
             step, rows, columns, positions[rows, columns],
             slice(first, first + n) if neighbours else step.slots, reach,
-            None if fresh or whole else visible,
+            None if fresh or whole else torch.arange(reach) <= positions[:, None, :, None],
         )  # fmt: skip
 
 
@@ -88,6 +89,8 @@ class CpuDecoder(DeviceDecoder):
         except NativeUnavailable as reason:
             self.description = f"cpu, plain torch ({reason})"
         self.decodes_on_device = self.native is not None
+        n_bytes = sum(weight.nbytes for weight in self.module.parameters())
+        self.tokens_at_once = min(self.tokens_at_once, max(1, READ_AT_ONCE // n_bytes))
 
     @torch.inference_mode()
     def step(self, step: Step, *, all_positions: bool) -> Tensor:
@@ -107,8 +110,19 @@ class CpuDecoder(DeviceDecoder):
 
     @torch.inference_mode()
     def decode(self, step: Step, n_tokens: int) -> Tensor:
-        """Decode greedily; larger batches than compiled code is good for go step by step."""
+        """Decode greedily; larger batches than compiled code is good for go step by step.
+
+        A large model gives fewer tokens at a time, which the host then need not wait for.
+        Raises UsageError for what the cache does not hold: compiled code would write elsewhere.
+        """
         self._check_ids(step)
+        n_tokens = min(n_tokens, self.tokens_at_once)
+        reach, slot = int(step.starts.max()) + n_tokens, int(step.slots.max())
+        if reach > self.max_len or slot >= self.n_slots:
+            raise UsageError(
+                f"decoding would reach {reach} tokens in slot {slot}; "
+                f"there are {self.n_slots} slots of {self.max_len}"
+            )
         if self.native is not None and len(step.slots) <= NATIVE_TOKENS[self.dtype]:
             return self.native.decode(
                 step.tokens[:, 0].contiguous(), step.slots, step.starts, n_tokens
@@ -147,7 +161,7 @@ class CpuDecoder(DeviceDecoder):
 
     def _torch_step(self, plan: Plan, *, all_positions: bool) -> Tensor:
         step, module = plan.step, self.module
-        positions = step.positions.clamp(max=self.config.n_positions - 1)
+        positions = step.positions
         x = module.embed(step.tokens, positions)  # [n, width, d_model]
         for index in range(self.config.n_layer):
             layer: Layer = module.layers[index]  # type: ignore[assignment]

@@ -11,7 +11,7 @@ from torch import Tensor
 from porttool.config import Limits, ModelConfig
 from porttool.errors import EngineError
 from porttool.nn import Decoder, KVCache, Step, require_shapes
-from porttool.runner import Choose
+from porttool.runner import Choose, Runner
 
 
 class DeviceDecoder(ABC):
@@ -20,6 +20,7 @@ class DeviceDecoder(ABC):
     description: str
     decodes_on_device = False
     samples_on_device = False
+    tokens_at_once = Runner.tokens_at_once
 
     def __init__(
         self,

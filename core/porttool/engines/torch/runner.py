@@ -67,6 +67,11 @@ class TorchRunner(Runner):
         """True on a GPU, and on a CPU with compiled code."""
         return self._decoder.decodes_on_device
 
+    @property
+    def tokens_at_once(self) -> int:  # type: ignore[override]
+        """Fewer where reading a large model's weights takes a CPU long."""
+        return self._decoder.tokens_at_once
+
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
         """Feed tokens; return logits."""
         self.check(step)
