@@ -25,6 +25,7 @@ from porttool.evaluators.statistics import (
     bootstrap_mean,
     power_of,
 )
+from porttool.evaluators.vocabulary import judge_ends
 
 DRIFT_FACTOR = 2.5
 """How many times the reference's own drift in the engine's type the engine's may be."""
@@ -132,11 +133,14 @@ def compare_sides(
 def judge(comparison: Comparison) -> tuple[Verdict, ...]:
     """Return every verdict that the sides allow."""
     verdicts: list[Verdict] = []
-    if comparison.both:
+    engine, reference = comparison.engine, comparison.reference
+    if engine and reference:
         verdicts += [judge_rouge(comparison, kind) for kind in KINDS]
         verdicts.append(judge_agreement(comparison))
-        if comparison.engine and comparison.engine.task.decoding.num_beams == 1:
+        if engine.task.decoding.num_beams == 1:
             verdicts.append(judge_drift(comparison))
+        if reference.ends and reference.counterpart is None:  # it is what was converted
+            verdicts.append(judge_ends(engine.task.decoding.eos, reference.ends))
     if comparison.bounds.rouge1_threshold is not None:
         verdicts.append(judge_threshold(comparison, comparison.bounds.rouge1_threshold))
     return tuple(verdicts)

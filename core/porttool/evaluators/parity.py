@@ -16,10 +16,9 @@ from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate, missi
 from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from porttool.config import Dtype, ModelConfig
+    from porttool.config import Dtype
     from porttool.converter import Converter
     from porttool.evaluators.accounting import Derivation
-    from porttool.evaluators.diagnosis import Subject
     from porttool.evaluators.probe import Probe
     from porttool.evaluators.virtual import VirtualTokens
     from porttool.runner import Runner
@@ -88,6 +87,7 @@ class ParityEvaluator(Evaluator):
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Climb the ladder; both sides and the source's converter are needed."""
         from porttool.evaluators.accounting import derived
+        from porttool.evaluators.diagnosis import diagnose
         from porttool.evaluators.probe import Probe
         from porttool.evaluators.transformers_folder import require_same_shape
 
@@ -104,7 +104,7 @@ class ParityEvaluator(Evaluator):
                     "compared, config and weights are not"
                 )
             else:
-                findings.verdicts.append(judge_config(port.runner.config, derivation.config))
+                climb_config(port, port.source, derivation, findings)
                 climb_weights(port.runner, derivation, findings, progress)
             virtual = climb_table(port, port.runner, findings)
             probe = Probe.make(port.runner, port.tokenizer, port.source, options, virtual)
@@ -130,16 +130,6 @@ class ParityEvaluator(Evaluator):
             )
 
 
-def judge_config(engine: ModelConfig, source: ModelConfig) -> Verdict:
-    """The engine's shape and arithmetic are what the source's config says."""
-    ours, theirs = engine.model_dump(), source.model_dump()
-    differing = [f"{k} is {ours[k]}, should be {theirs[k]}" for k in theirs if ours[k] != theirs[k]]
-    return Verdict(
-        name="config", passed=not differing, found=f"{len(differing)} fields differ", bound="0",
-        detail="; ".join(differing),
-    )  # fmt: skip
-
-
 def climb_tokenizer(port: Port, options: ParityOptions, findings: Findings) -> None:
     """Compare token ids of texts with transformers' own tokenizer, where there is one."""
     from porttool.evaluators.vocabulary import SAMPLES, compare_tokenizers
@@ -152,6 +142,27 @@ def climb_tokenizer(port: Port, options: ParityOptions, findings: Findings) -> N
         findings.notes.append(f"token ids of texts are not compared: {found:.400}")
         return
     findings.verdicts.append(found)
+
+
+def climb_config(port: Port, source: Path, derivation: Derivation, findings: Findings) -> None:
+    """Compare shape, arithmetic and end tokens with the source's, and these with transformers'.
+
+    A folder that was not converted itself may end texts as it likes: that is said, not judged.
+    """
+    from porttool.evaluators.accounting import judge_config
+    from porttool.evaluators.transformers_folder import end_ids
+    from porttool.evaluators.vocabulary import judge_ends
+
+    if port.engine is None:
+        return
+    findings.verdicts.append(judge_config(port.engine, derivation))
+    theirs = end_ids(source)
+    verdict = judge_ends(port.engine.tokens.eos, theirs)
+    if port.origin is None and theirs:
+        findings.verdicts.append(verdict)
+    elif theirs and not verdict.passed:
+        findings.notes.append(f"{source} ends texts at the ids {verdict.bound}, the engine, as "
+                              f"its own source says, at {verdict.found}")  # fmt: skip
 
 
 def climb_weights(
@@ -247,46 +258,3 @@ def climb_arithmetic(probe: Probe, derivation: Derivation, findings: Findings) -
     findings.verdicts.append(verdict)
     if error is not None:
         findings.measurements[verdict.name] = asdict(error)
-
-
-def diagnose(
-    probe: Probe, derivation: Derivation | None, findings: Findings, *, named: bool
-) -> None:
-    """Say where the two first part and what the likely cause is.
-
-    The place is found by the family's rules if they are `named` for the Hugging Face folder's
-    modules, else by the weights that those hold.
-    """
-    from porttool.evaluators.arithmetic import NAME
-    from porttool.evaluators.diagnosis import Subject, explain_decode
-
-    stepwise = ("decode", "decode, several tokens a step")
-    if findings.failed("prefill") and derivation is None:
-        findings.notes.append("where the two part cannot be said without the family's rules")
-    elif findings.failed("prefill") and derivation is not None:
-        accuse(Subject.of(probe, derivation), findings, named=named)
-    elif findings.failed(*stepwise):
-        findings.notes.append(explain_decode(probe))
-        findings.measurements["cause"] = "cache"
-    elif findings.failed("greedy tokens"):
-        findings.notes.append(
-            "the logits agree but the tokens do not: look at how the runner decodes by itself, "
-            "or at what the generation loop does with its logits"
-        )
-    elif NAME in findings.measurements and findings.failed(NAME) and derivation is not None:
-        accuse(Subject.of_config(probe, derivation), findings, named=named)
-
-
-def accuse(subject: Subject, findings: Findings, *, named: bool) -> None:
-    """Name the first operation where the two part, and the one mistake that explains it all."""
-    from porttool.evaluators.diagnosis import locate, suspect
-
-    parting, note = locate(subject, named=named)
-    if parting is None and findings.failed("config", "weights"):
-        note = "no one operation stands out: begin with the config and weights that differ"
-    findings.notes.append(note)
-    findings.measurements["first_difference"] = parting.stage.name if parting else None
-    mistake = suspect(subject)
-    if mistake:
-        findings.notes.append(f"cause: {mistake}")
-        findings.measurements["cause"] = mistake

@@ -16,6 +16,7 @@ from porttool.evaluators.reference import (
     median_seconds,
 )
 from porttool.evaluators.results import Continuation, Decoding, SideResult, Speed, Task
+from porttool.evaluators.transformers_folder import end_ids
 from porttool.evaluators.unfinished import Begun, Unfinished
 from porttool.folder import fingerprint
 from porttool.progress import Progress
@@ -76,6 +77,7 @@ def run_reference(
         description=model.description,
         model=fingerprint_model(model.folder),
         source=done.begun.source,
+        ends=end_ids(model.folder),
         dtype=model.dtype,
         task=task,
         speed=speed_of(continuations, done.seconds, first),

@@ -109,3 +109,21 @@ def load_model(folder: Path, dtype: Any) -> Any:
             raise SourceError(f"{folder}: transformers reports {problem}: {names}")
     model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False)
+
+
+def end_ids(folder: Path) -> tuple[int, ...]:
+    """Return the ids at which transformers itself ends a text of a folder's model.
+
+    What no token can have is left out: a published config may name another vocabulary's.
+    """
+    config = load_config(folder)
+    from transformers import GenerationConfig
+
+    with loading(folder):
+        if (folder / "generation_config.json").is_file():
+            found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        else:
+            found = GenerationConfig.from_model_config(config)
+    eos = found.eos_token_id
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return tuple(i for i in ids if 0 <= i < config.vocab_size)

@@ -1,8 +1,8 @@
-"""Does text become the same token ids as in transformers?"""
+"""Does text become the same token ids as in transformers, and end at the same ones?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from porttool.errors import MissingExtra
@@ -50,4 +50,16 @@ def compare_tokenizers(tokenizer: Tokenizer, source: Path, texts: Sequence[str])
     return Verdict(
         name="tokenizer", passed=not wrong, found=f"{right} of {len(texts)} texts", bound="all",
         detail=detail,
+    )  # fmt: skip
+
+
+def judge_ends(ours: Collection[int], theirs: Collection[int]) -> Verdict:
+    """The ids that end a text: both sides of `summarize` are given the engine's, whatever it has.
+
+    A wrong one changes no logit, only where texts stop.
+    """
+    said = [", ".join(map(str, sorted(ids))) or "none" for ids in (ours, theirs)]
+    return Verdict(
+        name="end tokens", passed=set(ours) == set(theirs), found=said[0], bound=said[1],
+        detail="the ids at which texts end, beside transformers' own",
     )  # fmt: skip
