@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from porttool.config import Dtype, ModelConfig
 from porttool.evaluators.arithmetic import NAME, shapes_of, source_logits
 from porttool.evaluators.hypotheses import MAX_PARAMETERS, find_mistake
-from porttool.evaluators.logits import BOUNDS, LogitError, measure
+from porttool.evaluators.logits import BOUNDS, first_wrong, measure
 from porttool.evaluators.matching import match_by_weights
 from porttool.evaluators.reference import ReferenceModel
 from porttool.evaluators.stages import Parting, StageMap, compare_stages, find_parting
@@ -195,12 +195,3 @@ def explain_decode(probe: Probe) -> str:
                 "or the positions of later tokens"
             )
     return "prefill agrees but decode drifts beyond its bound without a jump; likely precision"
-
-
-def first_wrong(ours: Tensor, theirs: Tensor, bound: float) -> int | None:
-    """Return the first position whose logits are off by more than the bound over their scale."""
-    for at in range(len(ours)):
-        error: LogitError = measure([ours[at : at + 1]], [theirs[at : at + 1]])
-        if error.worst > bound:
-            return at
-    return None

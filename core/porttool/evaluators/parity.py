@@ -109,6 +109,7 @@ class ParityEvaluator(Evaluator):
             virtual = climb_table(port, port.runner, findings)
             probe = Probe.make(port.runner, port.tokenizer, port.source, options, virtual)
             climb_logits(probe, findings, progress)
+            climb_reach(probe, findings)
             climb_tokens(probe, findings)
             if derivation is not None:
                 climb_arithmetic(probe, derivation, findings)
@@ -217,6 +218,19 @@ def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:
             findings.measurements[f"{name}, Hugging Face in {dtype}"] = asdict(yardstick)
         progress.advance(1)
     progress.finish()
+
+
+def climb_reach(probe: Probe, findings: Findings) -> None:
+    """Compare logits as far on as the engine goes; say where they part if only that is wrong."""
+    from dataclasses import asdict
+
+    if probe.reach is None:
+        return
+    verdict, error, where = probe.reach.judge(probe.runner)
+    findings.measurements[verdict.name] = asdict(error)
+    if where and not findings.failed("prefill", "decode", "decode, several tokens a step"):
+        findings.notes.append(where)
+    findings.verdicts.append(verdict)
 
 
 def climb_tokens(probe: Probe, findings: Findings) -> None:

@@ -13,14 +13,13 @@ import torch
 import tiny
 from porttool.cli import invoke
 from porttool.config import SpecialTokens
-from porttool.engine import Engine
+from porttool.engine import Engine, choose_limits
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
 from porttool.evaluators.accounting import Derivation, check_weights
 from porttool.evaluators.damage import Damage
-from porttool.evaluators.diagnosis import first_wrong
 from porttool.evaluators.hypotheses import find_mistake
-from porttool.evaluators.logits import judge_logits, measure
+from porttool.evaluators.logits import first_wrong, judge_logits, measure
 from porttool.evaluators.parity import verify
 from porttool.evaluators.transformers_folder import end_ids
 from porttool.nn import Step
@@ -313,6 +312,49 @@ def test_broken_cache_is_told_from_broken_arithmetic(engine, verified, runner, f
         assert any("with several tokens a step" in note for note in report.notes)
 
 
+class ShortSighted(TorchRunner):
+    """Takes every token of a long prompt for the last."""
+
+    def step(self, step, *, all_positions=False):
+        tokens = step.tokens.clone()
+        if tokens.shape[1] > 30:
+            tokens[:, :-1] = tokens[:, -1:]
+        moved = Step(step.slots, tokens, step.starts, step.lengths)
+        return super().step(moved, all_positions=all_positions)
+
+
+class Forgetful(TorchRunner):
+    """Writes and reads the cache one place too early beyond 40 tokens."""
+
+    def step(self, step, *, all_positions=False):
+        late = (step.starts > 40).to(torch.int64)
+        moved = Step(step.slots, step.tokens, step.starts - late, step.lengths)
+        return super().step(moved, all_positions=all_positions)
+
+
+@pytest.mark.parametrize(
+    ("runner", "said"),
+    [
+        (TorchRunner, None),
+        (ShortSighted, "a prompt of 40 tokens does not agree, a prompt of 20 tokens agrees"),
+        (Forgetful, "prompts of up to 40 tokens agree, what follows does not, from new token 1"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_wrong_with_long_contexts_alone(
+    checkpoint, verified, tmp_path, runner, said, dtype
+):
+    limits = choose_limits(checkpoint.config, max_input_len=40, max_output_len=8)
+    built = tiny.built(checkpoint, tmp_path / "engine", limits=limits, dtype=dtype)
+    report = verified(runner(built, CPU), prompt_len=9, new_tokens=8)
+    failed = {n for n, passed in outcome(report).items() if not passed}
+    assert failed == ({"long contexts"} if said else set())
+    [found] = [v for v in report.verdicts if v.name == "long contexts"]
+    assert "prompts of 20, 40 tokens, 8 more" in found.detail
+    assert ("Hugging Face in bfloat16" in found.detail) is (dtype == "bfloat16")
+    assert not said or any(note.startswith(said) for note in report.notes)
+
+
 class NoisyKernel(TorchRunner):
     """Right weights, wrong arithmetic."""
 
@@ -451,8 +493,6 @@ def test_texts_need_a_tokenizer(verified, engine):
 
 
 def test_an_engine_for_one_new_token_cannot_be_verified(checkpoint, verified, tmp_path):
-    from porttool.engine import choose_limits
-
     limits = choose_limits(checkpoint.config, max_output_len=1)
     with pytest.raises(UsageError, match="--max-output-len 2"):
         verified(tiny.built(checkpoint, tmp_path / "engine", limits=limits))
