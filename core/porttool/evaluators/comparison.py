@@ -90,11 +90,10 @@ class Comparison:
 
     @property
     def n_worded(self) -> int:
-        """Articles for which at least one side wrote more than blanks: the others show nothing."""
-        sides = [
-            [c.text.strip() for c in s.continuations] for s in (self.engine, self.reference) if s
-        ]
-        return sum(any(texts) for texts in zip(*sides, strict=True))
+        """Different texts that a side has more than blanks for: the others show nothing."""
+        sides = [s.continuations for s in (self.engine, self.reference) if s]
+        pairs = zip(self.articles, *sides, strict=True)
+        return len({a.text for a, *c in pairs if any(each.text.strip() for each in c)})
 
     def differences(self, kind: str) -> list[float]:
         """Engine minus reference, article by article."""
@@ -154,7 +153,8 @@ def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
     if (n_worded := comparison.n_worded) < MIN_ARTICLES:
         return Verdict(
             name=name, passed=None, found=f"{n_worded} articles", bound=bound,
-            detail=f"a verdict needs at least {MIN_ARTICLES} articles that a side has words for",
+            detail=f"a verdict needs at least {MIN_ARTICLES} different articles that a side has "
+            "words for",
         )  # fmt: skip
     detail = f"mean difference {found.mean:+.2f}, sd {found.sd:.2f}, n {found.n}"
     passed = found.low > -margin

@@ -239,7 +239,7 @@ def test_a_parity_report_is_shown_beside_its_own_engine(run, writer_engine, tmp_
 def test_too_few_articles_give_no_verdict(run):
     report = run(max_articles=4)
     assert outcome(report)["rouge1 not inferior"] is None
-    with pytest.raises(CheckFailed, match="needs at least 10 articles"):
+    with pytest.raises(CheckFailed, match="needs at least 10 different articles"):
         report.require_pass()
 
 
@@ -551,6 +551,10 @@ def test_instruction_without_a_template(run):
         run(prompt="instruction")
 
 
+def texts(n):
+    return [Article(str(i), f"text {i}", "x") for i in range(n)]
+
+
 @pytest.mark.parametrize("confidence", [0.95, 0.99])
 def test_how_many_articles_decide_depends_on_the_confidence(confidence):
     side = SimpleNamespace(
@@ -558,7 +562,7 @@ def test_how_many_articles_decide_depends_on_the_confidence(confidence):
     )
     ours, theirs = {"rouge1": [3.0, 0.0] * 10}, {"rouge1": [0.0, 3.0] * 10}
     bounds = Bounds(resamples=1000, confidence=confidence)
-    found = judge_rouge(Comparison((), side, side, ours, theirs, (), bounds), "rouge1")
+    found = judge_rouge(Comparison(texts(20), side, side, ours, theirs, (), bounds), "rouge1")
     sd = (9 * 20 / 19) ** 0.5
     wanted = articles_needed(sd, 0.5, confidence=confidence)
     assert found.detail.endswith(f"undecided: an equal port would need {wanted} articles")
@@ -571,8 +575,22 @@ def test_articles_without_a_word_on_either_side_do_not_count():
 
     zeros = {"rouge1": [0.0] * 12}
     ours, theirs = side("a", " ", *[""] * 10), side("b", "c", "\n", *[""] * 9)
-    found = Comparison((), ours, theirs, zeros, zeros, (), Bounds(resamples=10))
+    found = Comparison(texts(12), ours, theirs, zeros, zeros, (), Bounds(resamples=10))
     assert found.n_worded == 2
     assert judge_rouge(found, "rouge1").passed is None
-    worded = Comparison((), side(*"abcdefghijkl"), theirs, zeros, zeros, (), Bounds(resamples=10))
+    worded = Comparison(
+        texts(12), side(*"abcdefghijkl"), theirs, zeros, zeros, (), Bounds(resamples=10)
+    )
     assert judge_rouge(worded, "rouge1").passed is True
+
+
+def test_one_text_many_times_is_one_article(run, articles, rows, tmp_path):
+    """Ids tell nothing: a model says the same of the same text, however often it is asked."""
+    copies = [{**rows[0], "id": str(i), "highlights": f"x {i}"} for i in range(10)]
+    file = tmp_path / "copies.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*copies, *rows[1:9]]))
+    report = run(dataset=str(file))
+    assert outcome(report)["rouge1 not inferior"] is None
+    assert report.verdicts[0].found == "9 articles"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*copies, *rows[1:10]]))
+    assert run(dataset=str(file)).passed
