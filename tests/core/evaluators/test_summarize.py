@@ -22,10 +22,12 @@ from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
 from porttool.evaluators.reference import ReferenceModel
-from porttool.evaluators.results import Continuation, load_result
+from porttool.evaluators.results import Continuation, Decoding, load_result
+from porttool.evaluators.sides import generate_all, rescored, sampling_of
 from porttool.evaluators.statistics import articles_needed
 from porttool.evaluators.summarize import SummarizeEvaluator, summarize
 from porttool.evaluators.unfinished import Begun, Unfinished, unfinished_file
+from porttool.generate import Completion
 from porttool.progress import Progress
 from porttool.text import load_tokenizer
 
@@ -203,6 +205,34 @@ def test_beam_search_on_both_sides(run):
     report = run(num_beams=3, length_penalty=2.0)
     assert list(outcome(report)) == [name for name in COMPARED if "drift" not in name]
     assert report.passed, report.verdicts
+
+
+def test_a_beam_with_the_score_of_another_is_no_tie(run, monkeypatch):
+    """The score is that of the tokens, by the engine's own logits, whatever the search says."""
+
+    def mixed(group, sampling):
+        best, *_, worst = group.finished
+        return [Completion(worst.tokens, worst.finish, score=best.score)]
+
+    monkeypatch.setattr("porttool.beam.collect", mixed)
+    [agreement] = [v for v in run(num_beams=3).verdicts if v.name == "token agreement"]
+    assert agreement.passed is False
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.5])
+def test_beams_are_scored_as_the_search_scores_them(writer_engine, penalty):
+    runner, prompts = TorchRunner(writer_engine, CPU), [[5, 9, 2], [7], [1, 60, 33, 4, 8, 19, 2]]
+
+    def beams(*eos):
+        decoding = Decoding(max_new_tokens=8, num_beams=3, length_penalty=penalty, eos=eos)
+        found = generate_all(runner, prompts, sampling_of(decoding, logprobs=False), eos)
+        for prompt, beam in zip(prompts, found, strict=True):
+            again = rescored(runner, prompt, beam, decoding)
+            assert again.score == pytest.approx(beam.score, abs=1e-5)
+        return found
+
+    ended = beams(*(beam.tokens[4] for beam in beams(0)))
+    assert any(beam.ended for beam in ended)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
