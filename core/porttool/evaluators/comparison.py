@@ -24,6 +24,7 @@ from porttool.evaluators.statistics import (
     articles_needed,
     bootstrap_mean,
     power_of,
+    unseen_share,
 )
 from porttool.evaluators.vocabulary import judge_ends
 
@@ -147,7 +148,8 @@ def judge(comparison: Comparison) -> tuple[Verdict, ...]:
 
 def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
     """Non-inferiority: the lower bound of the mean paired difference lies above -margin."""
-    found = comparison.estimate(comparison.differences(kind))
+    differences = comparison.differences(kind)
+    found, level = comparison.estimate(differences), comparison.bounds.confidence
     margin = comparison.tolerance.margin
     name, bound = f"{kind} not inferior", f"> {-margin:.2f}"
     if (n_worded := comparison.n_worded) < MIN_ARTICLES:
@@ -157,9 +159,10 @@ def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
             "words for",
         )  # fmt: skip
     detail = f"mean difference {found.mean:+.2f}, sd {found.sd:.2f}, n {found.n}"
+    if not any(differences):
+        detail += f"; of all articles up to {unseen_share(n_worded, level):.1%} may still differ"
     passed = found.low > -margin
     if not passed and found.high > -margin:
-        level = comparison.bounds.confidence
         needed = articles_needed(found.sd, margin, confidence=level)
         detail += f"; undecided: an equal port would need {needed} articles"
     return Verdict(name=name, passed=passed, found=f"{found.low:+.2f}", bound=bound, detail=detail)

@@ -17,12 +17,14 @@ from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, PorttoolError, UsageError
 from porttool.evaluator import Report, Verdict
 from porttool.evaluators.agreement import TOLERANCES
+from porttool.evaluators.chart import BAD, ENGINE, draw_differences
 from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
 from porttool.evaluators.reference import ReferenceModel
 from porttool.evaluators.results import Continuation, Decoding, load_result
+from porttool.evaluators.rouge import KINDS
 from porttool.evaluators.sides import generate_all, rescored, sampling_of
 from porttool.evaluators.statistics import articles_needed
 from porttool.evaluators.summarize import SummarizeEvaluator, summarize
@@ -66,6 +68,7 @@ def test_a_sound_engine_passes(run, tmp_path):
     report = run()
     assert list(outcome(report)) == COMPARED
     assert report.passed, report.verdicts
+    assert report.verdicts[0].detail.endswith("n 14; of all articles up to 19.3% may still differ")
     texts = [a["engine"] for a in report.measurements["articles"]]
     assert len(set(texts)) > 6, "the model says the same of every article: nothing is tested"
     assert texts == [a["reference"] for a in report.measurements["articles"]]
@@ -612,6 +615,17 @@ def test_articles_without_a_word_on_either_side_do_not_count():
         texts(12), side(*"abcdefghijkl"), theirs, zeros, zeros, (), Bounds(resamples=10)
     )
     assert judge_rouge(worded, "rouge1").passed is True
+
+
+@pytest.mark.parametrize(("n", "colour"), [(9, BAD), (10, ENGINE)])
+def test_the_picture_is_of_the_verdicts_colour(n, colour):
+    """Below ten articles there is no yes, however good the numbers look."""
+    written = [SimpleNamespace(text="a") for _ in range(n)]
+    side = SimpleNamespace(continuations=written, dtype="float32", rounding={})
+    scores = {kind: [1.0] * n for kind in KINDS}
+    axes = Mock(get_xlim=lambda: (-1, 1))
+    draw_differences(axes, Comparison(texts(n), side, side, scores, scores, (), Bounds()))
+    assert {call.kwargs["color"] for call in axes.plot.call_args_list} == {colour}
 
 
 def test_one_text_many_times_is_one_article(run, articles, rows, tmp_path):
