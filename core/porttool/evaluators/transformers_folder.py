@@ -11,6 +11,7 @@ from typing import Any
 from porttool.config import ModelConfig
 from porttool.errors import MissingExtra, SourceError, UsageError
 from porttool.huggingface import read_config
+from porttool.sources.json_file import read_json
 from porttool.weights import listing
 
 DIMENSIONS = {
@@ -119,9 +120,10 @@ def end_ids(folder: Path) -> tuple[int, ...]:
     config = load_config(folder)
     from transformers import GenerationConfig
 
+    file = folder / "generation_config.json"
     with loading(folder):
-        if (folder / "generation_config.json").is_file():
-            found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        if file.is_file():
+            found = GenerationConfig.from_dict(read_json(file))
         else:
             found = GenerationConfig.from_model_config(config)
     eos = found.eos_token_id
