@@ -272,3 +272,21 @@ def climb_arithmetic(probe: Probe, derivation: Derivation, findings: Findings) -
     findings.verdicts.append(verdict)
     if error is not None:
         findings.measurements[verdict.name] = asdict(error)
+    if probe.runner.engine.manifest.dtype == "float16" and not findings.failed("prefill"):
+        climb_hidden(probe, derivation, findings)
+
+
+def climb_hidden(probe: Probe, derivation: Derivation, findings: Findings) -> None:
+    """Look for small mistakes of a float16 engine's own; bfloat16's rounding hides them."""
+    from porttool.evaluators.arithmetic import check_hidden
+
+    found = check_hidden(probe, derivation)
+    if found is None:
+        findings.notes.append("another form of GELU, or another epsilon, in the engine's own "
+                              "arithmetic would be too small to be told from rounding")  # fmt: skip
+        return
+    verdict, mistakes = found
+    findings.verdicts.append(verdict)
+    if mistakes:
+        findings.measurements["cause"] = "; ".join(mistakes)
+        findings.notes += [f"in the engine's own arithmetic: {text}" for text in mistakes]
