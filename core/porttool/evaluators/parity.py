@@ -29,9 +29,10 @@ class ParityOptions(Options):
     """What the engine is fed.
 
     `n_prompts` random prompts of up to `prompt_len` tokens, or the texts given, then `new_tokens`
-    more. `yardstick` also runs Hugging Face in a half-precision engine's own type, whose error is
-    what the engine's is held to; without it fixed bounds hold. `diagnose` looks for the place and
-    the cause of a failure.
+    more; with `long_contexts` also prompts up to the longest that the engine takes. `yardstick`
+    also runs Hugging Face in a half-precision engine's own type, whose error is what the engine's
+    is held to; without it fixed bounds hold. `diagnose` looks for the place and the cause of a
+    failure.
     """
 
     texts: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class ParityOptions(Options):
     seed: int = 0
     reference_device: Literal["auto", "cpu", "cuda"] = "auto"
     yardstick: bool = True
+    long_contexts: bool = True
     diagnose: bool = True
 
 
@@ -109,7 +111,7 @@ class ParityEvaluator(Evaluator):
             virtual = climb_table(port, port.runner, findings)
             probe = Probe.make(port.runner, port.tokenizer, port.source, options, virtual)
             climb_logits(probe, findings, progress)
-            climb_reach(probe, findings)
+            climb_reach(probe, options, findings)
             climb_tokens(probe, findings)
             if derivation is not None:
                 climb_arithmetic(probe, derivation, findings)
@@ -220,11 +222,13 @@ def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:
     progress.finish()
 
 
-def climb_reach(probe: Probe, findings: Findings) -> None:
+def climb_reach(probe: Probe, options: ParityOptions, findings: Findings) -> None:
     """Compare logits as far on as the engine goes; say where they part if only that is wrong."""
     from dataclasses import asdict
 
     if probe.reach is None:
+        if not options.long_contexts:
+            findings.notes.append("long contexts are not compared: long_contexts is false")
         return
     verdict, error, where = probe.reach.judge(probe.runner)
     findings.measurements[verdict.name] = asdict(error)

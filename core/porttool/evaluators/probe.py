@@ -70,8 +70,9 @@ class Probe:
         continuations = model.generate(prompts, decoding)
         sequences = join(prompts, continuations)
         logits = [model.logits(s) for s in sequences]
-        n_new, covered = decoding.max_new_tokens, max(map(len, sequences))
-        reach = Reach.make(runner, model, covered=covered, n_new=n_new, seed=options.seed)
+        reach, n_new, covered = None, decoding.max_new_tokens, max(map(len, sequences))
+        if options.long_contexts:
+            reach = Reach.make(runner, model, covered=covered, n_new=n_new, seed=options.seed)
         description = model.description
         del model
         own = None

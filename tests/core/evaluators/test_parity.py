@@ -353,6 +353,9 @@ def test_what_is_wrong_with_long_contexts_alone(
     assert "prompts of 20, 40 tokens, 8 more" in found.detail
     assert ("Hugging Face in bfloat16" in found.detail) is (dtype == "bfloat16")
     assert not said or any(note.startswith(said) for note in report.notes)
+    without = verified(runner(built, CPU), prompt_len=9, new_tokens=8, long_contexts=False)
+    assert without.passed
+    assert "long contexts are not compared: long_contexts is false" in without.notes
 
 
 class NoisyKernel(TorchRunner):
