@@ -94,6 +94,9 @@ class SummarizeEvaluator(Evaluator):
         if parity and (engine is None or parity.measurements.get("engine") != engine.engine):
             notes += [f"{place} is not of this engine, and not shown"] if engine else []
             parity = None
+        if parity and not parity.passed:
+            failed = ", ".join(v.name for v in parity.verdicts if v.passed is not True)
+            notes.append(f"verify says no to this engine, whatever stands here: {failed} ({place})")
         report = Report(
             evaluator=self.name,
             engine=engine.description if engine else "not run",
@@ -104,6 +107,7 @@ class SummarizeEvaluator(Evaluator):
             measurements={
                 "options": options.model_dump(mode="json"),
                 "models": {s.side: s.model for s in (engine, reference) if s},
+                "engine": engine.engine if engine else None,
                 **measurements_of(comparison),
             },
         )

@@ -252,6 +252,22 @@ def test_half_precision_is_held_to_the_references_own_rounding(
     assert any("was not computed in float32" in note for note in report.notes)  # no converter
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_no_of_verify_is_said_beside_a_yes(run, writer_engine, tmp_path, passed):
+    """Everywhere: on the page a green heading stands over that table."""
+    verdict = Verdict(name="weights", passed=passed, found="51 of 52 tensors", bound="all")
+    seal = writer_engine.manifest.seal
+    ladder = Report(evaluator="parity", engine="torch", reference="", verdicts=(verdict,),
+                    measurements={"engine": seal})  # fmt: skip
+    (tmp_path / "parity").mkdir()
+    (tmp_path / "parity" / "report.json").write_text(ladder.model_dump_json())
+    report = run()
+    assert report.passed
+    said = [note for note in report.notes if "verify says no to this engine" in note]
+    assert [": weights (" in note for note in said] == ([] if passed else [True])
+    assert report.measurements["engine"] == seal
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_a_parity_report_is_shown_beside_its_own_engine(run, writer_engine, tmp_path, own):
     """Beside another one it would vouch for what was never verified."""
