@@ -37,6 +37,7 @@ CPU = {"device": "cpu"}
 COMPARED = [
     "rouge1 not inferior", "rouge2 not inferior", "rougeL not inferior", "rougeLsum not inferior",
     "token agreement", "log-probability drift", "end tokens",
+    "tokenizer",
 ]  # fmt: skip
 
 
@@ -44,7 +45,10 @@ COMPARED = [
 def run(writer, writer_engine, articles, tmp_path):
     """Summarise; say which sides run, and change any option."""
 
-    def go(*, engine=True, reference=True, runner=None, source=writer, progress=None, **options):
+    def go(
+        *, engine=True, reference=True, runner=None, source=writer, progress=None, tokenizer=None,
+        **options,
+    ):  # fmt: skip
         subject = runner or TorchRunner(writer_engine, CPU)
         settings = {"dataset": str(articles), "max_new_tokens": 12, "batch_size": 3,
                     "max_input_len": 40, "resamples": 500, **options}  # fmt: skip
@@ -52,7 +56,7 @@ def run(writer, writer_engine, articles, tmp_path):
             output=tmp_path / "out",
             runner=subject if engine else None,
             source=source if reference else None,
-            tokenizer=load_tokenizer(writer),
+            tokenizer=tokenizer or load_tokenizer(writer),
             options=settings,
             progress=progress or Progress(),
         )
@@ -75,7 +79,7 @@ def test_a_sound_engine_passes(run, tmp_path):
     for name in ("report.json", "report.html", "report.png", "reference.json", "articles.txt"):
         assert (tmp_path / "out" / name).stat().st_size > 500
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "all 7 checks pass" in page
+    assert "all 8 checks pass" in page
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")
     saved = json.loads((tmp_path / "out" / "report.json").read_bytes())
@@ -107,7 +111,7 @@ def test_what_was_found_is_told_where_the_disk_is_full(run, tmp_path, name):
     (tmp_path / "out" / name).symlink_to("/dev/full")
     with pytest.raises(PorttoolError, match=f"{name}: the disk is full"):
         run(progress=Listener())
-    assert [text.split(":")[:2] for text in told[-7:]] == [["pass", f" {n}"] for n in COMPARED]
+    assert [text.split(":")[:2] for text in told[-8:]] == [["pass", f" {n}"] for n in COMPARED]
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -122,7 +126,18 @@ def test_wrong_end_tokens_are_not_shared_by_both_sides_unseen(run, writer_engine
     else:
         report = run(runner=runner)
     assert {name for name, passed in outcome(report).items() if not passed} == {"end tokens"}
-    assert (report.verdicts[-1].found, report.verdicts[-1].bound) == ("319", "0")
+    [ends] = [v for v in report.verdicts if v.name == "end tokens"]
+    assert (ends.found, ends.bound) == ("319", "0")
+
+
+def test_a_wrong_tokenizer_is_not_shared_by_both_sides_unseen(writer, writer_engine, run, tmp_path):
+    """It is the engine's own that both are given: only the source's own tells."""
+    copy = shutil.copytree(writer_engine.path, tmp_path / "engine")
+    values = json.loads((writer / "tokenizer.json").read_text())
+    del values["model"]["merges"][-7]
+    (copy / "tokenizer" / "tokenizer.json").write_text(json.dumps(values))
+    report = run(tokenizer=load_tokenizer(copy / "tokenizer"))
+    assert {name for name, passed in outcome(report).items() if not passed} == {"tokenizer"}
 
 
 def test_the_same_twice(run):
