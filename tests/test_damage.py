@@ -67,7 +67,7 @@ def failures(report):
 def test_the_trained_model_passes_and_its_summaries_are_good(summarized, engine):
     report = summarized(engine, rouge1_threshold=70)
     report.require_pass()
-    assert report.verdicts[-1].name == "rouge1 threshold"
+    assert "rouge1 threshold" in {v.name for v in report.verdicts}
 
 
 def test_a_model_that_learnt_nothing_does_not(summarized, engine, tmp_path):
