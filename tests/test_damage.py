@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import damage_matrix
 import tiny
@@ -66,7 +67,7 @@ def failures(report):
 def test_the_trained_model_passes_and_its_summaries_are_good(summarized, engine):
     report = summarized(engine, rouge1_threshold=70)
     report.require_pass()
-    assert report.verdicts[-1].name == "rouge1 threshold"
+    assert "rouge1 threshold" in {v.name for v in report.verdicts}
 
 
 def test_a_model_that_learnt_nothing_does_not(summarized, engine, tmp_path):
@@ -147,3 +148,40 @@ def test_verify_catches_and_places_damage(engine, tmp_path, damage, place):
     assert report.passed is (place is None)
     assert report.measurements.get("first_difference") == place
     assert "tokenizer" not in failures(report)
+
+
+def exact_gelu(layer):
+    layer.mlp.act = torch.nn.functional.gelu
+
+
+def smaller_epsilon(layer):
+    layer.norm1.eps = layer.norm2.eps = 1e-6
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (None, None),
+        (exact_gelu, "in the engine's own arithmetic: the activation is gelu, not gelu_tanh"),
+        (smaller_epsilon, "in the engine's own arithmetic: the norms' epsilon is not 1e-05"),
+    ],
+)
+def test_verify_finds_mistakes_of_a_float16_engine_below_its_rounding(
+    engine, tmp_path, mistake, said
+):
+    """The config is right, so that nothing but the engine's own logits can show them."""
+    checkpoint = Checkpoint.open(engine.path.parent / "checkpoint")
+    built = tiny.built(checkpoint, tmp_path / "engine", dtype="float16")
+    runner = TorchRunner(built, CPU if mistake is None else {**CPU, "canonical": True})
+    for layer in runner._decoder.module.layers if mistake else ():
+        mistake(layer)
+    report = verify(
+        runner=runner, source=SOURCE, output=tmp_path / "out",
+        tokenizer=load_tokenizer(SOURCE), converter=choose_converter(load_registry(), SOURCE),
+    )  # fmt: skip
+    [found] = [v for v in report.verdicts if v.name == "mistakes below rounding"]
+    shares = [abs(float(share)) for share in found.found.split(", ")]
+    assert [share > 0.75 for share in shares] == [mistake is exact_gelu, mistake is smaller_epsilon]
+    assert sum(share < 0.25 for share in shares) == (1 if mistake else 2)
+    assert failures(report) == ({"mistakes below rounding"} if said else set())
+    assert [note for note in report.notes if "arithmetic" in note] == ([said] if said else [])

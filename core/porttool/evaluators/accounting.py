@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from porttool.converter import Converter
-    from porttool.engine import Engine
+    from porttool.engine import Engine, EngineManifest
 
 SHOWN = 4
 """Differing tensors that are described; of the rest only the number is given."""
@@ -32,6 +32,7 @@ class Derivation:
     def __init__(self, converter: Converter, path: Path) -> None:
         self.source = converter.open(path)
         self.config: ModelConfig = self.source.config
+        self.prompt = converter.prompt
         module = converter.module(self.config)
         self.shapes = {n: tuple(t.shape) for n, t in module.state_dict().items()}
         weight_map = self.source.weight_map or converter.weight_map(self.config)
@@ -65,6 +66,23 @@ def derived(
     scratch.mkdir(parents=True, exist_ok=True)  # another run may have taken it away since
     with converter.prepare(source, scratch, progress) as readable:
         yield Derivation(converter, readable)
+
+
+def judge_config(engine: EngineManifest, derivation: Derivation) -> Verdict:
+    """The engine's shape and arithmetic are what the source's config says.
+
+    So are its end tokens, and how it is asked, as far as the source says.
+    """
+    source = derivation.source
+    ours, theirs = engine.config.model_dump(), derivation.config.model_dump()
+    ours |= {"eos": engine.tokens.eos, "infill": engine.infill, "prompt": engine.prompt}
+    said = {"eos": source.tokens.eos, "infill": source.infill, "prompt": derivation.prompt}
+    theirs |= {k: v for k, v in said.items() if v}
+    differing = [f"{k} is {ours[k]}, should be {theirs[k]}" for k in theirs if ours[k] != theirs[k]]
+    return Verdict(
+        name="config", passed=not differing, found=f"{len(differing)} fields differ", bound="0",
+        detail="; ".join(differing),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

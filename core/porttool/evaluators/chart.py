@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from porttool.evaluators.comparison import judge_rouge
 from porttool.evaluators.rouge import KINDS
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def draw_differences(axes: Any, comparison: Comparison) -> None:
     margin = comparison.tolerance.margin
     for row, kind in enumerate(KINDS):
         found = comparison.estimate(comparison.differences(kind))
-        colour = ENGINE if found.low > -margin else BAD
+        colour = ENGINE if judge_rouge(comparison, kind).passed else BAD
         axes.plot([found.low, found.high], [row, row], color=colour, linewidth=2.5)
         axes.plot([found.mean], [row], "o", color=colour, markersize=7)
     axes.axvline(0, color="#d0d5dd", linewidth=1, zorder=0)

@@ -24,7 +24,9 @@ from porttool.evaluators.statistics import (
     articles_needed,
     bootstrap_mean,
     power_of,
+    unseen_share,
 )
+from porttool.evaluators.vocabulary import judge_ends
 
 DRIFT_FACTOR = 2.5
 """How many times the reference's own drift in the engine's type the engine's may be."""
@@ -89,11 +91,10 @@ class Comparison:
 
     @property
     def n_worded(self) -> int:
-        """Articles for which at least one side wrote more than blanks: the others show nothing."""
-        sides = [
-            [c.text.strip() for c in s.continuations] for s in (self.engine, self.reference) if s
-        ]
-        return sum(any(texts) for texts in zip(*sides, strict=True))
+        """Different texts that a side has more than blanks for: the others show nothing."""
+        sides = [s.continuations for s in (self.engine, self.reference) if s]
+        pairs = zip(self.articles, *sides, strict=True)
+        return len({a.text for a, *c in pairs if any(each.text.strip() for each in c)})
 
     def differences(self, kind: str) -> list[float]:
         """Engine minus reference, article by article."""
@@ -132,11 +133,14 @@ def compare_sides(
 def judge(comparison: Comparison) -> tuple[Verdict, ...]:
     """Return every verdict that the sides allow."""
     verdicts: list[Verdict] = []
-    if comparison.both:
+    engine, reference = comparison.engine, comparison.reference
+    if engine and reference:
         verdicts += [judge_rouge(comparison, kind) for kind in KINDS]
         verdicts.append(judge_agreement(comparison))
-        if comparison.engine and comparison.engine.task.decoding.num_beams == 1:
+        if engine.task.decoding.num_beams == 1:
             verdicts.append(judge_drift(comparison))
+        if reference.ends and reference.counterpart is None:  # it is what was converted
+            verdicts.append(judge_ends(engine.task.decoding.eos, reference.ends))
     if comparison.bounds.rouge1_threshold is not None:
         verdicts.append(judge_threshold(comparison, comparison.bounds.rouge1_threshold))
     return tuple(verdicts)
@@ -144,18 +148,21 @@ def judge(comparison: Comparison) -> tuple[Verdict, ...]:
 
 def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
     """Non-inferiority: the lower bound of the mean paired difference lies above -margin."""
-    found = comparison.estimate(comparison.differences(kind))
+    differences = comparison.differences(kind)
+    found, level = comparison.estimate(differences), comparison.bounds.confidence
     margin = comparison.tolerance.margin
     name, bound = f"{kind} not inferior", f"> {-margin:.2f}"
     if (n_worded := comparison.n_worded) < MIN_ARTICLES:
         return Verdict(
             name=name, passed=None, found=f"{n_worded} articles", bound=bound,
-            detail=f"a verdict needs at least {MIN_ARTICLES} articles that a side has words for",
+            detail=f"a verdict needs at least {MIN_ARTICLES} different articles that a side has "
+            "words for",
         )  # fmt: skip
     detail = f"mean difference {found.mean:+.2f}, sd {found.sd:.2f}, n {found.n}"
+    if not any(differences):
+        detail += f"; of all articles up to {unseen_share(n_worded, level):.1%} may still differ"
     passed = found.low > -margin
     if not passed and found.high > -margin:
-        level = comparison.bounds.confidence
         needed = articles_needed(found.sd, margin, confidence=level)
         detail += f"; undecided: an equal port would need {needed} articles"
     return Verdict(name=name, passed=passed, found=f"{found.low:+.2f}", bound=bound, detail=detail)

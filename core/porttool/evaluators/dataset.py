@@ -21,6 +21,9 @@ from porttool.weights import listing
 GZIP = b"\x1f\x8b"
 """How a gzipped file begins, as HumanEval's is published."""
 
+PIN = re.compile(r"(?P<id>.+?)(?:\s+(?P<sha256>[0-9a-f]{64}))?")
+"""A line of a list of articles; an id may hold spaces."""
+
 
 @dataclass(frozen=True)
 class Article:
@@ -81,7 +84,6 @@ def load_articles(request: DatasetRequest) -> list[Article]:
         rows = open_hub(request)
     if not len(rows):
         raise UsageError(f"{request.name}: there are no articles in it")
-    require_columns(request.name, rows[0], request.columns)
     if request.ids is not None:
         return distinct(str(request.ids), pinned_articles(rows, request))
     order: Iterable[int] = range(len(rows))
@@ -125,14 +127,26 @@ def may_be_hub_id(name: str) -> bool:
 
 def make_article(row: dict[str, Any], request: DatasetRequest) -> Article:
     """Make an article of a row; a value that is no text, or an empty one, is a UsageError."""
+    require_columns(request.name, row, request.columns)
     id_column, text_column, highlights_column = request.columns
-    values = (str(row[id_column]), row[text_column], row[highlights_column])
+    values = (id_of(row, id_column), row[text_column], row[highlights_column])
     if not all(isinstance(v, str) and v.strip() for v in values):
         raise UsageError(
             f"{request.name}: the article {values[0]!r} has an empty {text_column!r} or "
             f"{highlights_column!r}; leave it out"
         )
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{request.name}: the article {values[0]!r} holds half a character: {error}; correct it"
+        ) from error
     return Article(*values)
+
+
+def id_of(row: dict[str, Any], column: str) -> str:
+    """Return a row's id on one line, as a list of ids has it."""
+    return " ".join(str(row.get(column)).split())
 
 
 def require_columns(name: str, row: dict[str, Any], wanted: Sequence[str]) -> None:
@@ -140,41 +154,55 @@ def require_columns(name: str, row: dict[str, Any], wanted: Sequence[str]) -> No
     missing = [c for c in wanted if c not in row]
     if missing:
         raise UsageError(
-            f"{name}: there is no column {listing(missing)}; its columns are {listing(list(row))}; "
-            "name them with the options id_column, article_column and highlights_column"
+            f"{name}: a row has no column {listing(missing)}; its columns are "
+            f"{listing(list(row))}; name them with the options id_column, "
+            "article_column and highlights_column"
         )
 
 
 def pinned_articles(rows: Rows, request: DatasetRequest) -> list[Article]:
     """Return the articles of a list of ids, in its order, and hold them to its hashes."""
     pins = read_pins(request.ids or Path())[: request.max_articles]
-    id_column = request.columns[0]
-    where = {str(rows[i][id_column]): i for i in range(len(rows))}
+    require_columns(request.name, rows[0], request.columns)
+    where: dict[str, list[int]] = {}
+    for i in range(len(rows)):
+        where.setdefault(id_of(rows[i], request.columns[0]), []).append(i)
     missing = [pin for pin, _ in pins if pin not in where]
     if missing:
         raise UsageError(
             f"{request.name}: {len(missing)} of {len(pins)} articles in {request.ids} are not "
             f"there: {listing(missing)}"
         )
-    articles = [make_article(rows[where[pin]], request) for pin, _ in pins]
-    for article, (pin, sha256) in zip(articles, pins, strict=True):
-        if sha256 and article.record.sha256 != sha256:
-            raise UsageError(
-                f"{request.name}: the article {pin} is not the one pinned in {request.ids}: its "
-                f"hash is {article.record.sha256}, not {sha256}; the data set has changed"
-            )
-    return articles
+    return [pinned_article(rows, where[pin], sha256, request) for pin, sha256 in pins]
+
+
+def pinned_article(
+    rows: Rows, places: Sequence[int], sha256: str, request: DatasetRequest
+) -> Article:
+    """Return the first row of one id, or the one that has the hash if that is pinned too."""
+    found = [make_article(rows[i], request) for i in places]
+    article = next((a for a in found if sha256 in ("", a.record.sha256)), None)
+    if article is None:
+        raise UsageError(
+            f"{request.name}: the article {found[0].id} is not the one pinned in {request.ids}: "
+            f"its hash is {found[0].record.sha256}, not {sha256}; the data set has changed"
+        )
+    return article
 
 
 def read_pins(path: Path) -> list[tuple[str, str]]:
     """Read lines `id` or `id sha256`; UsageError for a missing or empty file."""
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file of article ids")
-    lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    pins = [(parts[0], parts[1] if len(parts) > 1 else "") for parts in lines if parts]
-    if not pins:
+    try:
+        lines = path.read_bytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text: {error}") from error
+    pins = [PIN.fullmatch(line.strip()) for line in lines]
+    found = [(pin["id"], pin["sha256"] or "") for pin in pins if pin]
+    if not found:
         raise UsageError(f"{path}: there are no article ids in it")
-    return pins
+    return found
 
 
 def write_pins(path: Path, articles: Sequence[Article]) -> None:
@@ -216,7 +244,7 @@ def read_json_lines(path: Path) -> Rows:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: damaged JSON: {error}") from error
         if not isinstance(row, dict):
             raise UsageError(f"{path}, line {number}: should be a JSON object")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
 from porttool.config import Dtype, ModelConfig
-from porttool.evaluators.arithmetic import shapes_of, source_logits
+from porttool.evaluators.arithmetic import NAME, shapes_of, source_logits
 from porttool.evaluators.hypotheses import MAX_PARAMETERS, find_mistake
-from porttool.evaluators.logits import BOUNDS, LogitError, measure
+from porttool.evaluators.logits import BOUNDS, first_wrong, measure
 from porttool.evaluators.matching import match_by_weights
 from porttool.evaluators.reference import ReferenceModel
 from porttool.evaluators.stages import Parting, StageMap, compare_stages, find_parting
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from porttool.evaluators.accounting import Derivation
+    from porttool.evaluators.parity import Findings
     from porttool.evaluators.probe import Probe
 
 
@@ -68,6 +69,44 @@ class Subject:
             taught, embedded = self.weights == "source", found["embedding.out"]
             found["embedding.out"] = virtual.fill(embedded, tokens, taught=taught)
         return found
+
+
+def diagnose(
+    probe: Probe, derivation: Derivation | None, findings: Findings, *, named: bool
+) -> None:
+    """Say where the two first part and what the likely cause is.
+
+    The place is found by the family's rules if they are `named` for the Hugging Face folder's
+    modules, else by the weights that those hold.
+    """
+    stepwise = ("decode", "decode, several tokens a step")
+    if findings.failed("prefill") and derivation is None:
+        findings.notes.append("where the two part cannot be said without the family's rules")
+    elif findings.failed("prefill") and derivation is not None:
+        accuse(Subject.of(probe, derivation), findings, named=named)
+    elif findings.failed(*stepwise):
+        findings.notes.append(explain_decode(probe))
+        findings.measurements["cause"] = "cache"
+    elif findings.failed("greedy tokens"):
+        findings.notes.append(
+            "the logits agree but the tokens do not: look at how the runner decodes by itself, "
+            "or at what the generation loop does with its logits"
+        )
+    elif NAME in findings.measurements and findings.failed(NAME) and derivation is not None:
+        accuse(Subject.of_config(probe, derivation), findings, named=named)
+
+
+def accuse(subject: Subject, findings: Findings, *, named: bool) -> None:
+    """Name the first operation where the two part, and the one mistake that explains it all."""
+    parting, note = locate(subject, named=named)
+    if parting is None and findings.failed("config", "weights"):
+        note = "no one operation stands out: begin with the config and weights that differ"
+    findings.notes.append(note)
+    findings.measurements["first_difference"] = parting.stage.name if parting else None
+    mistake = suspect(subject)
+    if mistake:
+        findings.notes.append(f"cause: {mistake}")
+        findings.measurements["cause"] = mistake
 
 
 def locate(subject: Subject, *, named: bool = True) -> tuple[Parting | None, str]:
@@ -156,12 +195,3 @@ def explain_decode(probe: Probe) -> str:
                 "or the positions of later tokens"
             )
     return "prefill agrees but decode drifts beyond its bound without a jump; likely precision"
-
-
-def first_wrong(ours: Tensor, theirs: Tensor, bound: float) -> int | None:
-    """Return the first position whose logits are off by more than the bound over their scale."""
-    for at in range(len(ours)):
-        error: LogitError = measure([ours[at : at + 1]], [theirs[at : at + 1]])
-        if error.worst > bound:
-            return at
-    return None

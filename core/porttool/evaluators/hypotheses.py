@@ -66,6 +66,15 @@ def mistakes(config: ModelConfig) -> Iterator[Mistake]:
     yield from rotary_mistakes(config)
 
 
+def small_mistakes(config: ModelConfig) -> Iterator[Mistake]:
+    """Yield what is less than a half-precision type rounds; of an epsilon, any that is wrong."""
+    twin = {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}.get(config.activation)
+    if twin is not None:
+        yield Mistake(f"the activation is {twin}, not {config.activation}", {"activation": twin})
+    yield Mistake(f"the norms' epsilon is not {config.norm_eps:g}",
+                  {"norm_eps": config.norm_eps / 10})  # fmt: skip
+
+
 def norm_mistakes(config: ModelConfig) -> Iterator[Mistake]:
     """Yield what goes wrong with norms."""
     for eps in (1e-5, 1e-6, 1e-8, 1e-12):

@@ -118,6 +118,22 @@ def count_nonfinite(logits: Tensor) -> int:
     return int((~logits.isfinite()).any(-1).sum())
 
 
+def bound_for(dtype: Dtype, yardstick: LogitError | None) -> LogitBound:
+    """Return a type's bound, or what a yardstick makes of it if its logits are numbers."""
+    if yardstick is None or not yardstick.finite:
+        return BOUNDS[dtype]
+    return LogitBound(YARDSTICK_FACTOR * yardstick.nmse, WORST_FACTOR * yardstick.worst)
+
+
+def first_wrong(ours: Tensor, theirs: Tensor, bound: float) -> int | None:
+    """Return the first position whose logits are off by more than the bound over their scale."""
+    for at in range(len(ours)):
+        error: LogitError = measure([ours[at : at + 1]], [theirs[at : at + 1]])
+        if error.worst > bound:
+            return at
+    return None
+
+
 def judge_logits(
     name: str, found: LogitError, dtype: Dtype, yardstick: LogitError | None = None
 ) -> Verdict:
@@ -125,10 +141,9 @@ def judge_logits(
 
     Logits that are NaN or infinite fail; a yardstick that has such is none, and said to be.
     """
-    bound = BOUNDS[dtype]
+    bound = bound_for(dtype, yardstick)
     own = ""
     if yardstick is not None and yardstick.finite:
-        bound = LogitBound(YARDSTICK_FACTOR * yardstick.nmse, WORST_FACTOR * yardstick.worst)
         own = f", Hugging Face in {dtype} {yardstick.nmse:.1e}"
     elif yardstick is not None:
         own = f", no yardstick: Hugging Face in {dtype} has logits that are NaN or infinite"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from porttool.config import HALF, Sampling
 from porttool.errors import UsageError
 from porttool.evaluators.logits import LogitError, decode_logits, measure, prefill_logits
+from porttool.evaluators.reach import Reach
 from porttool.evaluators.reference import Device, ReferenceModel
 from porttool.evaluators.results import Continuation, Decoding
 from porttool.evaluators.sides import generate_all
@@ -31,6 +32,7 @@ class Probe:
 
     logits  one tensor [prompt + continuation, vocab_size] a prompt, float32 or wider
     own     the same from the reference in the engine's type, where that is asked for
+    reach   longer prompts than these, if the engine takes such
     virtual a prompt table, if its tokens precede the prompts
     """
 
@@ -42,6 +44,7 @@ class Probe:
     continuations: list[Continuation]
     logits: list[Tensor]
     own: list[Tensor] | None
+    reach: Reach | None = None
     virtual: VirtualTokens | None = None
     seen: dict[int, list[Tensor]] = field(default_factory=dict)
     """Logits that the engine gave: in prefill (0), and in decode by width."""
@@ -67,14 +70,19 @@ class Probe:
         continuations = model.generate(prompts, decoding)
         sequences = join(prompts, continuations)
         logits = [model.logits(s) for s in sequences]
+        reach, n_new, covered = None, decoding.max_new_tokens, max(map(len, sequences))
+        if options.long_contexts:
+            reach = Reach.make(runner, model, covered=covered, n_new=n_new, seed=options.seed)
         description = model.description
         del model
         own = None
         if options.yardstick and dtype in HALF:
             narrow = ReferenceModel(source, dtype=dtype, device=device, rows=rows)
             own = [narrow.logits(s) for s in sequences]
+            if reach is not None:
+                reach.run(narrow)
         return cls(
-            runner, source, device, description, prompts, continuations, logits, own, virtual
+            runner, source, device, description, prompts, continuations, logits, own, reach, virtual
         )
 
     @property

@@ -85,12 +85,17 @@ class ReferenceModel:
         one = decoding.model_copy(update={"max_new_tokens": 1, "num_beams": 1})
         return median_seconds(lambda p: self.generate([p], one), prompts)
 
-    def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Teacher-forced logits [len(tokens), vocab_size] of one row, on the CPU."""
+    def logits(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
+        """Teacher-forced logits [len(tokens), vocab_size] of one row, on the CPU.
+
+        Of some `positions` alone, if they are given, which takes less memory.
+        """
         import torch
 
+        ids = torch.tensor([list(tokens)], device=self.device)
+        kept = {"logits_to_keep": torch.tensor(positions, device=self.device)} if positions else {}
         with torch.inference_mode(), quiet():
-            out = self._model(input_ids=torch.tensor([list(tokens)], device=self.device)).logits[0]
+            out = self._model(input_ids=ids, **kept).logits[0]
         wide: Tensor = out.to(torch.promote_types(out.dtype, torch.float32)).cpu()
         return wide
 

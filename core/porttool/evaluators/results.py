@@ -105,6 +105,7 @@ class SideResult(Kept):
     `counterpart` is the other side's model: an engine's, the Hugging Face folder; a reference's,
     what the engine was converted from as its manifest has it, where only the user could say that
     the two are one model. It is None where that is not known.
+    `ends` are the ids at which transformers itself would end a reference's texts.
     `rounding` is the reference's own drift in narrower types: 99 % of its tokens'
     log-probabilities move by no more when it is run in them.
     """
@@ -117,6 +118,7 @@ class SideResult(Kept):
     engine: str | None = None
     source: str | None = None
     counterpart: str | None = None
+    ends: tuple[int, ...] = ()
     dtype: Dtype
     task: Task
     speed: Speed

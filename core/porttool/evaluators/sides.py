@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool.config import Dtype, Sampling
+from porttool.evaluators.logits import feed, make_step
 from porttool.evaluators.reference import (
     Device,
     ReferenceModel,
@@ -16,6 +17,7 @@ from porttool.evaluators.reference import (
     median_seconds,
 )
 from porttool.evaluators.results import Continuation, Decoding, SideResult, Speed, Task
+from porttool.evaluators.transformers_folder import end_ids
 from porttool.evaluators.unfinished import Begun, Unfinished
 from porttool.folder import fingerprint
 from porttool.progress import Progress
@@ -76,6 +78,7 @@ def run_reference(
         description=model.description,
         model=fingerprint_model(model.folder),
         source=done.begun.source,
+        ends=end_ids(model.folder),
         dtype=model.dtype,
         task=task,
         speed=speed_of(continuations, done.seconds, first),
@@ -116,7 +119,9 @@ def run_engine(
     found = generate_all(runner, prompts, sampling, decoding.eos, progress=progress)
     seconds = time.perf_counter() - began
     progress.finish()
-    if decoding.num_beams == 1 and not at_once:
+    if decoding.num_beams > 1:
+        found = [rescored(runner, p, c, decoding) for p, c in zip(prompts, found, strict=True)]
+    elif not at_once:
         found = add_logprobs(runner, prompts, found, decoding)
     manifest = runner.engine.manifest
     return SideResult(
@@ -201,6 +206,27 @@ def add_logprobs(
         kept = (second.logprobs or ())[:same]
         merged.append(first.model_copy(update={"logprobs": kept}))
     return merged + found[len(again) :]
+
+
+def rescored(
+    runner: Runner, prompt: Sequence[int], beam: Continuation, decoding: Decoding
+) -> Continuation:
+    """Give a beam the score that the engine's own logits give its tokens.
+
+    A search that mixes beams up may return the score of another, which tells nothing of these.
+    """
+    import torch
+
+    tokens, n = list(beam.tokens), len(prompt)
+    whole = [*prompt, *tokens]
+    logits = [runner.step(make_step(runner, [whole], [0], [n], None)).cpu()]
+    logits += feed(runner, [whole], [n], [len(tokens)]) if tokens else []
+    logprobs = torch.cat(logits).double().log_softmax(-1)  # [len(tokens) + 1, vocab_size]
+    total = float(logprobs[range(len(tokens)), tokens].sum())
+    if beam.ended:
+        total += float(logprobs[-1, list(decoding.eos)].max())
+    length = len(tokens) + beam.ended
+    return beam.model_copy(update={"score": total / length**decoding.length_penalty})
 
 
 def speed_of(found: Sequence[Continuation], seconds: float, first: float) -> Speed:

@@ -61,6 +61,14 @@ def block_sizes(resamples: int, n: int, most: int = 1 << 22) -> list[int]:
     return [min(block, resamples - done) for done in range(0, resamples, block)]
 
 
+def unseen_share(n: int, confidence: float = CONFIDENCE) -> float:
+    """Largest share of all articles that may differ although none of n does (Hanley 1983).
+
+    Where nothing differs a bootstrap interval has no width, however few were looked at.
+    """
+    return 1 - math.exp(math.log1p(-confidence) / n)
+
+
 def power_of(n: int, sd: float, margin: float, confidence: float = CONFIDENCE) -> float:
     """Chance that n articles show non-inferiority of a port that is exactly as good.
 

@@ -94,16 +94,20 @@ class SummarizeEvaluator(Evaluator):
         if parity and (engine is None or parity.measurements.get("engine") != engine.engine):
             notes += [f"{place} is not of this engine, and not shown"] if engine else []
             parity = None
+        if parity and not parity.passed:
+            failed = ", ".join(v.name for v in parity.verdicts if v.passed is not True)
+            notes.append(f"verify says no to this engine, whatever stands here: {failed} ({place})")
         report = Report(
             evaluator=self.name,
             engine=engine.description if engine else "not run",
             reference=reference.description if reference else "not run",
-            verdicts=(*judge(comparison), *wide),
+            verdicts=(*judge(comparison), *wide, *judge_tokenizer(port, comparison)),
             tables=tables_of(comparison),
             notes=tuple(notes),
             measurements={
                 "options": options.model_dump(mode="json"),
                 "models": {s.side: s.model for s in (engine, reference) if s},
+                "engine": engine.engine if engine else None,
                 **measurements_of(comparison),
             },
         )
@@ -129,6 +133,22 @@ def judge_wide(
     with derived(port.converter, where, output, progress) as derivation:
         if derivation is not None and shapes_of(config) == derivation.shapes:
             yield judge_chosen(derivation, config, work.prompts, reference.continuations)
+
+
+def judge_tokenizer(port: Port, comparison: Comparison) -> Iterator[Verdict]:
+    """Yield whether the tokenizer, which both sides are given, is that of the engine's source.
+
+    Of one that transformers cannot run, or that is gone, nothing is yielded.
+    """
+    from porttool.evaluators.vocabulary import SAMPLES, compare_tokenizers
+
+    if not comparison.both or port.runner is None or port.tokenizer is None:
+        return
+    source = Path(port.runner.engine.manifest.source.path)
+    if (source / "config.json").is_file():
+        found = compare_tokenizers(port.tokenizer, source, SAMPLES)
+        if not isinstance(found, str):
+            yield found
 
 
 def bounds_of(options: SummarizeOptions) -> Bounds:

@@ -11,6 +11,7 @@ from typing import Any
 from porttool.config import ModelConfig
 from porttool.errors import MissingExtra, SourceError, UsageError
 from porttool.huggingface import read_config
+from porttool.sources.json_file import read_json
 from porttool.weights import listing
 
 DIMENSIONS = {
@@ -109,3 +110,22 @@ def load_model(folder: Path, dtype: Any) -> Any:
             raise SourceError(f"{folder}: transformers reports {problem}: {names}")
     model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False)
+
+
+def end_ids(folder: Path) -> tuple[int, ...]:
+    """Return the ids at which transformers itself ends a text of a folder's model.
+
+    What no token can have is left out: a published config may name another vocabulary's.
+    """
+    config = load_config(folder)
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    with loading(folder):
+        if file.is_file():
+            found = GenerationConfig.from_dict(read_json(file))
+        else:
+            found = GenerationConfig.from_model_config(config)
+    eos = found.eos_token_id
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return tuple(i for i in ids if 0 <= i < config.vocab_size)

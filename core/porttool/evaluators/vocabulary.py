@@ -1,15 +1,18 @@
-"""Does text become the same token ids as in transformers?"""
+"""Does text become the same token ids as in transformers, and end at the same ones?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from random import Random
+from typing import Any
 
 from porttool.errors import MissingExtra
 from porttool.evaluator import Verdict
 from porttool.evaluators.transformers_folder import quiet
 from porttool.sources.tokenizer_files import is_tokenizer
-from porttool.text import Tokenizer
+from porttool.text import SentencePieceTokenizer, Tokenizer
 
 SAMPLES = (
     "The council met on Tuesday; it didn't vote.",
@@ -21,9 +24,19 @@ SAMPLES = (
 )
 """Texts with what tokenizers get wrong: spaces, apostrophes, numbers, scripts, joined emoji."""
 
+CHARACTERS = "".join(map(chr, (*range(0x20, 0x7F), *range(0xA1, 0x800), *range(0x800, 0xD800, 997),
+                               *range(0xE000, 0x110000, 0xFFD))))  # fmt: skip
+"""Characters of every length in UTF-8, with nearly every byte that it uses."""
+
+JOINED = 4
+"""Tokens, drawn by lot, whose texts are joined to a word that nobody wrote."""
+
 
 def compare_tokenizers(tokenizer: Tokenizer, source: Path, texts: Sequence[str]) -> Verdict | str:
-    """Encode and decode texts on both sides; return why not where transformers has no tokenizer."""
+    """Decode every id and encode what it stands for, and texts, on both sides.
+
+    Returns why not where transformers has no tokenizer.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -37,17 +50,60 @@ def compare_tokenizers(tokenizer: Tokenizer, source: Path, texts: Sequence[str])
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             return f"transformers loads no tokenizer from {source}: {' '.join(str(error).split())}"
-        wrong = []
-        for text in texts:
-            wanted = theirs(text, add_special_tokens=False).input_ids
-            back = theirs.decode(
-                wanted, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            if tokenizer.encode(text) != wanted or tokenizer.decode(wanted) != back:
-                wrong.append(text)
-    right = len(texts) - len(wrong)
-    detail = f"for example {wrong[0]!r:.60}" if wrong else ""
+        decode = partial(theirs.decode, skip_special_tokens=True,
+                         clean_up_tokenization_spaces=False)  # fmt: skip
+        spelt = {i: decode([i]) for i in comparable_ids(tokenizer, theirs)}
+        wrong_ids = [i for i, text in spelt.items() if tokenizer.decode([i]) != text]
+        drawn = (*added_texts(tokenizer, theirs), *spelt.values(), *joined(spelt.values()))
+        cases = list(dict.fromkeys((*texts, CHARACTERS, *drawn)))
+        wanted = theirs(cases, add_special_tokens=False).input_ids
+        wrong = [
+            text
+            for text, ids in zip(cases, wanted, strict=True)
+            if tokenizer.encode(text) != ids or tokenizer.decode(ids) != decode(ids)
+        ]
+    detail = [f"the id {wrong_ids[0]} is {tokenizer.decode([wrong_ids[0]])!r:.60}, should be "
+              f"{spelt[wrong_ids[0]]!r:.60}"] if wrong_ids else []  # fmt: skip
+    detail += [f"for example {wrong[0]!r:.60}"] if wrong else []
     return Verdict(
-        name="tokenizer", passed=not wrong, found=f"{right} of {len(texts)} texts", bound="all",
-        detail=detail,
+        name="tokenizer",
+        passed=not (wrong or wrong_ids),
+        found=f"{len(spelt) - len(wrong_ids)} of {len(spelt)} ids, {len(cases) - len(wrong)} of "
+        f"{len(cases)} texts",
+        bound="all",
+        detail="; ".join(detail),
+    )
+
+
+def comparable_ids(tokenizer: Tokenizer, theirs: Any) -> Iterable[int]:
+    """Return the ids that mean something on both sides.
+
+    sentencepiece has no added tokens, and shows the unknown piece, where transformers hides it.
+    """
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return range(len(theirs))
+    ids = range(min(tokenizer.n_tokens, len(theirs)))
+    return (i for i in ids if i != theirs.unk_token_id)
+
+
+def added_texts(tokenizer: Tokenizer, theirs: Any) -> Iterable[str]:
+    """Return the added tokens as they are written: special ones are decoded to nothing."""
+    return () if isinstance(tokenizer, SentencePieceTokenizer) else theirs.get_added_vocab()
+
+
+def joined(spelt: Iterable[str]) -> Iterator[str]:
+    """Yield as many words of a few tokens each: what is merged first shows where pieces meet."""
+    pieces, random = [text.strip() for text in spelt], Random(0)
+    return ("".join(random.choices(pieces, k=JOINED)) for _ in pieces)
+
+
+def judge_ends(ours: Collection[int], theirs: Collection[int]) -> Verdict:
+    """The ids that end a text: both sides of `summarize` are given the engine's, whatever it has.
+
+    A wrong one changes no logit, only where texts stop.
+    """
+    said = [", ".join(map(str, sorted(ids))) or "none" for ids in (ours, theirs)]
+    return Verdict(
+        name="end tokens", passed=set(ours) == set(theirs), found=said[0], bound=said[1],
+        detail="the ids at which texts end, beside transformers' own",
     )  # fmt: skip

@@ -87,6 +87,22 @@ def test_pins_bring_back_the_same_articles_in_their_order(articles, tmp_path):
     assert ids(load_articles(request(articles, ids=pins))) == ["article-03", "article-01"]
 
 
+def test_pins_of_any_ids(rows, tmp_path):
+    """Ids with white space in them, and several articles of one id or of none."""
+    ids = ["a b", "a\nc", " d ", None, None, "a b"]
+    file, pins = tmp_path / "odd.jsonl", tmp_path / "pins.txt"
+    odd = [{**row, "id": name} for row, name in zip(rows, ids, strict=False)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in odd))
+    chosen = load_articles(request(file))
+    write_pins(pins, chosen)
+    assert load_articles(request(file, ids=pins)) == chosen
+    pins.write_text("a c\r\n")
+    assert [a.text for a in load_articles(request(file, ids=pins))] == [rows[1]["article"]]
+    pins.write_bytes(b"\xff\n")
+    with pytest.raises(UsageError, match=r"pins\.txt: not UTF-8 text"):
+        load_articles(request(file, ids=pins))
+
+
 def test_a_pinned_article_that_changed_is_refused(articles, rows, tmp_path):
     pins, file = tmp_path / "pins.txt", tmp_path / "changed.jsonl"
     write_pins(pins, load_articles(request(articles, max_articles=3)))
@@ -112,6 +128,12 @@ def test_a_pinned_article_that_is_missing_is_named(articles, tmp_path):
         ("[1, 2]\n", "line 1: should be a JSON object"),
         ('{"id": "a", "article": " ", "highlights": "y"}', "the article 'a' has an empty"),
         ('{"id": "a", "article": "x", "highlights": 5}', "the article 'a' has an empty"),
+        (
+            '{"id": "a", "article": "x", "highlights": "y"}\n{"id": "b", "article": "x"}\n',
+            "a row has no column highlights; its columns are id, article;",
+        ),
+        ('{"id": "a", "article": "x \\ud800", "highlights": "y"}', "'a' holds half a character"),
+        ("[" * 100_000, "line 1: damaged JSON"),
     ],
 )
 def test_bad_json_lines(tmp_path, content, message):

@@ -12,15 +12,16 @@ import torch
 
 import tiny
 from porttool.cli import invoke
-from porttool.engine import Engine
+from porttool.config import SpecialTokens
+from porttool.engine import Engine, choose_limits
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
 from porttool.evaluators.accounting import Derivation, check_weights
 from porttool.evaluators.damage import Damage
-from porttool.evaluators.diagnosis import first_wrong
 from porttool.evaluators.hypotheses import find_mistake
-from porttool.evaluators.logits import judge_logits, measure
+from porttool.evaluators.logits import first_wrong, judge_logits, measure
 from porttool.evaluators.parity import verify
+from porttool.evaluators.transformers_folder import end_ids
 from porttool.nn import Step
 from porttool.plugins import choose_converter, load_registry
 from porttool.progress import SILENT
@@ -28,7 +29,7 @@ from porttool.weights import take
 from porttool_gpt2.converter import GPT2Converter
 
 CPU = {"device": "cpu"}
-LADDER = ["config", "weights", "prefill", "decode", "decode, several tokens a step",
+LADDER = ["config", "end tokens", "weights", "prefill", "decode", "decode, several tokens a step",
           "greedy tokens"]  # fmt: skip
 
 
@@ -125,6 +126,46 @@ def test_weights_say_how_they_differ(engine, source, tmp_path, damage, how):
     assert how in "; ".join(f"{n}: {d}" for n, d in check.differing.items())
 
 
+@pytest.mark.parametrize("eos", [(13,), (), (66, 13)])
+def test_other_end_tokens_than_the_sources(engine, verified, tmp_path, eos):
+    """They change no logit, and both sides of `summarize` are given the engine's."""
+    copy = shutil.copytree(engine.path, tmp_path / "engine")
+    tiny.edit_manifest(copy / "engine.json", tokens={"bos": 66, "eos": eos, "pad": 65})
+    report = verified(Engine.open(copy))
+    assert {n for n, passed in outcome(report).items() if not passed} == {"config", "end tokens"}
+    [config, ends] = report.verdicts[:2]
+    assert config.detail == f"eos is {eos}, should be (66,)"
+    assert (ends.found, ends.bound) == (", ".join(map(str, sorted(eos))) or "none", "66")
+
+
+def test_end_tokens_that_are_read_wrongly_are_seen_by_the_reference(
+    source, verified, tmp_path, monkeypatch
+):
+    """Where the family's own reading is wrong, the engine agrees with that."""
+    wrong = SpecialTokens(eos=(13,))
+    monkeypatch.setattr(GPT2Converter, "special_tokens", lambda *_: wrong)
+    built = tiny.built(tiny.converted(source, tmp_path / "checkpoint"), tmp_path / "engine")
+    report = verified(built)
+    assert {n for n, passed in outcome(report).items() if not passed} == {"end tokens"}
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "wanted"),
+    [
+        (7, None, (7,)), (7, [5, 6], (5, 6)), ([7, 8], None, (7, 8)), (None, None, ()),
+        (900, None, ()), (7, [8, 900], (8,)),
+    ],
+)  # fmt: skip
+def test_where_transformers_ends(source, tmp_path, config, generation, wanted):
+    folder = shutil.copytree(source, tmp_path / "source")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "eos_token_id": config}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert end_ids(folder) == wanted
+
+
 def derivation_of(source):
     return Derivation(choose_converter(load_registry(), source), source)
 
@@ -161,7 +202,7 @@ def test_half_precision_hides_no_noise(checkpoint, verified, tmp_path):
     sound = tiny.built(checkpoint, tmp_path / "engine", dtype="bfloat16")
     report = verified(Damage("noise of 2 %").apply(sound, tmp_path / "damaged"))
     assert outcome(report)["prefill"] is False
-    assert "Hugging Face in bfloat16" in report.verdicts[2].detail
+    assert "Hugging Face in bfloat16" in report.verdicts[3].detail
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -269,6 +310,52 @@ def test_broken_cache_is_told_from_broken_arithmetic(engine, verified, runner, f
     assert any("likely the cache" in note for note in report.notes)
     if runner is OneTokenOnly:
         assert any("with several tokens a step" in note for note in report.notes)
+
+
+class ShortSighted(TorchRunner):
+    """Takes every token of a long prompt for the last."""
+
+    def step(self, step, *, all_positions=False):
+        tokens = step.tokens.clone()
+        if tokens.shape[1] > 30:
+            tokens[:, :-1] = tokens[:, -1:]
+        moved = Step(step.slots, tokens, step.starts, step.lengths)
+        return super().step(moved, all_positions=all_positions)
+
+
+class Forgetful(TorchRunner):
+    """Writes and reads the cache one place too early beyond 40 tokens."""
+
+    def step(self, step, *, all_positions=False):
+        late = (step.starts > 40).to(torch.int64)
+        moved = Step(step.slots, step.tokens, step.starts - late, step.lengths)
+        return super().step(moved, all_positions=all_positions)
+
+
+@pytest.mark.parametrize(
+    ("runner", "said"),
+    [
+        (TorchRunner, None),
+        (ShortSighted, "a prompt of 40 tokens does not agree, a prompt of 20 tokens agrees"),
+        (Forgetful, "prompts of up to 40 tokens agree, what follows does not, from new token 1"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_wrong_with_long_contexts_alone(
+    checkpoint, verified, tmp_path, runner, said, dtype
+):
+    limits = choose_limits(checkpoint.config, max_input_len=40, max_output_len=8)
+    built = tiny.built(checkpoint, tmp_path / "engine", limits=limits, dtype=dtype)
+    report = verified(runner(built, CPU), prompt_len=9, new_tokens=8)
+    failed = {n for n, passed in outcome(report).items() if not passed}
+    assert failed == ({"long contexts"} if said else set())
+    [found] = [v for v in report.verdicts if v.name == "long contexts"]
+    assert "prompts of 20, 40 tokens, 8 more" in found.detail
+    assert ("Hugging Face in bfloat16" in found.detail) is (dtype == "bfloat16")
+    assert not said or any(note.startswith(said) for note in report.notes)
+    without = verified(runner(built, CPU), prompt_len=9, new_tokens=8, long_contexts=False)
+    assert without.passed
+    assert "long contexts are not compared: long_contexts is false" in without.notes
 
 
 class NoisyKernel(TorchRunner):
@@ -409,8 +496,6 @@ def test_texts_need_a_tokenizer(verified, engine):
 
 
 def test_an_engine_for_one_new_token_cannot_be_verified(checkpoint, verified, tmp_path):
-    from porttool.engine import choose_limits
-
     limits = choose_limits(checkpoint.config, max_output_len=1)
     with pytest.raises(UsageError, match="--max-output-len 2"):
         verified(tiny.built(checkpoint, tmp_path / "engine", limits=limits))

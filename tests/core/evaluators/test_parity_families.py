@@ -71,6 +71,13 @@ def test_an_archive_beside_a_folder_that_transformers_reads(nemo, tmp_path):
     sound = verified(engine, reference, tmp_path / "sound", **sides)
     assert sound.passed, sound.verdicts
     assert [v.name for v in sound.verdicts][:2] == ["config", "weights"]
+    (reference / "generation_config.json").write_text('{"eos_token_id": 7}')
+    other = verified(engine, reference, tmp_path / "other", **sides)
+    assert other.passed, "the folder stands in for what was converted: its end tokens are its own"
+    assert any(
+        "at the ids 7, the engine, as its own source says, at none" in n for n in other.notes
+    )
+    (reference / "generation_config.json").unlink()
     damaged = Damage("no attention scale").apply(engine, tmp_path / "damaged")
     report = verified(damaged, reference, tmp_path / "out", **sides)
     assert "attention is not scaled" in report.measurements["cause"]

@@ -155,3 +155,46 @@ def test_a_tokenizer_of_two_files_is_compared(tmp_path, writer):
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     found = compare_tokenizers(load_tokenizer(tmp_path), tmp_path, ["some text"])
     assert getattr(found, "passed", found) is True
+
+
+def swapped_ids(values):
+    vocab = values["model"]["vocab"]
+    first, second = list(vocab)[-3:-1]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+
+
+def lost_merge(values):
+    del values["model"]["merges"][-7]
+
+
+def shown_end(values):
+    values["added_tokens"][0]["special"] = False
+
+
+def lost_token(values):
+    values["added_tokens"].clear()
+    values["model"]["vocab"].pop("<|endoftext|>")
+
+
+def reversed_merges(values):
+    values["model"]["merges"][40:] = values["model"]["merges"][:39:-1]
+
+
+def swapped_bytes(values):
+    """Two continuation bytes of UTF-8."""
+    vocab = values["model"]["vocab"]
+    vocab["\u0123"], vocab["\u0124"] = vocab["\u0124"], vocab["\u0123"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [swapped_ids, lost_merge, shown_end, lost_token, reversed_merges, swapped_bytes],
+)
+def test_a_tokenizer_that_is_a_little_wrong(tmp_path, writer, change):
+    """No text of prose shows that: every id is looked at."""
+    values = json.loads((writer / "tokenizer.json").read_text())
+    change(values)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    assert compare_tokenizers(load_tokenizer(writer), writer, ["The mayor."]).passed is True
+    found = compare_tokenizers(load_tokenizer(tmp_path), writer, ["The mayor."])
+    assert (found.passed, bool(found.detail)) == (False, True)

@@ -13,6 +13,7 @@ from porttool.evaluators.statistics import (
     block_sizes,
     bootstrap_mean,
     power_of,
+    unseen_share,
 )
 
 
@@ -90,3 +91,10 @@ def test_nothing_to_average():
 def test_blocks_add_up():
     assert sum(block_sizes(10_000, 11_490)) == 10_000
     assert max(block_sizes(10_000, 11_490)) * 11_490 <= 1 << 22
+
+
+@pytest.mark.parametrize(("n", "share"), [(10, 0.2589), (200, 0.01487), (11490, 0.0002607)])
+def test_what_no_article_showed_may_still_be(n, share):
+    found = unseen_share(n)
+    assert found == pytest.approx(share, rel=1e-3)
+    assert (1 - found) ** n == pytest.approx(0.05)

@@ -17,22 +17,27 @@ from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, PorttoolError, UsageError
 from porttool.evaluator import Report, Verdict
 from porttool.evaluators.agreement import TOLERANCES
+from porttool.evaluators.chart import BAD, ENGINE, draw_differences
 from porttool.evaluators.comparison import Bounds, Comparison, judge_rouge
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.dataset import Article
 from porttool.evaluators.prompts import Recipe, encode_articles
 from porttool.evaluators.reference import ReferenceModel
-from porttool.evaluators.results import Continuation, load_result
+from porttool.evaluators.results import Continuation, Decoding, load_result
+from porttool.evaluators.rouge import KINDS
+from porttool.evaluators.sides import generate_all, rescored, sampling_of
 from porttool.evaluators.statistics import articles_needed
 from porttool.evaluators.summarize import SummarizeEvaluator, summarize
 from porttool.evaluators.unfinished import Begun, Unfinished, unfinished_file
+from porttool.generate import Completion
 from porttool.progress import Progress
 from porttool.text import load_tokenizer
 
 CPU = {"device": "cpu"}
 COMPARED = [
     "rouge1 not inferior", "rouge2 not inferior", "rougeL not inferior", "rougeLsum not inferior",
-    "token agreement", "log-probability drift",
+    "token agreement", "log-probability drift", "end tokens",
+    "tokenizer",
 ]  # fmt: skip
 
 
@@ -40,7 +45,10 @@ COMPARED = [
 def run(writer, writer_engine, articles, tmp_path):
     """Summarise; say which sides run, and change any option."""
 
-    def go(*, engine=True, reference=True, runner=None, source=writer, progress=None, **options):
+    def go(
+        *, engine=True, reference=True, runner=None, source=writer, progress=None, tokenizer=None,
+        **options,
+    ):  # fmt: skip
         subject = runner or TorchRunner(writer_engine, CPU)
         settings = {"dataset": str(articles), "max_new_tokens": 12, "batch_size": 3,
                     "max_input_len": 40, "resamples": 500, **options}  # fmt: skip
@@ -48,7 +56,7 @@ def run(writer, writer_engine, articles, tmp_path):
             output=tmp_path / "out",
             runner=subject if engine else None,
             source=source if reference else None,
-            tokenizer=load_tokenizer(writer),
+            tokenizer=tokenizer or load_tokenizer(writer),
             options=settings,
             progress=progress or Progress(),
         )
@@ -64,13 +72,14 @@ def test_a_sound_engine_passes(run, tmp_path):
     report = run()
     assert list(outcome(report)) == COMPARED
     assert report.passed, report.verdicts
+    assert report.verdicts[0].detail.endswith("n 14; of all articles up to 19.3% may still differ")
     texts = [a["engine"] for a in report.measurements["articles"]]
     assert len(set(texts)) > 6, "the model says the same of every article: nothing is tested"
     assert texts == [a["reference"] for a in report.measurements["articles"]]
     for name in ("report.json", "report.html", "report.png", "reference.json", "articles.txt"):
         assert (tmp_path / "out" / name).stat().st_size > 500
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "all 6 checks pass" in page
+    assert "all 8 checks pass" in page
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")
     saved = json.loads((tmp_path / "out" / "report.json").read_bytes())
@@ -102,7 +111,33 @@ def test_what_was_found_is_told_where_the_disk_is_full(run, tmp_path, name):
     (tmp_path / "out" / name).symlink_to("/dev/full")
     with pytest.raises(PorttoolError, match=f"{name}: the disk is full"):
         run(progress=Listener())
-    assert [text.split(":")[:2] for text in told[-6:]] == [["pass", f" {n}"] for n in COMPARED]
+    assert [text.split(":")[:2] for text in told[-8:]] == [["pass", f" {n}"] for n in COMPARED]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_wrong_end_tokens_are_not_shared_by_both_sides_unseen(run, writer_engine, tmp_path, apart):
+    """Both sides stop at the engine's: only what transformers would do by itself tells."""
+    copy = shutil.copytree(writer_engine.path, tmp_path / "engine")
+    tiny.edit_manifest(copy / "engine.json", tokens={"bos": 0, "eos": [319], "pad": None})
+    runner = TorchRunner(Engine.open(copy), CPU)
+    if apart:
+        run(runner=runner, engine=True, reference=True)
+        report = run(runner=runner, reference=False)
+    else:
+        report = run(runner=runner)
+    assert {name for name, passed in outcome(report).items() if not passed} == {"end tokens"}
+    [ends] = [v for v in report.verdicts if v.name == "end tokens"]
+    assert (ends.found, ends.bound) == ("319", "0")
+
+
+def test_a_wrong_tokenizer_is_not_shared_by_both_sides_unseen(writer, writer_engine, run, tmp_path):
+    """It is the engine's own that both are given: only the source's own tells."""
+    copy = shutil.copytree(writer_engine.path, tmp_path / "engine")
+    values = json.loads((writer / "tokenizer.json").read_text())
+    del values["model"]["merges"][-7]
+    (copy / "tokenizer" / "tokenizer.json").write_text(json.dumps(values))
+    report = run(tokenizer=load_tokenizer(copy / "tokenizer"))
+    assert {name for name, passed in outcome(report).items() if not passed} == {"tokenizer"}
 
 
 def test_the_same_twice(run):
@@ -186,8 +221,36 @@ def test_damage_is_caught(run, writer_engine, tmp_path, damage, caught):
 
 def test_beam_search_on_both_sides(run):
     report = run(num_beams=3, length_penalty=2.0)
-    assert list(outcome(report)) == COMPARED[:-1]
+    assert list(outcome(report)) == [name for name in COMPARED if "drift" not in name]
     assert report.passed, report.verdicts
+
+
+def test_a_beam_with_the_score_of_another_is_no_tie(run, monkeypatch):
+    """The score is that of the tokens, by the engine's own logits, whatever the search says."""
+
+    def mixed(group, sampling):
+        best, *_, worst = group.finished
+        return [Completion(worst.tokens, worst.finish, score=best.score)]
+
+    monkeypatch.setattr("porttool.beam.collect", mixed)
+    [agreement] = [v for v in run(num_beams=3).verdicts if v.name == "token agreement"]
+    assert agreement.passed is False
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.5])
+def test_beams_are_scored_as_the_search_scores_them(writer_engine, penalty):
+    runner, prompts = TorchRunner(writer_engine, CPU), [[5, 9, 2], [7], [1, 60, 33, 4, 8, 19, 2]]
+
+    def beams(*eos):
+        decoding = Decoding(max_new_tokens=8, num_beams=3, length_penalty=penalty, eos=eos)
+        found = generate_all(runner, prompts, sampling_of(decoding, logprobs=False), eos)
+        for prompt, beam in zip(prompts, found, strict=True):
+            again = rescored(runner, prompt, beam, decoding)
+            assert again.score == pytest.approx(beam.score, abs=1e-5)
+        return found
+
+    ended = beams(*(beam.tokens[4] for beam in beams(0)))
+    assert any(beam.ended for beam in ended)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -196,12 +259,28 @@ def test_half_precision_is_held_to_the_references_own_rounding(
 ):
     engine = tiny.built(writer_checkpoint, tmp_path / "half", dtype=dtype)
     report = run(runner=TorchRunner(engine, CPU))
-    drift = report.verdicts[-1]
+    [drift] = [v for v in report.verdicts if v.name == "log-probability drift"]
     assert drift.passed, drift
     rounding = load_result(tmp_path / "out", "reference").rounding
     assert set(rounding) == {dtype}
     assert drift.bound == f"99 % ≤ {2.5 * rounding[dtype]:.2g}"
     assert any("was not computed in float32" in note for note in report.notes)  # no converter
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_no_of_verify_is_said_beside_a_yes(run, writer_engine, tmp_path, passed):
+    """Everywhere: on the page a green heading stands over that table."""
+    verdict = Verdict(name="weights", passed=passed, found="51 of 52 tensors", bound="all")
+    seal = writer_engine.manifest.seal
+    ladder = Report(evaluator="parity", engine="torch", reference="", verdicts=(verdict,),
+                    measurements={"engine": seal})  # fmt: skip
+    (tmp_path / "parity").mkdir()
+    (tmp_path / "parity" / "report.json").write_text(ladder.model_dump_json())
+    report = run()
+    assert report.passed
+    said = [note for note in report.notes if "verify says no to this engine" in note]
+    assert [": weights (" in note for note in said] == ([] if passed else [True])
+    assert report.measurements["engine"] == seal
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -224,7 +303,7 @@ def test_a_parity_report_is_shown_beside_its_own_engine(run, writer_engine, tmp_
 def test_too_few_articles_give_no_verdict(run):
     report = run(max_articles=4)
     assert outcome(report)["rouge1 not inferior"] is None
-    with pytest.raises(CheckFailed, match="needs at least 10 articles"):
+    with pytest.raises(CheckFailed, match="needs at least 10 different articles"):
         report.require_pass()
 
 
@@ -536,6 +615,10 @@ def test_instruction_without_a_template(run):
         run(prompt="instruction")
 
 
+def texts(n):
+    return [Article(str(i), f"text {i}", "x") for i in range(n)]
+
+
 @pytest.mark.parametrize("confidence", [0.95, 0.99])
 def test_how_many_articles_decide_depends_on_the_confidence(confidence):
     side = SimpleNamespace(
@@ -543,7 +626,7 @@ def test_how_many_articles_decide_depends_on_the_confidence(confidence):
     )
     ours, theirs = {"rouge1": [3.0, 0.0] * 10}, {"rouge1": [0.0, 3.0] * 10}
     bounds = Bounds(resamples=1000, confidence=confidence)
-    found = judge_rouge(Comparison((), side, side, ours, theirs, (), bounds), "rouge1")
+    found = judge_rouge(Comparison(texts(20), side, side, ours, theirs, (), bounds), "rouge1")
     sd = (9 * 20 / 19) ** 0.5
     wanted = articles_needed(sd, 0.5, confidence=confidence)
     assert found.detail.endswith(f"undecided: an equal port would need {wanted} articles")
@@ -556,8 +639,33 @@ def test_articles_without_a_word_on_either_side_do_not_count():
 
     zeros = {"rouge1": [0.0] * 12}
     ours, theirs = side("a", " ", *[""] * 10), side("b", "c", "\n", *[""] * 9)
-    found = Comparison((), ours, theirs, zeros, zeros, (), Bounds(resamples=10))
+    found = Comparison(texts(12), ours, theirs, zeros, zeros, (), Bounds(resamples=10))
     assert found.n_worded == 2
     assert judge_rouge(found, "rouge1").passed is None
-    worded = Comparison((), side(*"abcdefghijkl"), theirs, zeros, zeros, (), Bounds(resamples=10))
+    worded = Comparison(
+        texts(12), side(*"abcdefghijkl"), theirs, zeros, zeros, (), Bounds(resamples=10)
+    )
     assert judge_rouge(worded, "rouge1").passed is True
+
+
+@pytest.mark.parametrize(("n", "colour"), [(9, BAD), (10, ENGINE)])
+def test_the_picture_is_of_the_verdicts_colour(n, colour):
+    """Below ten articles there is no yes, however good the numbers look."""
+    written = [SimpleNamespace(text="a") for _ in range(n)]
+    side = SimpleNamespace(continuations=written, dtype="float32", rounding={})
+    scores = {kind: [1.0] * n for kind in KINDS}
+    axes = Mock(get_xlim=lambda: (-1, 1))
+    draw_differences(axes, Comparison(texts(n), side, side, scores, scores, (), Bounds()))
+    assert {call.kwargs["color"] for call in axes.plot.call_args_list} == {colour}
+
+
+def test_one_text_many_times_is_one_article(run, articles, rows, tmp_path):
+    """Ids tell nothing: a model says the same of the same text, however often it is asked."""
+    copies = [{**rows[0], "id": str(i), "highlights": f"x {i}"} for i in range(10)]
+    file = tmp_path / "copies.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*copies, *rows[1:9]]))
+    report = run(dataset=str(file))
+    assert outcome(report)["rouge1 not inferior"] is None
+    assert report.verdicts[0].found == "9 articles"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*copies, *rows[1:10]]))
+    assert run(dataset=str(file)).passed
