@@ -109,9 +109,9 @@ class ParityEvaluator(Evaluator):
                 climb_config(port, port.source, derivation, findings)
                 climb_weights(port.runner, derivation, findings, progress)
             virtual = climb_table(port, port.runner, findings)
-            probe = Probe.make(port.runner, port.tokenizer, port.source, options, virtual)
+            probe = Probe.make(port.runner, port.tokenizer, port.source, options, virtual, progress)
             climb_logits(probe, findings, progress)
-            climb_reach(probe, options, findings)
+            climb_reach(probe, options, findings, progress)
             climb_tokens(probe, findings)
             if derivation is not None:
                 climb_arithmetic(probe, derivation, findings)
@@ -222,7 +222,9 @@ def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:
     progress.finish()
 
 
-def climb_reach(probe: Probe, options: ParityOptions, findings: Findings) -> None:
+def climb_reach(
+    probe: Probe, options: ParityOptions, findings: Findings, progress: Progress
+) -> None:
     """Compare logits as far on as the engine goes; say where they part if only that is wrong."""
     from dataclasses import asdict
 
@@ -230,7 +232,7 @@ def climb_reach(probe: Probe, options: ParityOptions, findings: Findings) -> Non
         if not options.long_contexts:
             findings.notes.append("long contexts are not compared: long_contexts is false")
         return
-    verdict, error, where = probe.reach.judge(probe.runner)
+    verdict, error, where = probe.reach.judge(probe.runner, progress)
     findings.measurements[verdict.name] = asdict(error)
     if where and not findings.failed("prefill", "decode", "decode, several tokens a step"):
         findings.notes.append(where)

@@ -15,6 +15,7 @@ from porttool.evaluators.reach import Reach
 from porttool.evaluators.reference import Device, ReferenceModel
 from porttool.evaluators.results import Continuation, Decoding
 from porttool.evaluators.sides import generate_all
+from porttool.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,7 @@ class Probe:
         source: Path,
         options: ParityOptions,
         virtual: VirtualTokens | None = None,
+        progress: Progress = SILENT,
     ) -> Probe:
         """Choose prompts and run the reference; `virtual` tokens come before each prompt."""
         prompts = choose_prompts(runner, tokenizer, options, virtual.longest if virtual else 0)
@@ -65,22 +67,34 @@ class Probe:
         dtype = runner.engine.manifest.dtype
         wide: Dtype = "float64" if dtype == "float64" else "float32"
         device = options.reference_device
+        halves = options.yardstick and dtype in HALF
+        passes = (1 + halves) * (len(prompts) + options.long_contexts)
+        progress.start("reference", 1 + passes, unit="passes")
+
+        def passed(logits: Tensor) -> Tensor:
+            progress.advance(1)
+            return logits
+
         model = ReferenceModel(source, dtype=wide, device=device, rows=rows)
         decoding = Decoding(max_new_tokens=new_tokens(runner, options))
         continuations = model.generate(prompts, decoding)
+        progress.advance(1)
         sequences = join(prompts, continuations)
-        logits = [model.logits(s) for s in sequences]
+        logits = [passed(model.logits(s)) for s in sequences]
         reach, n_new, covered = None, decoding.max_new_tokens, max(map(len, sequences))
         if options.long_contexts:
             reach = Reach.make(runner, model, covered=covered, n_new=n_new, seed=options.seed)
+            progress.advance(1)
         description = model.description
         del model
         own = None
-        if options.yardstick and dtype in HALF:
+        if halves:
             narrow = ReferenceModel(source, dtype=dtype, device=device, rows=rows)
-            own = [narrow.logits(s) for s in sequences]
+            own = [passed(narrow.logits(s)) for s in sequences]
             if reach is not None:
                 reach.run(narrow)
+                progress.advance(1)
+        progress.finish()
         return cls(
             runner, source, device, description, prompts, continuations, logits, own, reach, virtual
         )

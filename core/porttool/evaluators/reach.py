@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from porttool.evaluator import Verdict
     from porttool.evaluators.logits import LogitError
     from porttool.evaluators.reference import ReferenceModel
+    from porttool.progress import Progress
     from porttool.runner import Runner
 
 NAME = "long contexts"
@@ -57,19 +58,24 @@ class Reach:
         """Let the reference run in the engine's type."""
         self.own = model.logits(self.tokens, positions_of(self.lengths, self.n_new))
 
-    def engine_logits(self, runner: Runner) -> Tensor:
+    def engine_logits(self, runner: Runner, progress: Progress) -> Tensor:
         """Return the engine's logits, of the shape of `logits`."""
         import torch
 
+        progress.start(NAME, sum(self.lengths) + self.n_new, unit="tokens")
+        logits = []
         parts = [(0, length) for length in self.lengths]
         parts += [(self.lengths[-1] + i, 1) for i in range(self.n_new)]
-        steps = (make_step(runner, [self.tokens], [at], [n], None) for at, n in parts)
-        return torch.cat([runner.step(step).cpu() for step in steps])
+        for at, n in parts:
+            logits.append(runner.step(make_step(runner, [self.tokens], [at], [n], None)).cpu())
+            progress.advance(n)
+        progress.finish()
+        return torch.cat(logits)
 
-    def judge(self, runner: Runner) -> tuple[Verdict, LogitError, str]:
+    def judge(self, runner: Runner, progress: Progress) -> tuple[Verdict, LogitError, str]:
         """Compare; return the verdict, the error, and where the two part if they do."""
         dtype: Dtype = runner.engine.manifest.dtype
-        ours = self.engine_logits(runner)
+        ours = self.engine_logits(runner, progress)
         error = measure([ours], [self.logits])
         yardstick = None if self.own is None else measure([self.own], [self.logits])
         verdict = judge_logits(NAME, error, dtype, yardstick)

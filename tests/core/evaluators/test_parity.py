@@ -24,7 +24,7 @@ from porttool.evaluators.parity import verify
 from porttool.evaluators.transformers_folder import end_ids
 from porttool.nn import Step
 from porttool.plugins import choose_converter, load_registry
-from porttool.progress import SILENT
+from porttool.progress import SILENT, Progress
 from porttool.weights import take
 from porttool_gpt2.converter import GPT2Converter
 
@@ -356,6 +356,33 @@ def test_what_is_wrong_with_long_contexts_alone(
     without = verified(runner(built, CPU), prompt_len=9, new_tokens=8, long_contexts=False)
     assert without.passed
     assert "long contexts are not compared: long_contexts is false" in without.notes
+
+
+class Told(Progress):
+    """What was begun, how much of it there is and how much was done."""
+
+    def __init__(self):
+        self.work = {}
+
+    def start(self, label, total, *, unit="B"):
+        self.work[label] = [total, 0]
+        self.label = label
+
+    def advance(self, amount):
+        self.work[self.label][1] += amount
+
+
+def test_long_work_is_told_to_its_end(checkpoint, source, tmp_path):
+    limits = choose_limits(checkpoint.config, max_input_len=40, max_output_len=8)
+    built = tiny.built(checkpoint, tmp_path / "engine", limits=limits, dtype="bfloat16")
+    told = Told()
+    options = {"prompt_len": 9, "new_tokens": 8}
+    verify(
+        runner=TorchRunner(built, CPU), source=source, output=tmp_path / "out", options=options,
+        progress=told,
+    )  # fmt: skip
+    assert told.work["long contexts"] == [20 + 40 + 8] * 2
+    assert told.work["reference"] == [1 + 2 * (6 + 1)] * 2  # six prompts, in two types
 
 
 class NoisyKernel(TorchRunner):
