@@ -45,7 +45,7 @@ def test_the_double_is_no_more_than_the_real_bindings(version):
 
 def test_what_the_builder_asks_for(tmp_path, library):
     _, engine = build(
-        tmp_path, level=5, workspace_gb=2, tf32=False, version_compatible=True, refit=True,
+        tmp_path, level=5, workspace_gb=2, version_compatible=True, refit=True,
         opt_batch_size=2, opt_input_len=16, static_batch=False, hardware="ampere_plus",
         profiling="layer_names", max_aux_streams=0,
     )  # fmt: skip
@@ -75,6 +75,13 @@ def test_a_fixed_batch_leaves_only_width_and_rows_free(tmp_path, library):
     assert {t.name for t in network._inputs if -1 in t.shape} == {"tokens", "positions", "wanted"}
     assert config._profiles[0]._shapes["wanted"] == ((3,), (3,), (48,))
     assert config._profiles[1]._shapes["wanted"] == ((3,), (3,), (3,))
+
+
+@pytest.mark.parametrize("asked", [{}, {"tf32": True}])
+def test_float32_is_float32_unless_less_is_asked_for(tmp_path, library, asked):
+    build(tmp_path, **asked)
+    ((_, config),) = double.Builder.built
+    assert (double.BuilderFlag.TF32 in config._set) is bool(asked)
 
 
 def test_timings_are_kept_and_joined(tmp_path, library):

@@ -29,7 +29,7 @@ def engine_of(folder, shape, dtype, **options):
     checkpoint = drawn.checkpoint(folder / "checkpoint", config, drawn.weights(config))
     engine = drawn.engine(
         checkpoint, folder / "engine", kind="tensorrt", limits=LIMITS, dtype=dtype,
-        options={"tf32": False, **options},
+        options=options,
     )  # fmt: skip
     return config, engine
 

@@ -19,6 +19,7 @@ class TensorrtOptions(Options):
     every step runs all rows of the engine, which is the only form that users of TensorRT's cache
     operator have qualified; false lets the batch vary, untested. `opt_batch_size` and
     `opt_input_len` are what kernels are chosen for. `workspace_gb`: left to TensorRT if not given.
+    `tf32` lets float32 matrices be multiplied in fewer bits, as TensorRT does by itself.
     `timing_cache`: a folder, shared by builds. `strip` leaves the weights out of the plan: they
     are put in at load from the ONNX file, which is then kept. `keep_graph` keeps it anyway.
     """
@@ -31,7 +32,7 @@ class TensorrtOptions(Options):
     workspace_gb: PositiveFloat | None = None
     max_aux_streams: NonNegativeInt | None = None
     profiling: Literal["none", "layer_names", "detailed"] = "detailed"
-    tf32: bool = True
+    tf32: bool = False
     version_compatible: bool = False
     hardware: Hardware = "same_gpu"
     weight_streaming: bool = False
