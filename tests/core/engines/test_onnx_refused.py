@@ -62,6 +62,22 @@ def test_missing_provider(tmp_path, checkpoint, monkeypatch):
         load_runner(engine, load_registry(), {"device": "cuda"})
 
 
+@pytest.mark.parametrize(
+    ("said", "given", "threads"),
+    [(None, 0, 0), ("3", 0, 3), ("3,2", 0, 3), ("3", 1, 1), ("many", 0, 0), ("", 0, 0)],
+)
+def test_as_many_threads_as_every_library_is_asked_for(monkeypatch, said, given, threads):
+    import onnxruntime
+
+    from porttool.engines.onnx.session import SessionSettings, session_options
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    options = session_options(onnxruntime, SessionSettings("cpu", threads=given))
+    assert options.intra_op_num_threads == threads
+
+
 def test_provider_that_is_replaced_silently(tmp_path, checkpoint, monkeypatch):
     """What ONNX Runtime prints of missing libraries is in the error, not in our output."""
     import onnxruntime

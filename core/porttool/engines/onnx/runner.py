@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class OnnxRunnerOptions(Options):
-    """`device`: auto takes the GPU if ONNX Runtime can. `threads`: 0 is ONNX Runtime's choice.
+    """`device`: auto takes the GPU if ONNX Runtime can. `threads`: 0 is OMP_NUM_THREADS,
+    if that is set, else ONNX Runtime's choice.
 
     `tf32` lets a GPU multiply float32 matrices in fewer bits. `compiled` false lets ONNX Runtime
     compute all logits for greedy tokens on a CPU, too, as where there is no compiler.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ ERRORS_ONLY = 3
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How a session is to be made. `threads` 0 leaves their number to ONNX Runtime."""
+    """How a session is to be made. `threads` 0: as many as `default_threads` says."""
 
     device: str
     optimization: str = "all"
@@ -99,12 +100,21 @@ def preload_libraries(runtime: Any) -> str:
     return "; ".join(printed.getvalue().splitlines())
 
 
+def default_threads() -> int:
+    """Return what OMP_NUM_THREADS asks of every library, 0 where it says nothing.
+
+    ONNX Runtime does not read it, and would take all cores beside a torch that keeps to it.
+    """
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(first) if first.isdecimal() else 0
+
+
 def session_options(runtime: Any, settings: SessionSettings) -> Any:
     """Return ONNX Runtime's options for our settings."""
     levels = runtime.GraphOptimizationLevel
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    options.intra_op_num_threads = settings.threads
+    options.intra_op_num_threads = settings.threads or default_threads()
     if not settings.spins:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if settings.profile is not None:
