@@ -85,8 +85,9 @@ def diagnose(
     elif findings.failed("prefill") and derivation is not None:
         accuse(Subject.of(probe, derivation), findings, named=named)
     elif findings.failed(*stepwise):
-        findings.notes.append(explain_decode(probe))
-        findings.measurements["cause"] = "cache"
+        cause, note = explain_decode(probe)
+        findings.notes.append(note)
+        findings.measurements["cause"] = cause
     elif findings.failed("greedy tokens"):
         findings.notes.append(
             "the logits agree but the tokens do not: look at how the runner decodes by itself, "
@@ -174,8 +175,11 @@ def suspect(subject: Subject) -> str | None:
     return find_mistake(derivation.config, weights, tokens, engine, rows=subject.probe.rows)
 
 
-def explain_decode(probe: Probe) -> str:
-    """Say from where on decoding goes wrong although prefill is right: the cache, or positions."""
+def explain_decode(probe: Probe) -> tuple[str, str]:
+    """Name the likely cause of wrong decoding beside a right prefill, and say where it begins.
+
+    A cache or positions that are wrong make logits jump; a decoder's own arithmetic lets all drift.
+    """
     bound = BOUNDS[probe.runner.engine.manifest.dtype]
     theirs = probe.of_continuations(probe.logits)
     for width in (1, 3):
@@ -189,9 +193,12 @@ def explain_decode(probe: Probe) -> str:
             row, at = min(bad, key=lambda found: found[1])
             rows = f"{len(bad)} of {len(wrong)} prompts"
             shape = "one token a step" if width == 1 else "several tokens a step"
-            return (
+            return "cache", (
                 f"prefill agrees but decode does not, with {shape}: {rows}, first in prompt {row} "
                 f"at new token {at}; likely the cache (what is written where, how far it is read) "
                 "or the positions of later tokens"
             )
-    return "prefill agrees but decode drifts beyond its bound without a jump; likely precision"
+    return "arithmetic of decode", (
+        "prefill agrees but decode drifts beyond its bound without a jump; likely the arithmetic "
+        "of decode alone: its precision, or a constant of its activation or norms"
+    )

@@ -312,6 +312,24 @@ def test_broken_cache_is_told_from_broken_arithmetic(engine, verified, runner, f
         assert any("with several tokens a step" in note for note in report.notes)
 
 
+class Drifter(TorchRunner):
+    """Every logit of a decoded token a little off: other arithmetic than prefill's."""
+
+    def step(self, step, *, all_positions=False):
+        logits = super().step(step, all_positions=all_positions)
+        if int(step.starts.max()) > 0:
+            logits = logits * (1 + 3e-5 * torch.arange(logits.shape[-1]).remainder(2))
+        return logits
+
+
+def test_arithmetic_of_decode_alone_is_not_called_the_cache(engine, verified):
+    report = verified(Drifter(engine, CPU))
+    wrong = {n for n, passed in outcome(report).items() if not passed}
+    assert wrong == {"decode", "decode, several tokens a step"}
+    assert report.measurements["cause"] == "arithmetic of decode"
+    assert any("without a jump; likely the arithmetic of decode" in note for note in report.notes)
+
+
 class ShortSighted(TorchRunner):
     """Takes every token of a long prompt for the last."""
 
