@@ -16,19 +16,27 @@ from porttool.sources.json_file import read_json
 from porttool.sources.places import is_present
 from porttool.sources.ranks import Renamed, ShardedTensors
 from porttool.sources.safetensors_file import SafetensorsFile
-from porttool.sources.tokenizer_files import added_tokens, known_spelling
+from porttool.sources.tokenizer_files import added_tokens, known_spelling, tokenizer_paths
 from porttool.sources.torch_file import open_torch_file
 from porttool.weights import TensorSource, WeightMap, listing
 
 T = TypeVar("T")
 
+WEIGHTS = tuple(
+    f"{name}{index}"
+    for name in ("model.safetensors", "pytorch_model.bin")
+    for index in ("", ".index.json")
+)
+"""Weights in transformers' order: one file before an index, which may be left of older shards."""
+
+OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.pt", "*.onnx")
+REMEDY = (
+    "shards lack their index, variants (fp16) want the plain name, quantised or other formats are "
+    "to be saved as safetensors (save_pretrained)"
+)
+
 HEAD = "lm_head.weight"
 """Every family's name of the head, which is the embedding where the two are tied."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
 
 
 class SourceConfig:
@@ -182,7 +190,9 @@ class HuggingFaceConverter(Converter):
     def special_tokens(self, source: Path, model: ModelConfig) -> SpecialTokens:
         """Read the ids that the folder declares; one outside the vocabulary is refused."""
         default = self.default_end
-        ids = special_ids(source, default if default and default < model.vocab_size else None)
+        ids = special_ids(source, default)
+        if default and default >= model.vocab_size:  # told by nobody: save_pretrained writes it
+            ids = {key: None if value == default else value for key, value in ids.items()}
         if self.end_of_text and (end := added_tokens(source).get(self.end_of_text)) is not None:
             for key in ("bos", "eos"):
                 declared = ids[key]
@@ -197,7 +207,7 @@ class HuggingFaceConverter(Converter):
             config=model,
             tokens=self.special_tokens(source, model),
             tensors=Renamed.by(open_tensors(source), lambda name: name.removeprefix(self.prefix)),
-            tokenizer=tuple(source / n for n in TOKENIZER_FILES if is_present(source / n)),
+            tokenizer=tokenizer_paths(source),
             infill=known_spelling(source, self.spellings) if self.spellings else None,
         )
 
@@ -218,16 +228,16 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def open_tensors(source: Path) -> TensorSource:
-    """Open a folder's weights, in transformers' order where there are several.
-
-    safetensors go before .bin, and one file before an index, which may be left of older shards.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    """Open a folder's weights, in transformers' order where there are several."""
+    for name in WEIGHTS:
         if is_present(source / name):
-            return open_weight_file(source / name)
-        if is_present(source / f"{name}.index.json"):
-            return open_indexed(source, f"{name}.index.json")
-    raise SourceError(f"{source}: no model.safetensors, no pytorch_model.bin and no index of them")
+            index = name.endswith(".json")
+            return open_indexed(source, name) if index else open_weight_file(source / name)
+    others = sorted({p.name for pattern in OTHER_WEIGHTS for p in source.glob(pattern)})
+    found = f"; of {listing(others)} porttool reads none: {REMEDY}" if others else ""
+    raise SourceError(
+        f"{source}: no model.safetensors, no pytorch_model.bin and no index of them{found}"
+    )
 
 
 def open_weight_file(path: Path) -> TensorSource:

@@ -125,6 +125,19 @@ def test_of_several_sets_of_weights_the_one_that_transformers_loads(tmp_path, fi
     assert open_tensors(tmp_path).load("transformer.wte.weight").equal(theirs)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["flax_model.msgpack", "tf_model.h5", "pytorch_model.fp16.bin", "gptq_model-4bit.safetensors",
+     "model-00001-of-00002.safetensors", "ggml-model-q4_0.bin", "gpt2.Q4.gguf"],
+)  # fmt: skip
+def test_weights_that_nobody_reads_are_named(tmp_path, name):
+    with pytest.raises(SourceError, match=r"and no index of them$"):
+        open_tensors(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(SourceError, match=rf"of {name} porttool reads none: .*save_pretrained"):
+        open_tensors(tmp_path)
+
+
 def test_json_that_is_none(tmp_path):
     file = tmp_path / "config.json"
     for content, said in [
