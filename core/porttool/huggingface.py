@@ -120,8 +120,10 @@ class SourceConfig:
         """Refuse every key that nothing read."""
         for key, wanted in MUST_BE.items():
             if (value := self.values.get(key)) not in (None, wanted):
+                unquantised = "convert the model that was quantised"
+                cure = unquantised if "quant" in key else f"it needs {wanted!r}"
                 raise SourceError(
-                    f"{self.file}: {key!r} is {value!r:.80}, which porttool cannot port"
+                    f"{self.file}: {key!r} is {value!r:.80}, which porttool cannot port; {cure}"
                 )
         unread = sorted(self.values.keys() - self._read - MUST_BE.keys())
         if unread:

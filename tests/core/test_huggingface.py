@@ -35,10 +35,14 @@ def test_every_key_must_be_read():
 
 def test_keys_that_must_have_one_value():
     SourceConfig({"quantization_config": None, "pruned_heads": {}}, FILE).finish()
+    with pytest.raises(SourceError, match=r"port; convert the model that was quantised$"):
+        SourceConfig({"quantization_config": {"bits": 4}}, FILE).finish()
     for key, value in [
         ("pruned_heads", {"0": [1]}), ("torchscript", True), ("normalize_attention_scores", False),
     ]:  # fmt: skip
-        with pytest.raises(SourceError, match=rf"'{key}' is .*, which porttool cannot port"):
+        with pytest.raises(
+            SourceError, match=rf"'{key}' is .*, which porttool cannot port; it needs"
+        ):
             SourceConfig({key: value}, FILE).finish()
 
 

@@ -59,7 +59,7 @@ def hints_at(source: Path, recognise: Callable[[Path], Iterable[Component]]) -> 
     if source.is_file():
         found = known(source.parent)
         return f"; name the folder that it lies in, {source.parent} ({found})" if found else ""
-    places = sorted(source.glob("*"))[:MAX_NEAR]
+    places = sorted([*source.glob("*"), *source.glob("snapshots/*")])[:MAX_NEAR]
     inside = [f"{path} ({found})" for path in places if (found := known(path))]
     said = f"; name one that lies in it, {' or '.join(inside[:3])}" if inside else ""
     return said_type(source) + said

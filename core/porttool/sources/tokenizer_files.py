@@ -63,7 +63,8 @@ def check_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> None:
         if ids and max(ids) >= vocab_size:
             raise SourceError(
                 f"{name}: the tokenizer has the id {max(ids)}, but the embedding only {vocab_size} "
-                "rows; it belongs to another model, or the vocabulary's size is wrong"
+                "rows; it belongs to another model, or the vocabulary's size is wrong. Where a "
+                "token was added that never got a row, take it out of a copy of the file"
             )
 
 
