@@ -290,10 +290,12 @@ def check_special_ids(ids: Mapping[str, Any], vocab_size: int, source: Path) -> 
     """Return the ids as special tokens; one that no token can have is a SourceError."""
     eos = ids["eos"]
     ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    for value in (*ends, *(ids[key] for key in ("bos", "pad") if ids[key] is not None)):
+    others = [(key, ids[key]) for key in ("bos", "pad") if ids[key] is not None]
+    for key, value in [*(("eos", end) for end in ends), *others]:
         if type(value) is not int or not 0 <= value < vocab_size:
             raise SourceError(
                 f"{source}: the special token id {value!r:.80} is outside the vocabulary of "
-                f"{vocab_size}; correct config.json or generation_config.json"
+                f"{vocab_size}; correct {key}_token_id in generation_config.json, or in "
+                "config.json where that has none (null means there is no such token)"
             )
     return SpecialTokens(bos=ids["bos"], eos=ends, pad=ids["pad"])
