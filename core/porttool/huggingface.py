@@ -22,11 +22,10 @@ from porttool.weights import TensorSource, WeightMap, listing
 
 T = TypeVar("T")
 
-WEIGHTS = tuple(
-    f"{name}{index}"
-    for name in ("model.safetensors", "pytorch_model.bin")
-    for index in ("", ".index.json")
-)
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 """Weights in transformers' order: one file before an index, which may be left of older shards."""
 
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.pt", "*.onnx")

@@ -145,8 +145,15 @@ def read_file(path: Path) -> bytes:
 
 
 def renamed_files(folder: Path, names: Mapping[str, str]) -> dict[str, bytes]:
-    """Read a tokenizer's files under other names (theirs → ours); none of them may be missing."""
-    return {new: read_file(folder / old) for old, new in names.items()}
+    """Read a tokenizer's files under other names (theirs → ours); none of them may be missing.
+
+    GPT-2's may be called `gpt2-vocab.json` and so on, as Megatron-LM has them fetched.
+    """
+    places = {new: (folder / old, folder / f"gpt2-{old}") for old, new in names.items()}
+    return {
+        new: read_file(fetched if fetched.is_file() and not usual.is_file() else usual)
+        for new, (usual, fetched) in places.items()
+    }
 
 
 def special_tokens(files: Mapping[str, bytes]) -> tuple[SpecialTokens, int | None]:

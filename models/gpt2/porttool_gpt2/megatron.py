@@ -20,8 +20,6 @@ from porttool.reading import (
 )
 
 TOKENIZER = {"vocab.json": "vocab.json", "merges.txt": "merges.txt"}
-FETCHED = {f"gpt2-{name}": name for name in TOKENIZER}
-"""The same two as Megatron-LM's instructions have them fetched."""
 
 
 class MegatronOptions(Options):
@@ -49,7 +47,7 @@ class MegatronConverter(Converter):
         """Join the ranks; the version decides how the fused projection is read."""
         found = open_megatron(source)
         folder = self.options.tokenizer
-        tokenizer = read_tokenizer(folder) if folder else {}
+        tokenizer = renamed_files(folder, TOKENIZER) if folder else {}
         tokens, n_tokens = special_tokens(tokenizer)
         model = read_megatron_config(
             found, n_head=self.options.n_head, vocab_size=self.options.vocab_size or n_tokens
@@ -61,10 +59,3 @@ class MegatronConverter(Converter):
             tokenizer_data=tokenizer,
             weight_map=megatron_weight_map(model, qkv=fused_order(found.version)),
         )
-
-
-def read_tokenizer(folder: Path) -> dict[str, bytes]:
-    """Read the byte-pair files under either of their names."""
-    fetched = all((folder / name).is_file() for name in FETCHED)
-    usual = any((folder / name).is_file() for name in TOKENIZER)
-    return renamed_files(folder, FETCHED if fetched and not usual else TOKENIZER)
