@@ -11,12 +11,13 @@ from unicodedata import normalize
 
 from porttool.errors import CheckpointError, MissingExtra, UsageError
 from porttool.sources.tokenizer_files import (
-    CLASSES,
+    BYTE_PAIRS,
     KINDS,
     SENTENCEPIECE,
     SW3,
     SW3_TEXT,
     read_object,
+    require_read_class,
     roles_in,
     tokenizer_class,
 )
@@ -120,15 +121,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if (file := folder / "tokenizer.json").is_file():
         return BPETokenizer(guarded(file, load_json_tokenizer), file)
     if (file := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        require_read_class(folder / "merges.txt")
         return BPETokenizer(guarded(folder, load_byte_bpe), file)
     for name in (*SENTENCEPIECE, "vocab.txt"):
         if not (file := folder / name).is_file():
             continue
-        if (kind := tokenizer_class(folder)) and kind not in CLASSES.get(name, (kind,)):
-            raise CheckpointError(
-                f"{file}: is a {kind}'s, which porttool does not read; let transformers make a "
-                "tokenizer.json of it, and name its folder with --tokenizer"
-            )
+        require_read_class(file)
         if name in SENTENCEPIECE:
             return SentencePieceTokenizer(file)
         return BPETokenizer(guarded(folder, load_wordpiece), file)
@@ -180,7 +178,8 @@ def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
     built.decoder = decoders.ByteLevel()
     told = read_object(folder / "special_tokens_map.json").keys() | settings.keys()
     untold = {"bos_token", "eos_token", "unk_token"} - told
-    add_tokens(built, folder, *(["<|endoftext|>"] if untold else []))
+    default = untold and tokenizer_class(folder) in BYTE_PAIRS
+    add_tokens(built, folder, *(["<|endoftext|>"] if default else []))
     return built
 
 

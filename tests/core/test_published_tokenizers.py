@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import tiny
 from porttool.cli import invoke
-from porttool.errors import CheckpointError
+from porttool.errors import CheckpointError, SourceError
 from porttool.evaluators.vocabulary import SAMPLES, compare_tokenizers
 from porttool.sources.tokenizer_files import added_tokens, tokenizer_paths
 from porttool.text import TextStream, load_tokenizer
@@ -102,6 +102,9 @@ BPE_FOLDERS = {
     "a role without an id": (("tokenizer.json",), {
         "special_tokens_map.json": {"pad_token": "<|endoftext|>"},
     }),
+    "Roberta's class": (TWO, {"tokenizer_config.json": {
+        "tokenizer_class": "RobertaTokenizer", **ROLES,
+    }}),
     "a space before": (("tokenizer.json",), {"tokenizer_config.json": {"add_prefix_space": True}}),
 }  # fmt: skip
 
@@ -115,7 +118,34 @@ def test_byte_pairs(tmp_path, bpe, name):
     if "tokenizer.json" in files:
         (tmp_path / "vocab.json").unlink(missing_ok=True)
         (tmp_path / "merges.txt").unlink(missing_ok=True)
-    assert_as_transformers(tmp_path, "GPT2Tokenizer")
+    kind = "RobertaTokenizer" if name == "Roberta's class" else "GPT2Tokenizer"
+    assert_as_transformers(tmp_path, kind)
+
+
+def test_byte_pairs_of_another_kind(tmp_path, bpe, capsys):
+    """CLIP's files have the same names; read as GPT-2's they gave other ids."""
+    source = tiny.write_source(tmp_path / "source", tiny.gpt2(vocab_size=400))
+    for file in TWO:
+        shutil.copy(bpe / file, source)
+    write(source, {"tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer"}})
+    with pytest.raises(CheckpointError, match=r"merges\.txt: is a CLIPTokenizer's, which porttool"):
+        load_tokenizer(source)
+    assert invoke(["convert", str(source), "-o", str(tmp_path / "out")]) == 0
+    assert "(CLIPTokenizer): if transformers" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "tokenizer").exists()
+
+
+def test_a_tokenizer_of_transformers_that_fails_is_no_traceback(tmp_path, bpe):
+    (tmp_path / "ours").mkdir()
+    for file in TWO:
+        shutil.copy(bpe / file, tmp_path)
+        shutil.copy(bpe / file, tmp_path / "ours")
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    vocabulary["<other>"] = vocabulary.pop("<unk>")
+    write(tmp_path, {"config.json": {"model_type": "gpt2"}, "vocab.json": vocabulary,
+                     "tokenizer_config.json": {"tokenizer_class": "HerbertTokenizer"}})  # fmt: skip
+    with pytest.raises(SourceError, match=r"HerbertTokenizer cannot encode every text: Unk token"):
+        compare_tokenizers(load_tokenizer(tmp_path / "ours"), tmp_path, TEXTS, 325)
 
 
 def test_a_class_that_takes_tokenizer_json_as_it_is(tmp_path, bpe):

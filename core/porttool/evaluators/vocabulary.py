@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from porttool.errors import MissingExtra
+from porttool.errors import MissingExtra, SourceError
 from porttool.evaluator import Verdict
 from porttool.evaluators.transformers_folder import quiet
 from porttool.sources.tokenizer_files import is_tokenizer
@@ -74,7 +74,12 @@ def judge_tokenizer(
     wrong_ids = [i for i, text in spelt.items() if tokenizer.decode([i]) != text]
     drawn = (*added_texts(tokenizer, theirs), *spelt.values(), *joined(spelt.values()))
     cases = comparable_texts(tokenizer, (*texts, CHARACTERS, *drawn))
-    wanted = dict(zip(cases, theirs(cases, add_special_tokens=False).input_ids, strict=True))
+    try:
+        found = theirs(cases, add_special_tokens=False).input_ids
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        said = f"transformers' {type(theirs).__name__} cannot encode every text"
+        raise SourceError(f"{said}: {error}") from error
+    wanted = dict(zip(cases, found, strict=True))
     wanted = {text: ids for text, ids in wanted.items() if max(ids, default=0) < vocab_size}
     wrong = [
         text

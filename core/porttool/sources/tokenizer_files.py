@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from porttool.config import InfillTokens, SpecialTokens
-from porttool.errors import MissingExtra, SourceError
+from porttool.errors import CheckpointError, MissingExtra, SourceError
 from porttool.sources.json_file import read_json
 from porttool.sources.places import is_present, refuse_pointer
 
@@ -31,7 +31,17 @@ SW3_TEXT = {
     **dict.fromkeys((*range(9), *range(11, 32), *range(127, 161), 0xAD, 0x200B)),
 }
 """What this class makes a space of, and what it drops, before its model sees a text."""
-CLASSES = {
+BYTE_PAIRS = (None, "GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer")
+"""Classes whose `<|endoftext|>` is special unless the settings say otherwise; or none is named."""
+CLASSES: dict[str, tuple[str | None, ...]] = {
+    "merges.txt": (
+        *BYTE_PAIRS,
+        "RobertaTokenizer",
+        "BartTokenizer",
+        "LongformerTokenizer",
+        "LEDTokenizer",
+        "DebertaTokenizer",
+    ),
     "spiece.model": ("T5Tokenizer", SW3),
     "vocab.txt": ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"),
 }
@@ -111,6 +121,16 @@ def tokenizer_class(folder: Path) -> str | None:
         if isinstance(told := read_object(folder / name).get("tokenizer_class"), str):
             return told.removesuffix("Fast")
     return None
+
+
+def require_read_class(file: Path) -> None:
+    """Raise CheckpointError for a tokenizer's file that a class reads as porttool does not."""
+    kind = tokenizer_class(file.parent)
+    if kind and kind not in CLASSES.get(file.name, (kind,)):
+        raise CheckpointError(
+            f"{file}: is a {kind}'s, which porttool does not read; let transformers make a "
+            "tokenizer.json of it, and name its folder with --tokenizer"
+        )
 
 
 def without_tokenizer(source: Path) -> str:
