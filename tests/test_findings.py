@@ -125,8 +125,12 @@ def test_numbers_without_end():
 
 @pytest.mark.parametrize("eos", [[None], [1, "2"], [[1]], True, 1.0, {"a": 1}, -1, 67])
 def test_special_ids_that_are_none(tmp_path, eos):
-    with pytest.raises(SourceError, match="is outside the vocabulary of 67"):
+    with pytest.raises(SourceError, match="is outside the vocabulary of 67; correct eos_token_id"):
         check_special_ids({"bos": None, "eos": eos, "pad": None}, 67, tmp_path)
+    with pytest.raises(
+        SourceError, match=r"the vocabulary of 67; correct pad_token_id in gen.*null"
+    ):
+        check_special_ids({"bos": 1, "eos": 2, "pad": 67}, 67, tmp_path)
 
 
 def test_names_without_end():

@@ -73,7 +73,7 @@ def test_a_prompt_that_the_tokenizer_cannot_encode(run, tmp_path):
     assert "name another folder with --tokenizer, or give token ids with --input-tokens" in err
     status, _, err = run(*PROMPT, "--tokenizer", tmp_path / "gone")
     assert status == 1
-    assert err.endswith("tokenizer.model); name another folder with --tokenizer\n")
+    assert err.endswith("vocab.txt); name another folder with --tokenizer\n")
 
 
 def test_paths_and_titles_are_no_markup(tmp_path, capsys, source, monkeypatch):

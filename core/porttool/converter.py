@@ -35,7 +35,7 @@ from porttool.shards import (
     write_shards,
 )
 from porttool.sources.places import scratch_folder
-from porttool.sources.tokenizer_files import NO_TOKENIZER, read_tokenizer
+from porttool.sources.tokenizer_files import read_tokenizer, without_tokenizer
 from porttool.standing import require_free, require_space
 from porttool.weights import (
     TensorInfo,
@@ -217,7 +217,7 @@ def convert(
         )  # fmt: skip
         files = read_tokenizer(source.tokenizer, source.tokenizer_data, source.config.vocab_size)
         if not files:
-            progress.note(NO_TOKENIZER)
+            progress.note(without_tokenizer(source_path))
         require_space(output, sum(job.nbytes for job in jobs) + (1 << 20))
         shards = plan_shards(jobs, "model", max_shard_bytes)
         key = work_key(manifest.model_dump_json(), shards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from porttool.config import ModelConfig, Sampling
-from porttool.errors import UsageError
+from porttool.errors import CheckpointError, UsageError
 from porttool.nn.decoder import Step
 from porttool.runner import Runner
 from porttool.sampling import Choices, Sampler
@@ -156,6 +157,7 @@ class Loop:
         self.sampling = sampling
         self.eos = eos
         self.tokenizer = tokenizer
+        self.hidden_stops = hidden_stops(sampling.stop, tokenizer)
         self.on_token = on_token
         self.sampler: Sampler | None = None
         self.greedy = not (
@@ -240,6 +242,9 @@ class Loop:
         if token in self.eos:
             row.finish = "eos"
             return
+        if token in self.hidden_stops:
+            row.finish = "stop"
+            return
         row.tokens.append(token)
         if self.on_token is not None:
             self.on_token(row.index, token)
@@ -254,6 +259,18 @@ class Loop:
 def stop_window(stop: Sequence[str]) -> int:
     """Return how many last tokens can hold a stop string: each is at least one byte of it."""
     return max(len(s.encode()) for s in stop) + 4
+
+
+def hidden_stops(stop: Sequence[str], tokenizer: Tokenizer | None) -> set[int]:
+    """Return the ids of stop strings that are special tokens, which no text shows."""
+    found: set[int] = set()
+    if tokenizer is None:
+        return found
+    for text in stop:
+        with suppress(CheckpointError):  # a vocabulary may lack a piece of it
+            ids = tokenizer.encode(text)
+            found.update(ids if len(ids) == 1 and not tokenizer.decode(ids) else ())
+    return found
 
 
 def completed(row: Row, sampling: Sampling) -> Completion:

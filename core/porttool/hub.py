@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from porttool.errors import MissingExtra, SourceError, UsageError
+from porttool.huggingface import WEIGHTS
 from porttool.standing import kind_of
 
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.nemo", "*.jinja")
@@ -39,14 +40,67 @@ def fetch(hub_id: str) -> Path:
     """Download a repository's weights, configs and tokenizer into the hub's cache."""
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError as error:
         raise MissingExtra("hub", "huggingface_hub") from error
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(PATTERNS)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=list(PATTERNS), ignore_patterns=unneeded(hub_id)
+            )
+        )
+    except hub_errors() as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cure = (
+            "run it again where there is a connection, what was fetched is kept; or fetch it "
+            "otherwise and pass the folder's path"
+        )
+        if isinstance(error, RepositoryNotFoundError):
+            cure = "if the name is right, it is private: log in with `hf auth login`"
+        if isinstance(error, GatedRepoError):  # which is one of the former, too
+            cure = "accept its terms on its page there, and log in with `hf auth login`"
         raise SourceError(
-            f"{hub_id}: not a local path, and the hub does not give it ({reason}); "
-            "fetch it where there is a connection and pass the folder's path"
+            f"{hub_id}: not a local path, and the hub does not give it ({reason}); {cure}"
         ) from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """Return what the hub's library raises: its client's own errors pass through it, too."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    client = (error for error in HfHubHTTPError.__mro__ if error.__name__ == "HTTPError")
+    return (OSError, *(error for error in client if issubclass(error, Exception)))
+
+
+def unneeded(hub_id: str) -> list[str]:
+    """Return patterns of a repository's files that would not be read, of weights above all.
+
+    Many hold the same weights twice.
+    """
+    below = "*/*"
+    names = files_of(hub_id)
+    weights = next((name for name in WEIGHTS if name in names), None)
+    if weights:
+        return [below, "*.nemo", "*.bin" if ".safetensors" in weights else "*.safetensors"]
+    archives = sorted(name for name in names if name.endswith(".nemo"))
+    if len(archives) > 1:
+        raise UsageError(
+            f"{hub_id}: holds several archives ({', '.join(archives)}); fetch one of them and pass "
+            f"its path: hf download {hub_id} {archives[0]}"
+        )
+    return [below]
+
+
+def files_of(hub_id: str) -> set[str]:
+    """Return the names of a repository's files; where the hub is out of reach, of those fetched."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        return {file.rfilename for file in HfApi().model_info(hub_id).siblings or ()}
+    except hub_errors():
+        config = try_to_load_from_cache(hub_id, "config.json")
+        return (
+            {file.name for file in Path(config).parent.iterdir()}
+            if isinstance(config, str)
+            else set()
+        )

@@ -16,19 +16,26 @@ from porttool.sources.json_file import read_json
 from porttool.sources.places import is_present
 from porttool.sources.ranks import Renamed, ShardedTensors
 from porttool.sources.safetensors_file import SafetensorsFile
-from porttool.sources.tokenizer_files import added_tokens, known_spelling
+from porttool.sources.tokenizer_files import added_tokens, known_spelling, tokenizer_paths
 from porttool.sources.torch_file import open_torch_file
 from porttool.weights import TensorSource, WeightMap, listing
 
 T = TypeVar("T")
 
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""Weights in transformers' order: one file before an index, which may be left of older shards."""
+
+OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.ot", "*.gguf", "*.pt", "*.onnx")
+REMEDY = (
+    "shards lack their index, variants (fp16) want the plain name, quantised or other formats are "
+    "to be saved as safetensors (save_pretrained)"
+)
+
 HEAD = "lm_head.weight"
 """Every family's name of the head, which is the embedding where the two are tied."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "chat_template.jinja",
-)  # fmt: skip
 
 
 class SourceConfig:
@@ -112,8 +119,10 @@ class SourceConfig:
         """Refuse every key that nothing read."""
         for key, wanted in MUST_BE.items():
             if (value := self.values.get(key)) not in (None, wanted):
+                unquantised = "convert the model that was quantised"
+                cure = unquantised if "quant" in key else f"it needs {wanted!r}"
                 raise SourceError(
-                    f"{self.file}: {key!r} is {value!r:.80}, which porttool cannot port"
+                    f"{self.file}: {key!r} is {value!r:.80}, which porttool cannot port; {cure}"
                 )
         unread = sorted(self.values.keys() - self._read - MUST_BE.keys())
         if unread:
@@ -182,7 +191,9 @@ class HuggingFaceConverter(Converter):
     def special_tokens(self, source: Path, model: ModelConfig) -> SpecialTokens:
         """Read the ids that the folder declares; one outside the vocabulary is refused."""
         default = self.default_end
-        ids = special_ids(source, default if default and default < model.vocab_size else None)
+        ids = special_ids(source, default)
+        if default and default >= model.vocab_size:  # told by nobody: save_pretrained writes it
+            ids = {key: None if value == default else value for key, value in ids.items()}
         if self.end_of_text and (end := added_tokens(source).get(self.end_of_text)) is not None:
             for key in ("bos", "eos"):
                 declared = ids[key]
@@ -197,7 +208,7 @@ class HuggingFaceConverter(Converter):
             config=model,
             tokens=self.special_tokens(source, model),
             tensors=Renamed.by(open_tensors(source), lambda name: name.removeprefix(self.prefix)),
-            tokenizer=tuple(source / n for n in TOKENIZER_FILES if is_present(source / n)),
+            tokenizer=tokenizer_paths(source),
             infill=known_spelling(source, self.spellings) if self.spellings else None,
         )
 
@@ -218,16 +229,16 @@ def read_config(source: Path) -> dict[str, Any]:
 
 
 def open_tensors(source: Path) -> TensorSource:
-    """Open a folder's weights, in transformers' order where there are several.
-
-    safetensors go before .bin, and one file before an index, which may be left of older shards.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    """Open a folder's weights, in transformers' order where there are several."""
+    for name in WEIGHTS:
         if is_present(source / name):
-            return open_weight_file(source / name)
-        if is_present(source / f"{name}.index.json"):
-            return open_indexed(source, f"{name}.index.json")
-    raise SourceError(f"{source}: no model.safetensors, no pytorch_model.bin and no index of them")
+            index = name.endswith(".json")
+            return open_indexed(source, name) if index else open_weight_file(source / name)
+    others = sorted({p.name for pattern in OTHER_WEIGHTS for p in source.glob(pattern)})
+    found = f"; of {listing(others)} porttool reads none: {REMEDY}" if others else ""
+    raise SourceError(
+        f"{source}: no model.safetensors, no pytorch_model.bin and no index of them{found}"
+    )
 
 
 def open_weight_file(path: Path) -> TensorSource:
@@ -278,10 +289,12 @@ def check_special_ids(ids: Mapping[str, Any], vocab_size: int, source: Path) -> 
     """Return the ids as special tokens; one that no token can have is a SourceError."""
     eos = ids["eos"]
     ends = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    for value in (*ends, *(ids[key] for key in ("bos", "pad") if ids[key] is not None)):
+    others = [(key, ids[key]) for key in ("bos", "pad") if ids[key] is not None]
+    for key, value in [*(("eos", end) for end in ends), *others]:
         if type(value) is not int or not 0 <= value < vocab_size:
             raise SourceError(
                 f"{source}: the special token id {value!r:.80} is outside the vocabulary of "
-                f"{vocab_size}; correct config.json or generation_config.json"
+                f"{vocab_size}; correct {key}_token_id in generation_config.json, or in "
+                "config.json where that has none (null means there is no such token)"
             )
     return SpecialTokens(bos=ids["bos"], eos=ends, pad=ids["pad"])

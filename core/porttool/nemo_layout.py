@@ -65,6 +65,11 @@ class NemoModel:
         SourceError for a tokenizer with more ids than the embedding has rows.
         """
         info = tensors.infos().get("embedding.weight")
+        if info is None and any(".adapter_layer." in name for name in tensors.infos()):
+            raise SourceError(
+                f"{self.path}: holds an adapter (LoRA or the like) and no model; merge the two in "
+                "NeMo (merge_lora_weights/merge.py) and convert what that writes"
+            )
         if info is None or not info.shape:
             raise SourceError(f"{self.path}: no tensor is called embedding.word_embeddings.weight")
         if self._n_tokens is not None and self._n_tokens > info.shape[0]:

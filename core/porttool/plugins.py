@@ -101,6 +101,11 @@ class Registry:
         refined = {converter.refines for converter in matching}
         return [converter for converter in matching if converter.name not in refined]
 
+    def readers(self, source: Path) -> list[Converter | TableConverter]:
+        """Return what recognises a source, as a model or as a prompt table."""
+        tables = [table() for table in self.tables]
+        return [*self.recognisers(source), *(t for t in tables if t.matches(source))]
+
     def _matching(self, name: str, source: Path, failed: dict[str, Exception]) -> Converter | None:
         """Return a converter if it matches; keep what went wrong with it otherwise."""
         try:
@@ -255,14 +260,13 @@ def choose_converter(
     if not model:
         from porttool.sources.places import hints_at
 
-        hints = hints_at(source, registry.recognisers)
+        hints = hints_at(source, registry.readers)
         raise UsageError(
             f"{source}: no installed family recognises this{hints}; "
             f"`porttool plugins list` shows what each reads{registry.set_aside()}"
         )
     own = model.partition("/")[0]
-    others = {c.name if c.family == own else c.family for c in registry.recognisers(source)}
-    others |= {c.family for c in registry.tables if c().matches(source)}
+    others = {c.name if c.family == own else c.family for c in registry.readers(source)}
     hint = f"; it looks like {', '.join(sorted(others))}" if others else ""
     raise UsageError(f"{source}: not a source of {model!r} that porttool can read{hint}")
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from unicodedata import normalize
 
 from porttool.errors import CheckpointError, MissingExtra, UsageError
+from porttool.sources.tokenizer_files import (
+    BYTE_PAIRS,
+    KINDS,
+    SENTENCEPIECE,
+    SW3,
+    SW3_TEXT,
+    read_object,
+    require_read_class,
+    roles_in,
+    tokenizer_class,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -67,7 +78,10 @@ class BPETokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model, with the ids that it was trained with and no others."""
+    """A sentencepiece model, with the ids that it was trained with and no others.
+
+    Of its pieces those with a role in the settings beside it are special.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
@@ -75,6 +89,11 @@ class SentencePieceTokenizer(Tokenizer):
         except ImportError as error:
             raise MissingExtra("gpt-next", "sentencepiece") from error
         self._inner = guarded(path, lambda file: SentencePieceProcessor(model_file=str(file)))
+        self._of_sw3 = tokenizer_class(path.parent) == SW3
+        self.unknown = int(self._inner.unk_id())
+        ids = {text: int(self._inner.piece_to_id(text)) for text in roles_in(path.parent)}
+        self._special = {t: i for t, i in ids.items() if self._inner.id_to_piece(i) == t}
+        self._apart = re.compile(f"({'|'.join(map(re.escape, self._special)) or '(?!)'})")
 
     @property
     def n_tokens(self) -> int:
@@ -82,12 +101,19 @@ class SentencePieceTokenizer(Tokenizer):
         return int(self._inner.vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Encode without bos or eos."""
-        return list(self._inner.encode_as_ids(text))
+        """Encode without bos or eos; a special piece is one id, what is around it is text."""
+        if self._of_sw3:
+            text = normalize("NFC", text.translate(SW3_TEXT))
+        parts = self._apart.split(text)
+        found = [[self._special[p]] if i % 2 else self._inner.encode_as_ids(p)
+                 for i, p in enumerate(parts)]  # fmt: skip
+        return [i for ids in found for i in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode pieces to text; a padded embedding has ids that are none."""
-        return str(self._inner.decode_ids([i for i in ids if i < self.n_tokens]))
+        hidden = self._special.values()
+        kept = [i for i in ids if i < self.n_tokens and i not in hidden]
+        return str(self._inner.decode_ids(kept))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -95,12 +121,17 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if (file := folder / "tokenizer.json").is_file():
         return BPETokenizer(guarded(file, load_json_tokenizer), file)
     if (file := folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        require_read_class(folder / "merges.txt")
         return BPETokenizer(guarded(folder, load_byte_bpe), file)
-    if (folder / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(folder / "tokenizer.model")
+    for name in (*SENTENCEPIECE, "vocab.txt"):
+        if not (file := folder / name).is_file():
+            continue
+        require_read_class(file)
+        if name in SENTENCEPIECE:
+            return SentencePieceTokenizer(file)
+        return BPETokenizer(guarded(folder, load_wordpiece), file)
     raise CheckpointError(
-        f"{folder}: there is no tokenizer here (tokenizer.json, vocab.json with merges.txt, or "
-        "tokenizer.model); name another folder with --tokenizer"
+        f"{folder}: there is no tokenizer here ({KINDS}); name another folder with --tokenizer"
     )
 
 
@@ -113,22 +144,31 @@ def guarded(path: Path, load: Callable[[Path], T]) -> T:
 
 
 def load_json_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """Load tokenizer.json, without the truncation and padding it may ask for."""
+    """Load tokenizer.json, without the truncation and padding it may ask for.
+
+    The files beside it have their say, as in transformers: on a space before the text, and on
+    tokens that were added after tokenizer.json was written.
+    """
     import tokenizers
+    from tokenizers import pre_tokenizers
 
     loaded = tokenizers.Tokenizer.from_file(str(path))
     loaded.no_truncation()
     loaded.no_padding()
+    settings = read_object(path.parent / "tokenizer_config.json")
+    prefixed = settings.get("add_prefix_space")
+    as_it_is = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    of_bytes = isinstance(loaded.pre_tokenizer, pre_tokenizers.ByteLevel)
+    if isinstance(prefixed, bool) and of_bytes and not as_it_is:
+        loaded.pre_tokenizer.add_prefix_space = prefixed
+    add_tokens(loaded, path.parent)
     return loaded
 
 
 def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
-    """Build GPT-2's byte-level BPE from vocab.json and merges.txt, and what the folder adds.
-
-    Of the added tokens those with a role or called special are special, as in transformers.
-    """
+    """Build GPT-2's byte-level BPE from vocab.json and merges.txt, and what the folder adds."""
     import tokenizers
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
 
     settings = read_object(folder / "tokenizer_config.json")
     model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -136,43 +176,59 @@ def load_byte_bpe(folder: Path) -> tokenizers.Tokenizer:
     prefixed = settings.get("add_prefix_space") is True
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefixed)
     built.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    special = {end, *roles_in(folder)}
-    added = read_object(folder / "added_tokens.json")
+    told = read_object(folder / "special_tokens_map.json").keys() | settings.keys()
+    untold = {"bos_token", "eos_token", "unk_token"} - told
+    default = untold and tokenizer_class(folder) in BYTE_PAIRS
+    add_tokens(built, folder, *(["<|endoftext|>"] if default else []))
+    return built
+
+
+def load_wordpiece(folder: Path) -> tokenizers.Tokenizer:
+    """Build BERT's pieces of words from vocab.txt, as the folder's settings want the text."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    settings = read_object(folder / "tokenizer_config.json")
+    built = tokenizers.Tokenizer(models.WordPiece.from_file(str(folder / "vocab.txt")))
+    built.normalizer = normalizers.BertNormalizer(
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
+    built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    built.decoder = decoders.WordPiece()
+    add_tokens(built, folder, "[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+    return built
+
+
+def add_tokens(built: tokenizers.Tokenizer, folder: Path, *special: str) -> None:
+    """Add the tokens of a folder's settings that a tokenizer has not among its added ones.
+
+    Those with a role or called special are special, as in transformers. A role alone makes no new
+    id: the embedding has no row for it. ValueError for a token whose id would be another.
+    """
+    from tokenizers import AddedToken
+
+    known = {token.content for token in built.get_added_tokens_decoder().values()}
+    roles: dict[str, dict[str, Any]] = {**{t: {} for t in special}, **roles_in(folder)}
+    added: dict[str, int] = {t: i for t in roles if (i := built.token_to_id(t)) is not None}
+    added |= read_object(folder / "added_tokens.json")
+    settings = read_object(folder / "tokenizer_config.json")
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
         added[token["content"]] = int(i)
-        special |= {token["content"]} if token.get("special") else set()
-    known = {end: i} if (i := built.token_to_id(end)) is not None else {}
-    for text, wanted in sorted({**known, **added}.items(), key=lambda item: item[1]):
-        add = built.add_special_tokens if text in special else built.add_tokens
-        add([AddedToken(text, normalized=False)])
+        if token.get("special") or token["content"] in roles:
+            roles[token["content"]] = token
+    for text, wanted in sorted(added.items(), key=lambda item: item[1]):
+        if text in known:
+            continue
+        add = built.add_special_tokens if text in roles else built.add_tokens
+        strips = {k: roles.get(text, {}).get(k, False) for k in ("lstrip", "rstrip", "single_word")}
+        add([AddedToken(text, normalized=False, **strips)])
         if built.token_to_id(text) != wanted:
             raise ValueError(
                 f"the folder gives {text!r} the id {wanted}, where the next one is "
                 f"{built.token_to_id(text)}"
             )
-    return built
-
-
-def roles_in(folder: Path) -> set[str]:
-    """Return the tokens that a folder's settings give a role, such as `pad_token`.
-
-    Lists of further ones count in tokenizer_config.json alone, as in transformers 5.
-    `add_bos_token` and the like are no tokens: they are true or false.
-    """
-    settings = read_object(folder / "tokenizer_config.json")
-    roles = [*read_object(folder / "special_tokens_map.json").items(), *settings.items()]
-    said = [value for key, value in roles if key.endswith("_token")]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = settings.get(key) or []
-        said += more.values() if isinstance(more, dict) else more
-    texts = [value["content"] if isinstance(value, dict) else value for value in said]
-    return {text for text in texts if isinstance(text, str)}
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one where there is no such file."""
-    return dict(json.loads(file.read_bytes())) if file.is_file() else {}
 
 
 def find_stop(text: str, stop: Sequence[str]) -> int | None:
@@ -208,10 +264,10 @@ class TextStream:
     def _show(self, text: str) -> str:
         """Return what follows the text shown so far, up to a stop string."""
         text = text[: find_stop(text, self._stop)]
-        if not text.startswith(self._shown):
-            return ""
-        piece, self._shown = text[len(self._shown) :], text
-        return piece
+        pairs = zip(self._shown, text, strict=False)  # some decoders join what came before
+        same = next((i for i, (old, new) in enumerate(pairs) if old != new), len(self._shown))
+        self._shown = text
+        return text[same:]
 
     def _undecided(self, text: str) -> int:
         """Return the length of the longest end of a text that a stop string begins with."""

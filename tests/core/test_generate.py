@@ -196,6 +196,25 @@ def test_stop_strings_in_a_batch_stop_their_own_row(runner, greedy):
         assert (completion.finish == "stop") == (stop in text)
 
 
+def test_a_special_token_is_a_stop_string(runner, greedy):
+    """StarChat's turns end with `<|end|>`, which no text shows and no file calls an end."""
+
+    class Special(Letters):
+        def encode(self, text):
+            return [greedy[0][3]] if text == "<|end|>" else super().encode(text)
+
+        def decode(self, ids):
+            return super().decode([i for i in ids if i != greedy[0][3]])
+
+    found = run(
+        runner, PROMPTS, max_new_tokens=20, stop=("<|end|>", "not there"), tokenizer=Special()
+    )
+    for completion, whole in zip(found, greedy, strict=True):
+        cut = whole.index(greedy[0][3]) if greedy[0][3] in whole else len(whole)
+        assert list(completion.tokens) == whole[:cut]
+        assert completion.finish == ("stop" if cut < len(whole) else "length")
+
+
 def test_stop_strings_need_a_tokenizer(runner):
     with pytest.raises(UsageError, match="stop strings need a tokenizer"):
         run(runner, PROMPTS, stop=("x",), max_new_tokens=4)

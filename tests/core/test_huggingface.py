@@ -35,10 +35,14 @@ def test_every_key_must_be_read():
 
 def test_keys_that_must_have_one_value():
     SourceConfig({"quantization_config": None, "pruned_heads": {}}, FILE).finish()
+    with pytest.raises(SourceError, match=r"port; convert the model that was quantised$"):
+        SourceConfig({"quantization_config": {"bits": 4}}, FILE).finish()
     for key, value in [
         ("pruned_heads", {"0": [1]}), ("torchscript", True), ("normalize_attention_scores", False),
     ]:  # fmt: skip
-        with pytest.raises(SourceError, match=rf"'{key}' is .*, which porttool cannot port"):
+        with pytest.raises(
+            SourceError, match=rf"'{key}' is .*, which porttool cannot port; it needs"
+        ):
             SourceConfig({key: value}, FILE).finish()
 
 
@@ -123,6 +127,19 @@ def test_of_several_sets_of_weights_the_one_that_transformers_loads(tmp_path, fi
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path).state_dict()["transformer.wte.weight"]
     assert theirs.equal(tiny.gpt2(seed=first).transformer.wte.weight.float())
     assert open_tensors(tmp_path).load("transformer.wte.weight").equal(theirs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["flax_model.msgpack", "tf_model.h5", "pytorch_model.fp16.bin", "gptq_model-4bit.safetensors",
+     "model-00001-of-00002.safetensors", "ggml-model-q4_0.bin", "gpt2.Q4.gguf"],
+)  # fmt: skip
+def test_weights_that_nobody_reads_are_named(tmp_path, name):
+    with pytest.raises(SourceError, match=r"and no index of them$"):
+        open_tensors(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(SourceError, match=rf"of {name} porttool reads none: .*save_pretrained"):
+        open_tensors(tmp_path)
 
 
 def test_json_that_is_none(tmp_path):

@@ -262,6 +262,31 @@ def test_a_source_without_a_tokenizer(copy, said, names):
     assert not Path("out/tokenizer").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("megatron_lm_345m_v0.0.zip", "unpack it and name its folder"),
+     ("gpt2.Q4_K_M.gguf", "name the folder in Hugging Face's layout that it was made from")],
+)  # fmt: skip
+def test_files_that_people_have_and_nobody_reads(said, name, advice):
+    place = Path("downloads") / name
+    place.parent.mkdir()
+    place.touch()
+    for named, subject in ((place, "it is"), (place.parent, f"{name} is")):
+        status, message = said("convert", named, "-o", "out")
+        assert status == 2
+        assert f"{named}: no installed family recognises this; {subject} " in message
+        assert advice in message
+
+
+def test_a_folder_of_the_hubs_cache(source, said):
+    """Its snapshots are two levels down, beside the blobs that they link to."""
+    cached = Path("models--owner--name")
+    shutil.copytree(source, cached / "snapshots" / "607a30d")
+    status, message = said("convert", cached, "-o", "out")
+    assert status == 2
+    assert f"name one that lies in it, {cached}/snapshots/607a30d (gpt2)" in message
+
+
 def test_nothing_is_said_where_there_is_a_tokenizer(tmp_path, tokenizer_folder, said):
     folder = tiny.write_source(tmp_path / "wide", tiny.gpt2(vocab_size=320))
     shutil.copy(tokenizer_folder / "tokenizer.json", folder)

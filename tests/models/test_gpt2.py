@@ -164,5 +164,12 @@ def test_a_config_without_special_ids_has_those_that_transformers_gives(tmp_path
         tokens, theirs = converter.special_tokens(tmp_path / "a", full), GPT2Config(**values)
         eos = () if theirs.eos_token_id is None else (theirs.eos_token_id,)
         assert (tokens.bos, tokens.eos) == (theirs.bos_token_id, eos)
-    (tmp_path / "a" / "config.json").write_text('{"n_embd": 24, "vocab_size": 67}')
-    assert converter.special_tokens(tmp_path / "a", shape).eos == ()
+    for keys in (
+        {},
+        {"bos_token_id": 50256, "eos_token_id": 50256},
+    ):  # as save_pretrained writes it
+        (tmp_path / "a" / "config.json").write_text(json.dumps({"n_embd": 24, **keys}))
+        tokens = converter.special_tokens(tmp_path / "a", shape)
+        assert (tokens.bos, tokens.eos) == (None, ())
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert converter.special_tokens(tmp_path / "a", shape).eos == (3,)

@@ -121,12 +121,14 @@ def test_untied_and_exact_gelu(tmp_path, registry, epsilon):
     assert_ported(file, tmp_path, model, registry, vocab_size=67)
 
 
-def test_the_tokenizer_gives_the_ids(tmp_path, monkeypatch, model):
+@pytest.mark.parametrize("prefix", ["", "gpt2-"])
+def test_the_tokenizer_gives_the_ids(tmp_path, monkeypatch, model, prefix):
+    """Megatron-LM has its files fetched as gpt2-vocab.json and gpt2-merges.txt."""
     source = write_source(tmp_path / "megatron", model, version=2)
     (tmp_path / "bpe").mkdir()
     vocabulary = ", ".join(f'"t{i}": {i}' for i in range(66)) + ', "<|endoftext|>": 66'
-    (tmp_path / "bpe" / "vocab.json").write_text("{" + vocabulary + "}")
-    (tmp_path / "bpe" / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "bpe" / f"{prefix}vocab.json").write_text("{" + vocabulary + "}")
+    (tmp_path / "bpe" / f"{prefix}merges.txt").write_text("#version: 0.2\n")
     monkeypatch.chdir(tmp_path)
     made = converted(source, tmp_path / "checkpoint", tokenizer="bpe")
     assert made.manifest.source.options == {"tokenizer": str(tmp_path / "bpe")}

@@ -427,14 +427,29 @@ def test_yaml_that_disagrees_or_cannot_be_ported(tmp_path, change, said):
 
 
 def test_keys_of_published_archives_that_change_nothing(tmp_path):
-    """Of NeMo 1.23, and of what RLHF made of GPT-2B-001."""
+    """Of NeMo 1.23, and of what RLHF and SteerLM made of GPT-2B-001."""
     values = made(
         gc_interval=0, sampling_params={"top_k": 0}, length_params={"min_length": 1},
         pretrained_checkpoint={"checkpoint_dir": None}, memory_profile={"enabled": False},
         mcore_customization_config={"new_decoder_architecture": False, "parallel_attention": False},
+        steerlm=None, steerable_attributes={"quality": 4}, spin={"num_rollouts": 1}, ppo={},
+        kd_teacher_restore_from_path="gone.nemo", reset_lr=False, reset_lr_steps=False,
     )  # fmt: skip
     source = nemo.write(tmp_path / "a.nemo", values, nemo.draw(values))
     assert tiny.converted(source, tmp_path / "checkpoint").config.vocab_size == 56
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    """As gpt2b_lora-900.nemo is published: the model's YAML, and weights of the adapter alone."""
+    part = "model.language_model.encoder.layers.{}.self_attention.adapter_layer.lora_kqv_adapter"
+    weights = {f"{part.format(i)}.linear_{end}.weight": torch.ones(8, 32)
+               for i in range(4) for end in ("in", "out")}  # fmt: skip
+    config = yaml.safe_dump(made(peft={"peft_scheme": "lora", "restore_from_path": None}))
+    members = {"model_config.yaml": config.encode(), "model_weights.ckpt": nemo.saved(weights)}
+    source = nemo.pack(tmp_path / "a.nemo", members, "tar")
+    assert "a.nemo: holds an adapter (LoRA or the like) and no model; merge" in refusal(
+        source, tmp_path
+    )
 
 
 def test_tokenizer_with_more_ids_than_rows(tmp_path):

@@ -197,7 +197,7 @@ def test_the_wrong_family_names_the_right_one(tmp_path, source, registry):
 
 
 def write_adapter(folder, table, *, file="adapter_model.safetensors", **changes):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5,
               "token_dim": D, "num_transformer_submodules": 1, "num_layers": 3,
               "prompt_tuning_init": "RANDOM", **changes}  # fmt: skip
@@ -218,13 +218,31 @@ def test_peft_adapters(tmp_path, file):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"peft_type": "PREFIX_TUNING"}, "a PREFIX_TUNING adapter changes the layers"),
-     ({"peft_type": "LORA"}, "a LORA adapter"), ({"token_dim": 8}, r"says \[5, 8\].*\[5, 24\]"),
+    [({"peft_type": "PREFIX_TUNING"}, "'PREFIX_TUNING' is another kind of adapter"),
+     ({"peft_type": "LORA"}, r"'LORA' is .*merge_and_unload\(\)"),
+     ({"token_dim": 8}, r"says \[5, 8\].*\[5, 24\]"),
      ({"num_virtual_tokens": 4}, r"says \[4, 24\]"), ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
      ({"num_transformer_submodules": 2}, "two models")],
 )  # fmt: skip
 def test_other_adapters_are_refused(tmp_path, changes, message):
     refused(write_adapter(tmp_path / "a", TABLES["email"], **changes), tmp_path, message)
+
+
+def test_an_adapter_on_the_hub(tmp_path, monkeypatch, capsys):
+    """Its folder in the hub's cache is called by a commit."""
+    folder = tmp_path / "models--owner--mood" / "snapshots" / "0123abc"
+    write_adapter(folder, TABLES["email"])
+    monkeypatch.setattr("porttool.hub.fetch", lambda name: folder if name == "owner/mood" else None)
+    for i, told in enumerate(([], ["--model", "prompt_tuning"])):
+        assert run_cli(["convert", "owner/mood", "-o", str(tmp_path / str(i)), *told]) == 0
+        assert "task 0: mood, " in capsys.readouterr().out
+
+
+def test_adapters_below_a_folder_are_named(tmp_path, capsys):
+    write_adapter(tmp_path / "run" / "checkpoint-500", TABLES["email"])
+    assert run_cli(["convert", str(tmp_path / "run"), "-o", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"name one that lies in it, {tmp_path}/run/checkpoint-500 (prompt_tuning/peft)" in said
 
 
 def test_arrays_of_the_ancestor(tmp_path):

@@ -115,6 +115,20 @@ def test_bigcode_with_the_keys_of_its_runner(tmp_path, registry):
     assert_ported(source, tmp_path, model, registry)
 
 
+def test_bigcode_before_transformers_had_it(tmp_path, registry):
+    """bigcode/santacoder-fast-inference says attention_type in place of multi_query."""
+    model = bigcode()
+    source = tiny.edit_config(
+        tiny.write_source(tmp_path / "source", model),
+        multi_query=None, num_key_value_heads=None, attention_type=2, fused_softmax=True,
+    )  # fmt: skip
+    assert_ported(source, tmp_path, model, registry)
+    for kind in (1, 3):
+        tiny.edit_config(source, attention_type=kind)
+        with pytest.raises(SourceError, match=f"'attention_type' is {kind}; porttool knows 2"):
+            tiny.converted(source, tmp_path / "refused")
+
+
 @pytest.mark.parametrize("model_type", ["gpt2", "santacoder"])
 @pytest.mark.parametrize("head_type", ["multiquery", "multihead"])
 def test_original_santacoder(tmp_path, registry, head_type, model_type):

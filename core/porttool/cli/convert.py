@@ -58,11 +58,13 @@ def command(
     family is recognised; --model insists on one. What a killed run left is taken up again.
     """
     from porttool.api import convert, convert_prompts
+    from porttool.hub import resolve_source
     from porttool.workspace import Workspace
 
     options = converter_options(told)
-    table = source and convert_prompts(
-        Path(source),
+    found = None if source is None else resolve_source(source, None)
+    table = found and convert_prompts(
+        found,
         output,
         model=model,
         dtype=dtype,  # type: ignore[arg-type]
@@ -75,7 +77,7 @@ def command(
         show_table(table, as_json=as_json)
         return
     checkpoint = convert(
-        source,
+        found,
         output,
         model=model,
         dtype=dtype,  # type: ignore[arg-type]

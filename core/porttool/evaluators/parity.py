@@ -137,10 +137,11 @@ def climb_tokenizer(port: Port, options: ParityOptions, findings: Findings) -> N
     """Compare token ids of texts with transformers' own tokenizer, where there is one."""
     from porttool.evaluators.vocabulary import SAMPLES, compare_tokenizers
 
-    if port.tokenizer is None or port.source is None:
+    if port.tokenizer is None or port.source is None or port.engine is None:
         findings.notes.append("the engine has no tokenizer: prompts are random token ids")
         return
-    found = compare_tokenizers(port.tokenizer, port.source, (*options.texts, *SAMPLES))
+    texts, size = (*options.texts, *SAMPLES), port.engine.config.vocab_size
+    found = compare_tokenizers(port.tokenizer, port.source, texts, size)
     if isinstance(found, str):
         findings.notes.append(f"token ids of texts are not compared: {found:.400}")
         return

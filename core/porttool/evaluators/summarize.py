@@ -146,7 +146,8 @@ def judge_tokenizer(port: Port, comparison: Comparison) -> Iterator[Verdict]:
         return
     source = Path(port.runner.engine.manifest.source.path)
     if (source / "config.json").is_file():
-        found = compare_tokenizers(port.tokenizer, source, SAMPLES)
+        size = port.runner.config.vocab_size
+        found = compare_tokenizers(port.tokenizer, source, SAMPLES, size)
         if not isinstance(found, str):
             yield found
 

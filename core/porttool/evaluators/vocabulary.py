@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from porttool.errors import MissingExtra
+from porttool.errors import MissingExtra, SourceError
 from porttool.evaluator import Verdict
 from porttool.evaluators.transformers_folder import quiet
 from porttool.sources.tokenizer_files import is_tokenizer
@@ -32,13 +32,16 @@ JOINED = 4
 """Tokens, drawn by lot, whose texts are joined to a word that nobody wrote."""
 
 
-def compare_tokenizers(tokenizer: Tokenizer, source: Path, texts: Sequence[str]) -> Verdict | str:
+def compare_tokenizers(
+    tokenizer: Tokenizer, source: Path, texts: Sequence[str], vocab_size: int
+) -> Verdict | str:
     """Decode every id and encode what it stands for, and texts, on both sides.
 
-    Returns why not where transformers has no tokenizer.
+    transformers 5 makes a GPT2Tokenizer of a tokenizer.json whatever that says of dividing texts;
+    then the file as it is counts, too. Returns why not where transformers has no tokenizer.
     """
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ImportError as error:
         raise MissingExtra("reference", "transformers") from error
     if not is_tokenizer(file.name for file in source.iterdir()):
@@ -50,26 +53,47 @@ def compare_tokenizers(tokenizer: Tokenizer, source: Path, texts: Sequence[str])
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             return f"transformers loads no tokenizer from {source}: {' '.join(str(error).split())}"
-        decode = partial(theirs.decode, skip_special_tokens=True,
-                         clean_up_tokenization_spaces=False)  # fmt: skip
-        spelt = {i: decode([i]) for i in comparable_ids(tokenizer, theirs)}
-        wrong_ids = [i for i, text in spelt.items() if tokenizer.decode([i]) != text]
-        drawn = (*added_texts(tokenizer, theirs), *spelt.values(), *joined(spelt.values()))
-        cases = list(dict.fromkeys((*texts, CHARACTERS, *drawn)))
-        wanted = theirs(cases, add_special_tokens=False).input_ids
-        wrong = [
-            text
-            for text, ids in zip(cases, wanted, strict=True)
-            if tokenizer.encode(text) != ids or tokenizer.decode(ids) != decode(ids)
-        ]
+        verdict = judge_tokenizer(tokenizer, theirs, texts, vocab_size)
+        if verdict.passed or not (source / "tokenizer.json").is_file():
+            return verdict
+        plain = PreTrainedTokenizerFast.from_pretrained(
+            source, local_files_only=True, trust_remote_code=False
+        )
+        again = judge_tokenizer(tokenizer, plain, texts, vocab_size)
+    kind = type(theirs).__name__
+    detail = f"beside tokenizer.json as it is, of which transformers' {kind} makes another"
+    return again.model_copy(update={"detail": detail}) if again.passed else verdict
+
+
+def judge_tokenizer(
+    tokenizer: Tokenizer, theirs: Any, texts: Sequence[str], vocab_size: int
+) -> Verdict:
+    """Compare with one of transformers' tokenizers."""
+    decode = partial(theirs.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    spelt = {i: decode([i]) for i in comparable_ids(tokenizer, theirs) if i < vocab_size}
+    wrong_ids = [i for i, text in spelt.items() if tokenizer.decode([i]) != text]
+    drawn = (*added_texts(tokenizer, theirs), *spelt.values(), *joined(spelt.values()))
+    cases = comparable_texts(tokenizer, (*texts, CHARACTERS, *drawn))
+    try:
+        found = theirs(cases, add_special_tokens=False).input_ids
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        said = f"transformers' {type(theirs).__name__} cannot encode every text"
+        raise SourceError(f"{said}: {error}") from error
+    wanted = dict(zip(cases, found, strict=True))
+    wanted = {text: ids for text, ids in wanted.items() if max(ids, default=0) < vocab_size}
+    wrong = [
+        text
+        for text, ids in wanted.items()
+        if tokenizer.encode(text) != ids or tokenizer.decode(ids) != decode(ids)
+    ]
     detail = [f"the id {wrong_ids[0]} is {tokenizer.decode([wrong_ids[0]])!r:.60}, should be "
               f"{spelt[wrong_ids[0]]!r:.60}"] if wrong_ids else []  # fmt: skip
     detail += [f"for example {wrong[0]!r:.60}"] if wrong else []
     return Verdict(
         name="tokenizer",
         passed=not (wrong or wrong_ids),
-        found=f"{len(spelt) - len(wrong_ids)} of {len(spelt)} ids, {len(cases) - len(wrong)} of "
-        f"{len(cases)} texts",
+        found=f"{len(spelt) - len(wrong_ids)} of {len(spelt)} ids, {len(wanted) - len(wrong)} of "
+        f"{len(wanted)} texts",
         bound="all",
         detail="; ".join(detail),
     )
@@ -84,6 +108,17 @@ def comparable_ids(tokenizer: Tokenizer, theirs: Any) -> Iterable[int]:
         return range(len(theirs))
     ids = range(min(tokenizer.n_tokens, len(theirs)))
     return (i for i in ids if i != theirs.unk_token_id)
+
+
+def comparable_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """Return the texts that mean something on both sides, each once.
+
+    What sentencepiece does not know has other ids in transformers' T5, the end of text.
+    """
+    different = list(dict.fromkeys(texts))
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return different
+    return [text for text in different if tokenizer.unknown not in tokenizer.encode(text)]
 
 
 def added_texts(tokenizer: Tokenizer, theirs: Any) -> Iterable[str]:

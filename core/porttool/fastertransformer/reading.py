@@ -14,8 +14,8 @@ from porttool.converter import Source
 from porttool.errors import SourceError
 from porttool.fastertransformer.config_file import CONFIG, read_folder_config
 from porttool.fastertransformer.layout import BinFile, Region, bin_files, check_parallel
-from porttool.huggingface import TOKENIZER_FILES
 from porttool.sources.safetensors_file import CODES, DTYPES, read_exactly
+from porttool.sources.tokenizer_files import tokenizer_paths
 from porttool.weights import TensorInfo, TensorSource, listing
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def open_folder(source: Path) -> Source:
         config=read.config,
         tokens=read.tokens,
         tensors=BinFolder(folder, read.config, read.dtype, tp, names),
-        tokenizer=tuple(folder / n for n in TOKENIZER_FILES if (folder / n).is_file()),
+        tokenizer=tokenizer_paths(folder),
     )
 
 

@@ -33,7 +33,9 @@ FIXED: dict[str, Any] = {
 
 TRAINING = (
     "name", "target", "nemo_version", "precision", "seed", "data", "optim", "inference", "peft",
-    "rlhf", "dpo", "*megatron_timer*", "use_distributed_optimizer", "moe_*",
+    "rlhf", "dpo", "ppo", "grpo", "spin", "kto", "rs", "reinforce", "knowledge_distillation",
+    "steerlm*", "steerable_attributes", "kd_teacher_restore_from_path", "reset_lr*",
+    "*megatron_timer*", "use_distributed_optimizer", "moe_*",
     "pipeline_model_parallel_split_rank",
     "micro_batch_size", "global_batch_size", "rampup_batch_size", "resume_from_checkpoint",
     "restore_from_path", "gradient_*", "grad_*", "init_method_std", "use_scaled_init_method",

@@ -14,6 +14,12 @@ POINTER = b"version https://git-lfs"
 """How a pointer file of Git LFS begins (its specification, version 1)."""
 
 
+UNREAD = {
+    ".zip": "is an archive that porttool does not look into: unpack it and name its folder",
+    ".gguf": "is llama.cpp's: name the folder in Hugging Face's layout that it was made from",
+}
+"""Files that people have of these families and nobody reads, by suffix."""
+
 MAX_NEAR = 50
 """Folders and files that are looked at where the folder that they lie in is read by nobody."""
 
@@ -47,10 +53,13 @@ def hints_at(source: Path, recognise: Callable[[Path], Iterable[Component]]) -> 
             return kind_of(place) or ", ".join(c.name for c in recognise(place))
         return ""
 
+    for place in (source, *sorted(source.glob("*.*"))):
+        if (advice := UNREAD.get(place.suffix)) and not (source / "config.json").exists():
+            return f"; {'it' if place == source else place.name} {advice}"
     if source.is_file():
         found = known(source.parent)
         return f"; name the folder that it lies in, {source.parent} ({found})" if found else ""
-    places = sorted(source.glob("*"))[:MAX_NEAR]
+    places = sorted([*source.glob("*"), *source.glob("snapshots/*")])[:MAX_NEAR]
     inside = [f"{path} ({found})" for path in places if (found := known(path))]
     said = f"; name one that lies in it, {' or '.join(inside[:3])}" if inside else ""
     return said_type(source) + said

@@ -8,18 +8,53 @@ from pathlib import Path
 from typing import Any
 
 from porttool.config import InfillTokens, SpecialTokens
-from porttool.errors import MissingExtra, SourceError
+from porttool.errors import CheckpointError, MissingExtra, SourceError
 from porttool.sources.json_file import read_json
-from porttool.sources.places import refuse_pointer
+from porttool.sources.places import is_present, refuse_pointer
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_FILE = 1 << 28
-TOKENIZERS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"})
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model", "vocab.txt",
+    "chat_template.jinja",
+)  # fmt: skip
+SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+TOKENIZERS = (
+    {"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"tokenizer.model"}, {"spiece.model"},
+    {"vocab.txt"},
+)  # fmt: skip
 """Files that are a tokenizer together; any others only say something of one."""
-NO_TOKENIZER = (
-    "the source has no tokenizer (tokenizer.json, vocab.json with merges.txt, or tokenizer.model): "
-    "only token ids can be fed"
+SW3 = "GPTSw3Tokenizer"
+SW3_TEXT = {
+    **dict.fromkeys(map(ord, "\u2002\u2003\u2005\u2008\u2009\u200a\u202f\u3000\ufffc"), " "),
+    **dict.fromkeys((*range(9), *range(11, 32), *range(127, 161), 0xAD, 0x200B)),
+}
+"""What this class makes a space of, and what it drops, before its model sees a text."""
+BYTE_PAIRS = (None, "GPT2Tokenizer", "CodeGenTokenizer", "PreTrainedTokenizer")
+"""Classes whose `<|endoftext|>` is special unless the settings say otherwise; or none is named."""
+CLASSES: dict[str, tuple[str | None, ...]] = {
+    "merges.txt": (
+        *BYTE_PAIRS,
+        "RobertaTokenizer",
+        "BartTokenizer",
+        "LongformerTokenizer",
+        "LEDTokenizer",
+        "DebertaTokenizer",
+    ),
+    "spiece.model": ("T5Tokenizer", SW3),
+    "vocab.txt": ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"),
+}
+"""Files that tokenizers of several kinds have, and those of transformers that are read.
+
+The others shift ids, change the text or divide it in another way.
+"""
+KINDS = (
+    "tokenizer.json, vocab.json with merges.txt, tokenizer.model, T5's spiece.model or BERT's "
+    "vocab.txt"
 )
+MORE = ("*.model", "*.txt", "*.tiktoken", "vocab.json")
+"""Where tokenizers lie that porttool does not read."""
 
 
 def read_tokenizer(
@@ -38,12 +73,15 @@ def check_tokenizer(files: Mapping[str, bytes], vocab_size: int) -> None:
         if ids and max(ids) >= vocab_size:
             raise SourceError(
                 f"{name}: the tokenizer has the id {max(ids)}, but the embedding only {vocab_size} "
-                "rows; it belongs to another model, or the vocabulary's size is wrong"
+                "rows; it belongs to another model, or the vocabulary's size is wrong. Where a "
+                "token was added that never got a row, take it out of a copy of the file"
             )
 
 
 def ids_of(name: str, data: bytes) -> Iterable[int]:
     """Return the ids that a file gives; none for files that give none."""
+    if name == "vocab.txt":
+        return [data.rstrip(b"\n").count(b"\n")]  # a line for each
     if name not in ("vocab.json", "added_tokens.json", "tokenizer.json"):
         return []
     try:
@@ -67,6 +105,50 @@ def is_tokenizer(names: Iterable[str]) -> bool:
     return any(needed <= found for needed in TOKENIZERS)
 
 
+def tokenizer_paths(folder: Path) -> tuple[Path, ...]:
+    """Return a folder's files that are of its tokenizer, as far as porttool reads its kind."""
+    kind = tokenizer_class(folder)
+    found = (n for n in TOKENIZER_FILES if is_present(folder / n))
+    return tuple(folder / n for n in found if n not in CLASSES or kind in CLASSES[n])
+
+
+def tokenizer_class(folder: Path) -> str | None:
+    """Return the class of transformers that a folder's configs name for its tokenizer.
+
+    Classes of older versions had a second form in Rust: `BertTokenizerFast`.
+    """
+    for name in ("tokenizer_config.json", "config.json"):
+        if isinstance(told := read_object(folder / name).get("tokenizer_class"), str):
+            return told.removesuffix("Fast")
+    return None
+
+
+def require_read_class(file: Path) -> None:
+    """Raise CheckpointError for a tokenizer's file that a class reads as porttool does not."""
+    kind = tokenizer_class(file.parent)
+    if kind and kind not in CLASSES.get(file.name, (kind,)):
+        raise CheckpointError(
+            f"{file}: is a {kind}'s, which porttool does not read; let transformers make a "
+            "tokenizer.json of it, and name its folder with --tokenizer"
+        )
+
+
+def without_tokenizer(source: Path) -> str:
+    """Return what to tell of a source without a tokenizer: what there is, and what to do."""
+    said = f"the source has no tokenizer that porttool reads ({KINDS}): only token ids can be fed"
+    folder = source if source.is_dir() else source.parent
+    others = [p.name for pattern in MORE for p in sorted(folder.glob(pattern))]
+    others = [n for n in others if not n.startswith(("README", "LICENSE", "requirements"))]
+    if not others or not (folder / "config.json").is_file():
+        return said
+    kind = tokenizer_class(folder) or "no tokenizer_class is named"
+    return (
+        f"{said}. There is {', '.join(others[:3])} ({kind}): if transformers makes a "
+        "tokenizer.json of it (AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE)), "
+        "convert again"
+    )
+
+
 def read_files(paths: Iterable[Path]) -> dict[str, bytes]:
     """Read files by their names."""
     return {path.name: read_file(path) for path in paths}
@@ -83,8 +165,15 @@ def read_file(path: Path) -> bytes:
 
 
 def renamed_files(folder: Path, names: Mapping[str, str]) -> dict[str, bytes]:
-    """Read a tokenizer's files under other names (theirs → ours); none of them may be missing."""
-    return {new: read_file(folder / old) for old, new in names.items()}
+    """Read a tokenizer's files under other names (theirs → ours); none of them may be missing.
+
+    GPT-2's may be called `gpt2-vocab.json` and so on, as Megatron-LM has them fetched.
+    """
+    places = {new: (folder / old, folder / f"gpt2-{old}") for old, new in names.items()}
+    return {
+        new: read_file(fetched if fetched.is_file() and not usual.is_file() else usual)
+        for new, (usual, fetched) in places.items()
+    }
 
 
 def special_tokens(files: Mapping[str, bytes]) -> tuple[SpecialTokens, int | None]:
@@ -120,15 +209,21 @@ def sentencepiece_tokens(data: bytes) -> tuple[SpecialTokens, int]:
 
 
 def added_tokens(folder: Path) -> Mapping[str, int]:
-    """Return the ids of the tokens that a folder's tokenizer adds to its vocabulary."""
+    """Return the ids of the tokens that a folder's tokenizer takes for one, whatever is around."""
     file = folder / "tokenizer.json"
     try:
-        entries: list[Any] = (read_json(file).get("added_tokens") or []) if file.is_file() else []
+        entries: list[Any] = read_object(file).get("added_tokens") or []
         found = {str(entry["content"]): int(entry["id"]) for entry in entries}
-        file = folder / "added_tokens.json"
-        more = read_json(file) if file.is_file() else {}
+        if not file.is_file():  # what is special lies in the vocabulary, too
+            vocabulary = read_object(file := folder / "vocab.json")
+            ids = {token: vocabulary.get(token) for token in (END_OF_TEXT, *roles_in(folder))}
+            found = {token: int(i) for token, i in ids.items() if i is not None}
+        settings = read_object(file := folder / "tokenizer_config.json")
+        more = settings.get("added_tokens_decoder") or {}
+        found |= {str(token["content"]): int(i) for i, token in more.items()}
+        more = read_object(file := folder / "added_tokens.json")
         return found | {token: int(i) for token, i in more.items()}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SourceError(f"{file}: the tokenizer's file is damaged: {error}") from error
 
 
@@ -136,3 +231,25 @@ def known_spelling(folder: Path, spellings: Iterable[InfillTokens]) -> InfillTok
     """Return the infilling tokens that a folder's tokenizer knows; None if it knows none."""
     known = added_tokens(folder).keys()
     return next((s for s in spellings if {s.prefix, s.middle, s.suffix} <= known), None)
+
+
+def roles_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the tokens that a folder's settings give a role, such as `pad_token`.
+
+    Beside each is what the settings say of it, which may be nothing. Lists of further ones count
+    in tokenizer_config.json alone, as in transformers 5. `add_bos_token` and the like are no
+    tokens: they are true or false.
+    """
+    settings = read_object(folder / "tokenizer_config.json")
+    roles = [*read_object(folder / "special_tokens_map.json").items(), *settings.items()]
+    said = [value for key, value in roles if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        said += more.values() if isinstance(more, dict) else more
+    told = [value if isinstance(value, dict) else {"content": value} for value in said]
+    return {t["content"]: t for t in told if isinstance(t.get("content"), str)}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is no such file."""
+    return read_json(file) if is_present(file) else {}

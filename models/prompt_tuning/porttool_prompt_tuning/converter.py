@@ -141,8 +141,10 @@ class PeftConverter(TableConverter):
         kind = config.take("peft_type")
         if kind not in ("PROMPT_TUNING", "P_TUNING"):
             raise SourceError(
-                f"{config.file}: a {kind} adapter changes the layers, not only the input; porttool "
-                "reads PROMPT_TUNING and P_TUNING"
+                f"{config.file}: porttool reads PROMPT_TUNING and P_TUNING, tokens before the "
+                f"prompt; {kind!r:.80} is another kind of adapter. One that changes weights, as "
+                "LORA does, is first merged into its model: PEFT's merge_and_unload(), then "
+                "save_pretrained(), and convert that folder"
             )
         if config.take("task_type", "CAUSAL_LM") != "CAUSAL_LM":
             raise SourceError(f"{config.file}: was tuned for {config.take('task_type')!r}")
@@ -157,7 +159,14 @@ class PeftConverter(TableConverter):
                 f"{config.file}: says {list(shape)} virtual tokens, the weights hold "
                 f"{ {n: list(s) for n, s in found.items()} }"
             )
-        return {source.resolve().name: weights.load("prompt_embeddings")}
+        return {task_of(source.resolve()): weights.load("prompt_embeddings")}
+
+
+def task_of(folder: Path) -> str:
+    """Return the folder's name; one in the hub's cache is a commit's, so the repository's name."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 class ArrayOptions(Options):

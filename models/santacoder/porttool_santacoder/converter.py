@@ -37,9 +37,13 @@ INFILL = (
 RUNNER_KEYS = (
     "inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length",
     "pre_allocate_kv_cache", "validate_runner_input", "runner_max_sequence_length",
-    "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
+    "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "fused_softmax",
 )  # fmt: skip
 """Keys about how GPTBigCode was run and rounded; its softmax is in float32 whatever they say."""
+
+
+FUSED = 2
+"""Before transformers had GPTBigCode, `attention_type` said what `multi_query` says."""
 
 
 class SantaCoderConverter(HuggingFaceConverter):
@@ -95,6 +99,11 @@ class BigCodeConverter(HuggingFaceConverter):
     def read_config(self, config: SourceConfig) -> ModelConfig:
         """Read GPT-2's keys, as far as GPTBigCode heeds them, and the kind of attention."""
         config.ignore(*RUNNER_KEYS)
+        if (kind := config.take("attention_type", FUSED)) != FUSED:
+            raise SourceError(
+                f"{config.file}: 'attention_type' is {kind!r:.80}; porttool knows {FUSED}, one key "
+                "head and one fused projection"
+            )
         heads = 1 if config.flag("multi_query", True) else config.integer("n_head")
         if config.integer("num_key_value_heads", heads) != heads:
             raise SourceError(f"{config.file}: 'num_key_value_heads' contradicts 'multi_query'")

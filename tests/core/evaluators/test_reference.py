@@ -143,7 +143,7 @@ def test_a_tokenizer_that_is_not_there_or_damaged_is_no_verdict(tmp_path, writer
     (tmp_path / "config.json").write_text((writer / "config.json").read_text())
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    found = compare_tokenizers(load_tokenizer(writer), tmp_path, ["some text"])
+    found = compare_tokenizers(load_tokenizer(writer), tmp_path, ["some text"], 320)
     assert f"{said} {tmp_path}" in found
 
 
@@ -153,7 +153,7 @@ def test_a_tokenizer_of_two_files_is_compared(tmp_path, writer):
     (tmp_path / "config.json").write_text((writer / "config.json").read_text())
     (tmp_path / "vocab.json").write_text(json.dumps(values["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    found = compare_tokenizers(load_tokenizer(tmp_path), tmp_path, ["some text"])
+    found = compare_tokenizers(load_tokenizer(tmp_path), tmp_path, ["some text"], 320)
     assert getattr(found, "passed", found) is True
 
 
@@ -195,6 +195,6 @@ def test_a_tokenizer_that_is_a_little_wrong(tmp_path, writer, change):
     values = json.loads((writer / "tokenizer.json").read_text())
     change(values)
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    assert compare_tokenizers(load_tokenizer(writer), writer, ["The mayor."]).passed is True
-    found = compare_tokenizers(load_tokenizer(tmp_path), writer, ["The mayor."])
+    assert compare_tokenizers(load_tokenizer(writer), writer, ["The mayor."], 320).passed is True
+    found = compare_tokenizers(load_tokenizer(tmp_path), writer, ["The mayor."], 320)
     assert (found.passed, bool(found.detail)) == (False, True)
