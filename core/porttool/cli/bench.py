@@ -71,6 +71,7 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
     measured to do just then.
     """
     from porttool.benchmark import Method, bench, grid
+    from porttool.evaluators.page import require_matplotlib
     from porttool.workspace import Workspace
 
     asked = context.params
@@ -81,6 +82,8 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
     require_writable(picture, json_file)
     if picture and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"--picture {picture}: its name should end in {', '.join(PICTURES)}")
+    if picture:
+        require_matplotlib()
     space = Workspace.choose(asked["workdir"])
     with spelling({"seed": "--seed"}), explaining():
         method = Method(warmup=asked["warmup"], repeats=asked["repeats"], seed=asked["seed"])

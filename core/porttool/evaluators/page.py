@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,8 @@ li{margin:2px 0;color:var(--soft)}
 
 def require_matplotlib() -> None:
     """Raise MissingExtra before any work is done if the picture could not be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("eval", "matplotlib") from error
+    if find_spec("matplotlib") is None:
+        raise MissingExtra("eval", "matplotlib")
 
 
 def write_page(

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb, walk_tb
 
-from porttool.errors import PluginError, PorttoolError, UsageError
+from porttool.errors import MissingExtra, PluginError, PorttoolError, UsageError
 from porttool.plugins import GROUP, Registry, allowed
 from porttool.testing.family import FamilyConformance
 
@@ -123,12 +123,16 @@ def check_names(case: type[FamilyConformance]) -> list[str]:
 
 
 def failure(case: type[FamilyConformance], check: str) -> str | None:
-    """Run one check; return why it failed, or None."""
+    """Run one check; return why it failed, or None. MissingExtra if it cannot be run here."""
     try:
         getattr(case(), check)()
+    except MissingExtra:
+        raise  # which says nothing of the family
     except PorttoolError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - a stranger's case must not end the others
+        if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
+            raise MissingExtra("reference", error.name) from error
         return f"{type(error).__name__}: {error} ({place_of(error, case)})"
     return None
 
