@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,7 +133,7 @@ class CheckFailed(PorttoolError):
 
 
 class MissingExtra(PorttoolError):
-    """An optional dependency is not installed.
+    """An optional dependency is not installed, or does not load for the reason it is raised from.
 
     `extra` is the name of the extra that brings it, `package` the import that failed.
     """
@@ -143,3 +144,21 @@ class MissingExtra(PorttoolError):
             f"pip install 'porttool[{extra}]'"
         )
         self.extra = extra
+        self.package = package
+
+    def __str__(self) -> str:
+        """Say of a package that is there and does not load why: installing it changes nothing."""
+        cause = self.__cause__
+        if cause is None or find_spec(self.package) is None:
+            return super().__str__()
+        return (
+            f"the package {self.package!r} is installed and does not load: {cause}; "
+            f"pip install --upgrade 'porttool[{self.extra}]' may mend it"
+        )
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Raise MissingExtra before any work is done if a package that an extra brings is not there."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtra(extra, package)

@@ -167,7 +167,7 @@ class Registry:
             try:
                 impl.function(group)
                 require_new(before, group.commands, taken)
-            except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger must not stop the host
                 group.commands = before
                 self._set_aside(impl.plugin_name, error)
 
@@ -179,14 +179,14 @@ class Registry:
         for impl in sorted(hook.get_hookimpls(), key=lambda i: str(i.plugin_name)):
             try:
                 found = checked(impl.function(), kind, (base, *others))
-            except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger must not stop the host
                 self._set_aside(impl.plugin_name, error)
                 continue
             for component in (c for c in found if issubclass(c, base)):
                 catalog.add(component, by_name[impl.plugin_name])
         return catalog
 
-    def _set_aside(self, name: str, error: Exception) -> None:
+    def _set_aside(self, name: str, error: BaseException) -> None:
         self.plugins = [p.broken(error) if p.name == name else p for p in self.plugins]
 
 
@@ -225,7 +225,7 @@ def load_plugin(manager: pluggy.PluginManager, entry: EntryPoint) -> Plugin:
         require_api(module)
         manager.register(module, name=entry.name)
         require_known_hooks(manager, module)
-    except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger must not stop the host
         if manager.has_plugin(entry.name):
             manager.unregister(name=entry.name)
         return plugin.broken(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,10 +148,9 @@ def test_every_extra_that_is_named_exists():
     root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     named = {
-        line.split('MissingExtra("')[1].split('"')[0]
+        name
         for file in (root / "core").rglob("*.py")
-        for line in file.read_text().splitlines()
-        if 'MissingExtra("' in line
+        for name in re.findall(r'(?:MissingExtra|require_extra)\("(.+?)"', file.read_text())
     }
     assert {"hub", "reference"} <= named
     assert named <= project["optional-dependencies"].keys()

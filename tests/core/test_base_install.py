@@ -9,8 +9,8 @@ import sys
 import pytest
 
 EXTRAS = (
-    "triton", "cuda", "onnx", "onnxruntime", "tensorrt", "huggingface_hub", "rouge_score", "datasets",
-    "pandas", "pyarrow", "matplotlib", "yaml", "sentencepiece", "transformers",
+    "triton", "cuda", "onnx", "onnxruntime", "tensorrt", "huggingface_hub", "rouge_score",
+    "datasets", "pandas", "pyarrow", "matplotlib", "yaml", "sentencepiece", "transformers",
 )  # fmt: skip
 """Packages that an extra brings."""
 
@@ -62,6 +62,7 @@ def test_the_way_from_a_source_to_tokens_needs_no_extra(session, source, tmp_pat
             "reference",
         ),
         (["bench", "ENGINE", "--input-len", 4, "--output-len", 4, "--picture", "p.png"], "eval"),
+        (["infill", "ENGINE", "--hf-model", "SOURCE", "--dataset", "later.jsonl"], "eval"),
         (["plugins", "check", "gpt2"], "reference"),
     ],
 )

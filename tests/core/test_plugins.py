@@ -13,6 +13,7 @@ import pytest
 from porttool import cli, plugins
 from porttool.checkpoint import PluginRecord
 from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
+from porttool.evaluators.rouge import score_summaries
 from porttool.plugins import load_registry
 
 HEAD = "from porttool import Converter, hookimpl\n"
@@ -39,6 +40,10 @@ BROKEN = {
     "import": ("import there_is_no_such_module", "ModuleNotFoundError: No module named"),
     "syntax": ("def", "SyntaxError"),
     "exit": ("raise ValueError('at import')", "ValueError: at import"),
+    "sys.exit": ("import sys; sys.exit('it needs another Python')",
+                 "SystemExit: it needs another Python"),
+    "sys.exit in a hook": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_converters(): exit(3)",
+                           "SystemExit: 3"),
     "no version": (HEAD, "its module does not say api_version = 1"),
     "other version": (HEAD + "api_version = 99", "it says api_version = 99, this porttool needs"),
     "hook": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_convertors(): return []",
@@ -114,6 +119,16 @@ def test_a_broken_plugin_is_set_aside_and_explained(install, text, said):
     assert said in status(registry, "stranger")
     assert status(registry, "gpt2") is None
     assert "gpt2" in registry.converters.classes
+
+
+def test_an_engine_without_a_docstring_is_listed(install, capsys):
+    text = HEAD + "from porttool import Builder\napi_version = 1\n"
+    text += "class B(Builder):\n    name = 'plain'\n"
+    text += "    def build_rank(self, checkpoint, request, rank, *, out, progress): pass\n"
+    install(stranger=text + "@hookimpl\ndef porttool_builders(): return [B]\n")
+    assert cli.invoke(["plugins", "list", "--json"]) == 0
+    components = json.loads(capsys.readouterr().out)["components"]
+    assert [c["what"] for c in components if c["name"] == "plain"] == [""]
 
 
 def test_everything_that_comes_with_porttool_is_healthy(registry):
@@ -322,6 +337,15 @@ def test_a_missing_extra_names_the_command():
     assert str(MissingExtra("eval", "rouge_score")) == (
         "the package 'rouge_score' is not installed; install it with pip install 'porttool[eval]'"
     )
+
+
+def test_an_extra_that_is_there_and_does_not_load_says_why(tmp_path, monkeypatch):
+    (tmp_path / "rouge_score.py").write_text("raise ImportError('it needs another numpy')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rouge_score", raising=False)
+    monkeypatch.delitem(sys.modules, "rouge_score.rouge_scorer", raising=False)
+    with pytest.raises(MissingExtra, match="is installed and does not load: it needs another num"):
+        score_summaries(["a"], ["b"])
 
 
 def test_help_imports_nothing_large():

@@ -8,8 +8,8 @@ from typing import Any
 
 from porttool.benchmark.results import BenchmarkResult, Measurement
 from porttool.benchmark.roofline import decode_cost, peak_of
+from porttool.errors import require_extra
 from porttool.evaluator import Table
-from porttool.evaluators.page import require_matplotlib
 from porttool.progress import format_tera
 
 WHERE = "batch x in > out"
@@ -77,7 +77,7 @@ def draw_picture(result: BenchmarkResult, path: Path) -> None:
     The dashed line is the least time on the device as it was measured. MissingExtra without
     matplotlib.
     """
-    require_matplotlib()
+    require_extra("eval", "matplotlib")
     import matplotlib as mpl
 
     mpl.use("Agg")

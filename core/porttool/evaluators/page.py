@@ -5,14 +5,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from porttool.component import explain
-from porttool.errors import MissingExtra, UsageError
+from porttool.errors import UsageError
 from porttool.evaluator import Report, Table, Verdict, write_whole
 from porttool.standing import whole_file
 
@@ -47,12 +46,6 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 li{margin:2px 0;color:var(--soft)}
 @media (max-width:760px){.pair{grid-template-columns:1fr}}
 """
-
-
-def require_matplotlib() -> None:
-    """Raise MissingExtra before any work is done if the picture could not be drawn."""
-    if find_spec("matplotlib") is None:
-        raise MissingExtra("eval", "matplotlib")
 
 
 def write_page(

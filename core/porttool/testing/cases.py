@@ -130,7 +130,7 @@ def failure(case: type[FamilyConformance], check: str) -> str | None:
         raise  # which says nothing of the family
     except PorttoolError as error:
         return str(error)
-    except Exception as error:  # noqa: BLE001 - a stranger's case must not end the others
+    except Exception as error:  # a stranger's case must not end the others
         if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
             raise MissingExtra("reference", error.name) from error
         return f"{type(error).__name__}: {error} ({place_of(error, case)})"
