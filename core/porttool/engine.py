@@ -86,7 +86,7 @@ class Engine:
         """
         manifest = read_manifest(path, MANIFEST, EngineManifest)
         if registry is not None:
-            require_runner(path, manifest.kind, registry)
+            require_runner(path, manifest, registry)
             registry.require(registry.builders, manifest.builder, f"{path} was built by")
         engine = cls(path, manifest)
         if verify:
@@ -116,12 +116,13 @@ class Engine:
         return self.path / TOKENIZER
 
 
-def require_runner(path: Path, kind: str, registry: Registry) -> None:
+def require_runner(path: Path, manifest: EngineManifest, registry: Registry) -> None:
     """Raise UsageError if nothing that is installed runs an engine of this kind."""
     try:
-        registry.runners.get(kind)
+        registry.runners.get(manifest.kind)
     except UsageError as error:
-        raise UsageError(f"{path}: {error!s:.1000}; install what runs it") from error
+        made = f"{manifest.builder.distribution} {manifest.builder.version}"
+        raise UsageError(f"{path}, built by {made}: {error!s:.1000}; install that") from error
 
 
 def choose_limits(

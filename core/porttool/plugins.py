@@ -149,9 +149,11 @@ class Registry:
     def require(self, catalog: Catalog[Any], made: PluginRecord, what: str) -> None:
         """Refuse something made by a plugin that is missing or has another version now."""
         if made.component not in catalog.classes:
+            there = made.distribution in {p.distribution for p in self.plugins if p.error}
+            absent = f"not installed; install {made.distribution}=={made.version}"
             raise PluginError(
-                f"{what} {made.component!r} of {made.distribution} {made.version}, which is not "
-                f"installed; install {made.distribution}=={made.version}{self.set_aside()}"
+                f"{what} {made.component!r} of {made.distribution} {made.version}, which is "
+                f"{'not in use' if there else absent}{self.set_aside()}"
             )
         if (now := self.record(catalog, made.component)) != made:
             raise PluginError(
