@@ -339,6 +339,15 @@ def test_a_missing_extra_names_the_command():
     )
 
 
+def test_modules_that_nobody_installed(monkeypatch, source):
+    """On PYTHONPATH, or in an executable that was packed without its metadata."""
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [])
+    with pytest.raises(UsageError, match=r"named 'torch' \(installed: none\); no plugin is insta"):
+        load_registry().builders.get("torch")
+    with pytest.raises(UsageError, match=r"even those that come with porttool: .* install it"):
+        plugins.choose_converter(load_registry(), source)
+
+
 def test_an_extra_that_is_there_and_does_not_load_says_why(tmp_path, monkeypatch):
     (tmp_path / "rouge_score.py").write_text("raise ImportError('it needs another numpy')\n")
     monkeypatch.syspath_prepend(tmp_path)
