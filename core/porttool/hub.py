@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from porttool.errors import MissingExtra, SourceError, UsageError
+from porttool.errors import MissingExtra, SourceError, UsageError, require_extra
 from porttool.standing import kind_of, require_text_name
 
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.nemo", "*.jinja")
@@ -38,6 +38,7 @@ def is_hub_id(name: str) -> bool:
 
 def fetch(hub_id: str) -> Path:
     """Download a repository's weights, configs and tokenizer into the hub's cache."""
+    require_extra("hub", "huggingface_hub")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

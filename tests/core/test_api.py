@@ -15,7 +15,14 @@ import pytest
 import tiny
 from porttool import api
 from porttool.cli import invoke
-from porttool.errors import CheckpointError, MissingExtra, PluginError, SourceError, UsageError
+from porttool.errors import (
+    CheckpointError,
+    MissingExtra,
+    PluginError,
+    SourceError,
+    UsageError,
+    least_version,
+)
 from porttool.hub import resolve_source
 from porttool.text import SentencePieceTokenizer
 from porttool.workspace import Workspace
@@ -147,13 +154,17 @@ def test_every_extra_that_is_named_exists():
 
     root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    sources = [file.read_text() for file in (root / "core").rglob("*.py")]
     named = {
         name
-        for file in (root / "core").rglob("*.py")
-        for name in re.findall(r'(?:MissingExtra|require_extra)\("(.+?)"', file.read_text())
+        for text in sources
+        for name in re.findall(r'(?:MissingExtra|require_extra)\("(.+?)"', text)
     }
     assert {"hub", "reference"} <= named
     assert named <= project["optional-dependencies"].keys()
+    for text in sources:
+        for extra, package in re.findall(r'require_extra\("(.+?)", "(.+?)"', text):
+            assert least_version(extra, package), f"{package} has no bound in [{extra}]"
 
 
 RACE = """

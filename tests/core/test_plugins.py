@@ -10,10 +10,11 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from porttool import cli, plugins
+from porttool import cli, errors, plugins
 from porttool.checkpoint import PluginRecord
 from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
 from porttool.evaluators.rouge import score_summaries
+from porttool.evaluators.transformers_folder import load_config
 from porttool.plugins import load_registry
 
 HEAD = "from porttool import Converter, hookimpl\n"
@@ -337,6 +338,30 @@ def test_a_missing_extra_names_the_command():
     assert str(MissingExtra("eval", "rouge_score")) == (
         "the package 'rouge_score' is not installed; install it with pip install 'porttool[eval]'"
     )
+
+
+@pytest.mark.parametrize("found", ["4.46.3", "5.3.9+local", "5.4.0rc1", "6.0.dev0"])
+def test_an_extra_that_is_too_old_says_what_is_needed(monkeypatch, found, source):
+    """Nothing holds an environment to the versions of an extra that was not asked for."""
+    monkeypatch.setattr(errors, "version", {"transformers": found}.__getitem__)
+    if found >= "5.4":
+        load_config(source)
+        return
+    with pytest.raises(MissingExtra) as caught:
+        load_config(source)
+    assert str(caught.value) == (
+        f"the package 'transformers' is there in version {found}, and porttool needs 5.4: "
+        "pip install --upgrade 'porttool[reference]'"
+    )
+
+
+def test_an_extra_of_another_distribution_has_no_version(monkeypatch):
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", raise_absent)
+    errors.require_extra("onnx", "onnxruntime")
+
+
+def raise_absent(name):
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 def test_modules_that_nobody_installed(monkeypatch, source):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb, walk_tb
 
-from porttool.errors import MissingExtra, PluginError, PorttoolError, UsageError
+from porttool.errors import MissingExtra, PluginError, PorttoolError, UsageError, require_extra
 from porttool.plugins import GROUP, Registry, allowed
 from porttool.testing.family import FamilyConformance
 
@@ -130,9 +131,9 @@ def failure(case: type[FamilyConformance], check: str) -> str | None:
         raise  # which says nothing of the family
     except PorttoolError as error:
         return str(error)
-    except Exception as error:  # a stranger's case must not end the others
-        if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
-            raise MissingExtra("reference", error.name) from error
+    except Exception as error:  # noqa: BLE001 - a stranger's case must not end the others
+        if "transformers" in sys.modules or getattr(error, "name", "") == "transformers":
+            require_extra("reference", "transformers")  # which the family is not to blame for
         return f"{type(error).__name__}: {error} ({place_of(error, case)})"
     return None
 
