@@ -12,7 +12,9 @@ import pytest
 
 from porttool import cli, errors, plugins
 from porttool.checkpoint import PluginRecord
+from porttool.cli.console import ConsoleProgress
 from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
+from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate
 from porttool.evaluators.rouge import score_summaries
 from porttool.evaluators.transformers_folder import load_config
 from porttool.plugins import load_registry
@@ -362,6 +364,32 @@ def test_an_extra_of_another_distribution_has_no_version(monkeypatch):
 
 def raise_absent(name):
     raise importlib.metadata.PackageNotFoundError(name)
+
+
+class Stray(Evaluator):
+    """An evaluator that returns whatever its options say."""
+
+    name = "stray"
+    found = None
+
+    def run(self, port, output, *, progress):
+        """Return it."""
+        return self.found
+
+
+def test_an_evaluator_that_returns_no_report_is_named(tmp_path):
+    with pytest.raises(PluginError, match=r"Stray\.run returned a NoneType, not a Report"):
+        evaluate(Stray(), Port(), tmp_path / "report")
+
+
+def test_measurements_that_are_no_json_do_not_lose_the_verdicts(tmp_path, capsys):
+    verdict = Verdict(name="count", passed=True, found="3", bound="3")
+    stray = Stray()
+    stray.found = Report(evaluator="stray", engine="e", reference="r", verdicts=(verdict,),
+                         measurements={"count": object()})  # fmt: skip
+    with pytest.raises(PluginError, match=r"'stray' measured what JSON cannot hold: .*object"):
+        evaluate(stray, Port(), tmp_path / "report", progress=ConsoleProgress())
+    assert "pass: count: 3, bound 3" in capsys.readouterr().err
 
 
 def test_modules_that_nobody_installed(monkeypatch, source):
