@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,16 @@ def session(tmp_path):
         return done.stdout, done.stderr
 
     return run
+
+
+def test_a_shell_completes_commands_and_options(tmp_path):
+    """As docs/cli.md says; the answer comes while somebody waits for it."""
+    asked = {"_PORTTOOL_COMPLETE": "bash_complete", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "porttool"], capture_output=True, text=True, check=True,
+        env={**os.environ, **asked, "COMP_WORDS": "porttool build --max-b"}, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.split() == ["plain,--max-batch-size", "plain,--max-beam-width"]
 
 
 def test_the_way_from_a_source_to_tokens_needs_no_extra(session, source, tmp_path):
