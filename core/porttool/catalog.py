@@ -50,7 +50,7 @@ class Plugin:
         """Name it with its origin."""
         return f"{self.name} of {self.source}"
 
-    def broken(self, error: Exception) -> Plugin:
+    def broken(self, error: BaseException) -> Plugin:
         """Return it with the first reason why it is not used."""
         return replace(self, error=self.error or explained(error))
 
@@ -67,7 +67,7 @@ def left_out() -> str:
     return "".join(f"; {v} {what}: {names}" for v, what, names in found if names)
 
 
-def explained(error: Exception) -> str:
+def explained(error: BaseException) -> str:
     """Return an error's kind and what it says, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -8,8 +8,9 @@ tokenizer/        the tokenizer's files
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -33,7 +34,7 @@ from porttool.config import (
     PromptTemplate,
     SpecialTokens,
 )
-from porttool.errors import UsageError
+from porttool.errors import PluginError, UsageError, require_kind
 from porttool.folder import FileRecord, hash_file, pending_folder, verify_files
 from porttool.progress import SILENT, Progress
 
@@ -86,7 +87,7 @@ class Engine:
         """
         manifest = read_manifest(path, MANIFEST, EngineManifest)
         if registry is not None:
-            require_runner(path, manifest.kind, registry)
+            require_runner(path, manifest, registry)
             registry.require(registry.builders, manifest.builder, f"{path} was built by")
         engine = cls(path, manifest)
         if verify:
@@ -116,12 +117,13 @@ class Engine:
         return self.path / TOKENIZER
 
 
-def require_runner(path: Path, kind: str, registry: Registry) -> None:
+def require_runner(path: Path, manifest: EngineManifest, registry: Registry) -> None:
     """Raise UsageError if nothing that is installed runs an engine of this kind."""
     try:
-        registry.runners.get(kind)
+        registry.runners.get(manifest.kind)
     except UsageError as error:
-        raise UsageError(f"{path}: {error!s:.1000}; install what runs it") from error
+        made = f"{manifest.builder.distribution} {manifest.builder.version}"
+        raise UsageError(f"{path}, built by {made}: {error!s:.1000}; install that") from error
 
 
 def choose_limits(
@@ -189,9 +191,8 @@ def build(
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
             rank = Rank(index, world_size)
-            built.append(
-                dict(builder.build_rank(checkpoint, request, rank, out=out, progress=progress))
-            )
+            found = builder.build_rank(checkpoint, request, rank, out=out, progress=progress)
+            built.append(recordable(builder, found))
         checkpoint.copy_tokenizer(folder.path)
         manifest = EngineManifest(
             porttool_version=version("porttool"),
@@ -215,6 +216,17 @@ def build(
         checkpoint.require_unchanged()
         folder.finish(MANIFEST, manifest.sealed())
     return Engine.open(output, verify=False)
+
+
+def recordable(builder: Builder, found: Any) -> dict[str, Any]:
+    """Return what a builder says of a rank as a manifest holds it; PluginError if none can."""
+    method = f"{type(builder).__qualname__}.build_rank"
+    require_kind(found, Mapping, method)
+    try:
+        kept: dict[str, Any] = json.loads(json.dumps(dict(found)))
+    except (TypeError, ValueError) as error:
+        raise PluginError(f"{method} returned what JSON cannot hold: {error}") from error
+    return kept
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:

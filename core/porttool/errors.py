@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,14 +135,54 @@ class CheckFailed(PorttoolError):
 
 
 class MissingExtra(PorttoolError):
-    """An optional dependency is not installed.
+    """An optional dependency is not installed, or does not load for the reason it is raised from.
 
-    `extra` is the name of the extra that brings it, `package` the import that failed.
+    `extra` is the name of the extra that brings it, `package` the import that failed. `why` says
+    what is wrong with one that is there.
     """
 
-    def __init__(self, extra: str, package: str) -> None:
+    def __init__(self, extra: str, package: str, why: str | None = None) -> None:
         super().__init__(
-            f"the package {package!r} is not installed; install it with "
-            f"pip install 'porttool[{extra}]'"
+            f"the package {package!r} {why or 'is not installed; install it with'} "
+            f"pip install {'--upgrade ' if why else ''}'porttool[{extra}]'"
         )
         self.extra = extra
+        self.package = package
+
+    def __str__(self) -> str:
+        """Say of a package that is there and does not load why: installing it changes nothing."""
+        cause = self.__cause__
+        if cause is None or find_spec(self.package) is None:
+            return super().__str__()
+        return (
+            f"the package {self.package!r} is installed and does not load: {cause}; "
+            f"pip install --upgrade 'porttool[{self.extra}]' may mend it"
+        )
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Raise MissingExtra before any work is done if a package of an extra is absent or too old.
+
+    Nothing else holds an environment to an extra that nobody asked for.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtra(extra, package)
+        with suppress(PackageNotFoundError):  # modules alone, or onnxruntime-gpu
+            found, least = version(package), least_version(extra, package)
+            if least and release(found) < release(least):
+                why = f"is there in version {found}, and porttool needs {least}:"
+                raise MissingExtra(extra, package, why)
+
+
+def least_version(extra: str, package: str) -> str | None:
+    """Return the oldest version of a package that porttool declares for an extra."""
+    name = package.replace("_", "[-_.]")
+    declared = re.compile(rf"{name}>=([\d.]+);.*extra == .{extra}.$")
+    found = (declared.match(line) for line in requires("porttool") or ())
+    return next((match[1] for match in found if match), None)
+
+
+def release(text: str) -> list[int]:
+    """Return the numbers of a version, as 5, 4 and 0 of 5.4.0+cpu."""
+    return [int(number) for number in re.findall(r"\d+", text.partition("+")[0])]

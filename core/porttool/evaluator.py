@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
+from pydantic_core import PydanticSerializationError
 
 from porttool.component import Component
 from porttool.config import Closed
-from porttool.errors import CheckFailed, PorttoolError
+from porttool.errors import CheckFailed, PluginError, PorttoolError, require_kind
 from porttool.progress import SILENT, Progress
 from porttool.standing import made_folder, whole_file
 
@@ -144,9 +145,20 @@ def evaluate(
     """
     with made_folder(output):
         report = evaluator.run(port, output, progress=progress)
+        require_kind(report, Report, f"{type(evaluator).__qualname__}.run")
         with telling(report, progress):
-            write_whole(output / REPORT, report.model_dump_json(indent=1) + "\n")
+            write_whole(output / REPORT, text_of(report))
     return report
+
+
+def text_of(report: Report) -> str:
+    """Return a report's JSON; PluginError where its measurements are none."""
+    try:
+        return report.model_dump_json(indent=1) + "\n"
+    except PydanticSerializationError as error:
+        raise PluginError(
+            f"the evaluator {report.evaluator!r} measured what JSON cannot hold: {error}"
+        ) from error
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class PendingFolder:
         """Note a complete file, so that a later run need not write it again."""
         self.files[name] = record
         entry = JournalEntry(name=name, **record.model_dump())
-        with (self.path / JOURNAL).open("a") as journal:
+        with (self.path / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(entry.model_dump_json() + "\n")
             sync(journal)
 
@@ -88,7 +88,7 @@ class PendingFolder:
 
     def finish(self, manifest_name: str, manifest: str) -> None:
         """Write the manifest and put the folder in its place, over an older one if there is one."""
-        with (self.path / manifest_name).open("w") as file:
+        with (self.path / manifest_name).open("w", encoding="utf-8") as file:
             file.write(manifest)
             sync(file)
         (self.path / JOURNAL).unlink()
@@ -115,7 +115,7 @@ class PendingFolder:
             kept = [entry for entry in entries if self._holds(entry)]
         lines = [head, *(entry.model_dump_json() for entry in kept)]
         partial = self.path / f"{JOURNAL}.new"
-        with partial.open("w") as journal:
+        with partial.open("w", encoding="utf-8") as journal:
             journal.writelines(f"{line}\n" for line in lines)
             sync(journal)
         partial.rename(self.path / JOURNAL)

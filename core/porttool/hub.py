@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from porttool.errors import MissingExtra, SourceError, UsageError
+from porttool.errors import MissingExtra, SourceError, UsageError, require_extra
 from porttool.huggingface import WEIGHTS
-from porttool.standing import kind_of
+from porttool.standing import kind_of, require_text_name
 
 PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.nemo", "*.jinja")
 """What a source can consist of: weights, configs and tokenizers, never code."""
@@ -20,6 +20,7 @@ def resolve_source(source: str | None, hub_id: str | None) -> Path:
     if wanted is None:
         raise UsageError("this family has no source of its own; give the path of one")
     if Path(wanted).exists():
+        require_text_name(Path(wanted))
         if own := kind_of(Path(wanted)):
             raise UsageError(f"{wanted}: this is already {own} of porttool, not a source")
         return Path(wanted)
@@ -38,6 +39,7 @@ def is_hub_id(name: str) -> bool:
 
 def fetch(hub_id: str) -> Path:
     """Download a repository's weights, configs and tokenizer into the hub's cache."""
+    require_extra("hub", "huggingface_hub")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError

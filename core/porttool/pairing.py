@@ -74,6 +74,8 @@ def port_of(
     manifest = runner.engine.manifest
     origin = Path(manifest.source.path)
     reference = source or (origin if (origin / "config.json").is_file() else None)
+    made_by = f"{runner.engine.path} is of a checkpoint that was converted by"
+    registry.require(registry.converters, manifest.converter, made_by)
     converter = registry.converter(manifest.converter.component, manifest.source.options)
     reads = reference is not None and converter.matches(reference)
     return Port(
@@ -108,6 +110,7 @@ def with_table(port: Port, path: Path, registry: Registry, progress: Progress) -
     source = Path(made.source.path)
     if not source.exists():
         raise UsageError(f"{path} was made of {source}, which is not there to compare it with")
+    registry.require(registry.tables, made.plugin, f"{path} was made by")
     converter = registry.tables.get(made.plugin.component)(made.source.options)
     return replace(port, prompt_table=table, taught=read_tables(converter, source, progress))
 

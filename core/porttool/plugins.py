@@ -136,6 +136,11 @@ class Registry:
 
     def set_aside(self) -> str:
         """Return a hint at the plugins that are not used, and why; empty if there is none."""
+        if not self.plugins and not left_out():
+            return (
+                "; no plugin is installed, not even those that come with porttool: its modules "
+                "are here and its metadata are not, install it (in a clone: pip install -e .)"
+            )
         said = "; ".join(f"{p} ({p.error})" for p in self.plugins if p.error)
         return (f"; plugins set aside: {said}" if said else "") + left_out()
 
@@ -154,9 +159,11 @@ class Registry:
     def require(self, catalog: Catalog[Any], made: PluginRecord, what: str) -> None:
         """Refuse something made by a plugin that is missing or has another version now."""
         if made.component not in catalog.classes:
+            there = made.distribution in {p.distribution for p in self.plugins if p.error}
+            absent = f"not installed; install {made.distribution}=={made.version}"
             raise PluginError(
-                f"{what} {made.component!r} of {made.distribution} {made.version}, which is not "
-                f"installed; install {made.distribution}=={made.version}{self.set_aside()}"
+                f"{what} {made.component!r} of {made.distribution} {made.version}, which is "
+                f"{'not in use' if there else absent}{self.set_aside()}"
             )
         if (now := self.record(catalog, made.component)) != made:
             raise PluginError(
@@ -172,7 +179,7 @@ class Registry:
             try:
                 impl.function(group)
                 require_new(before, group.commands, taken)
-            except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger must not stop the host
                 group.commands = before
                 self._set_aside(impl.plugin_name, error)
 
@@ -184,14 +191,14 @@ class Registry:
         for impl in sorted(hook.get_hookimpls(), key=lambda i: str(i.plugin_name)):
             try:
                 found = checked(impl.function(), kind, (base, *others))
-            except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger must not stop the host
                 self._set_aside(impl.plugin_name, error)
                 continue
             for component in (c for c in found if issubclass(c, base)):
                 catalog.add(component, by_name[impl.plugin_name])
         return catalog
 
-    def _set_aside(self, name: str, error: Exception) -> None:
+    def _set_aside(self, name: str, error: BaseException) -> None:
         self.plugins = [p.broken(error) if p.name == name else p for p in self.plugins]
 
 
@@ -230,7 +237,7 @@ def load_plugin(manager: pluggy.PluginManager, entry: EntryPoint) -> Plugin:
         require_api(module)
         manager.register(module, name=entry.name)
         require_known_hooks(manager, module)
-    except Exception as error:  # noqa: BLE001 - a stranger's plugin must not stop the host
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a stranger must not stop the host
         if manager.has_plugin(entry.name):
             manager.unregister(name=entry.name)
         return plugin.broken(error)

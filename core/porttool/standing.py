@@ -58,6 +58,20 @@ def occupied(target: Path) -> bool:
     return any(target.iterdir())
 
 
+def require_text_name(path: Path) -> None:
+    """Refuse a path that is no UTF-8 text: manifests and reports could not name it.
+
+    Python holds other bytes as surrogates, in an ASCII locale all that are not ASCII.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{str(path.absolute())!r}: its name is no text here; rename it, or, where it is "
+            "UTF-8, set a locale that is: LC_ALL=C.UTF-8"
+        ) from error
+
+
 def require_place(target: Path) -> None:
     """Raise UsageError if nothing can be made at the target, for a file stands above it."""
     above = next(p for p in target.absolute().parents if os.path.lexists(p))

@@ -104,7 +104,8 @@ def require_api(module: ModuleType) -> None:
         raise PluginError(f"its module does not say api_version = {hookspecs.API_VERSION}")
     if found != hookspecs.API_VERSION:
         raise PluginError(
-            f"it says api_version = {found!r}, this porttool needs {hookspecs.API_VERSION}"
+            f"it says api_version = {found!r}, this porttool needs {hookspecs.API_VERSION}: "
+            "install a release of it, or of porttool, that goes with the other"
         )
 
 

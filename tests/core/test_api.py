@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,14 @@ import pytest
 import tiny
 from porttool import api
 from porttool.cli import invoke
-from porttool.errors import CheckpointError, MissingExtra, PluginError, SourceError, UsageError
+from porttool.errors import (
+    CheckpointError,
+    MissingExtra,
+    PluginError,
+    SourceError,
+    UsageError,
+    least_version,
+)
 from porttool.hub import resolve_source
 from porttool.text import SentencePieceTokenizer
 from porttool.workspace import Workspace
@@ -146,14 +154,17 @@ def test_every_extra_that_is_named_exists():
 
     root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    sources = [file.read_text() for file in (root / "core").rglob("*.py")]
     named = {
-        line.split('MissingExtra("')[1].split('"')[0]
-        for file in (root / "core").rglob("*.py")
-        for line in file.read_text().splitlines()
-        if 'MissingExtra("' in line
+        name
+        for text in sources
+        for name in re.findall(r'(?:MissingExtra|require_extra)\("(.+?)"', text)
     }
     assert {"hub", "reference"} <= named
     assert named <= project["optional-dependencies"].keys()
+    for text in sources:
+        for extra, package in re.findall(r'require_extra\("(.+?)", "(.+?)"', text):
+            assert least_version(extra, package), f"{package} has no bound in [{extra}]"
 
 
 RACE = """

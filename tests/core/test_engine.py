@@ -14,6 +14,7 @@ from porttool import folder
 from porttool.checkpoint import Checkpoint
 from porttool.config import Limits
 from porttool.engine import Engine, choose_limits
+from porttool.engines.torch.builder import TorchBuilder
 from porttool.engines.torch.loading import load_weights, open_weights
 from porttool.errors import CheckpointError, EngineError, PluginError, UsageError
 from porttool.folder import hash_file
@@ -53,6 +54,20 @@ def test_what_a_build_returns_is_what_stands_there(tmp_path, checkpoint):
     built = tiny.built(checkpoint, tmp_path / "engine")
     assert built.manifest.seal
     assert built.manifest == Engine.open(tmp_path / "engine").manifest
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, "TorchBuilder.build_rank returned a NoneType, not a Mapping"),
+        ({"scale": torch.ones(1)}, "TorchBuilder.build_rank returned what JSON cannot hold: Obj"),
+    ],
+)
+def test_a_builder_that_returns_no_record_is_named(tmp_path, checkpoint, monkeypatch, record, said):
+    monkeypatch.setattr(TorchBuilder, "build_rank", lambda *_, **__: record)
+    with pytest.raises(PluginError, match=said):
+        tiny.built(checkpoint, tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [("float16", 0.05), ("bfloat16", 0.4)])

@@ -10,9 +10,13 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from porttool import cli, plugins
+from porttool import cli, errors, plugins
 from porttool.checkpoint import PluginRecord
+from porttool.cli.console import ConsoleProgress
 from porttool.errors import MissingExtra, PluginError, SourceError, UsageError
+from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate
+from porttool.evaluators.rouge import score_summaries
+from porttool.evaluators.transformers_folder import load_config
 from porttool.plugins import load_registry
 
 HEAD = "from porttool import Converter, hookimpl\n"
@@ -39,6 +43,10 @@ BROKEN = {
     "import": ("import there_is_no_such_module", "ModuleNotFoundError: No module named"),
     "syntax": ("def", "SyntaxError"),
     "exit": ("raise ValueError('at import')", "ValueError: at import"),
+    "sys.exit": ("import sys; sys.exit('it needs another Python')",
+                 "SystemExit: it needs another Python"),
+    "sys.exit in a hook": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_converters(): exit(3)",
+                           "SystemExit: 3"),
     "no version": (HEAD, "its module does not say api_version = 1"),
     "other version": (HEAD + "api_version = 99", "it says api_version = 99, this porttool needs"),
     "hook": (HEAD + "api_version = 1\n@hookimpl\ndef porttool_convertors(): return []",
@@ -114,6 +122,16 @@ def test_a_broken_plugin_is_set_aside_and_explained(install, text, said):
     assert said in status(registry, "stranger")
     assert status(registry, "gpt2") is None
     assert "gpt2" in registry.converters.classes
+
+
+def test_an_engine_without_a_docstring_is_listed(install, capsys):
+    text = HEAD + "from porttool import Builder\napi_version = 1\n"
+    text += "class B(Builder):\n    name = 'plain'\n"
+    text += "    def build_rank(self, checkpoint, request, rank, *, out, progress): pass\n"
+    install(stranger=text + "@hookimpl\ndef porttool_builders(): return [B]\n")
+    assert cli.invoke(["plugins", "list", "--json"]) == 0
+    components = json.loads(capsys.readouterr().out)["components"]
+    assert [c["what"] for c in components if c["name"] == "plain"] == [""]
 
 
 def test_everything_that_comes_with_porttool_is_healthy(registry):
@@ -322,6 +340,74 @@ def test_a_missing_extra_names_the_command():
     assert str(MissingExtra("eval", "rouge_score")) == (
         "the package 'rouge_score' is not installed; install it with pip install 'porttool[eval]'"
     )
+
+
+@pytest.mark.parametrize("found", ["4.46.3", "5.3.9+local", "5.4.0rc1", "6.0.dev0"])
+def test_an_extra_that_is_too_old_says_what_is_needed(monkeypatch, found, source):
+    """Nothing holds an environment to the versions of an extra that was not asked for."""
+    monkeypatch.setattr(errors, "version", {"transformers": found}.__getitem__)
+    if found >= "5.4":
+        load_config(source)
+        return
+    with pytest.raises(MissingExtra) as caught:
+        load_config(source)
+    assert str(caught.value) == (
+        f"the package 'transformers' is there in version {found}, and porttool needs 5.4: "
+        "pip install --upgrade 'porttool[reference]'"
+    )
+
+
+def test_an_extra_of_another_distribution_has_no_version(monkeypatch):
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", raise_absent)
+    errors.require_extra("onnx", "onnxruntime")
+
+
+def raise_absent(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+class Stray(Evaluator):
+    """An evaluator that returns whatever its options say."""
+
+    name = "stray"
+    found = None
+
+    def run(self, port, output, *, progress):
+        """Return it."""
+        return self.found
+
+
+def test_an_evaluator_that_returns_no_report_is_named(tmp_path):
+    with pytest.raises(PluginError, match=r"Stray\.run returned a NoneType, not a Report"):
+        evaluate(Stray(), Port(), tmp_path / "report")
+
+
+def test_measurements_that_are_no_json_do_not_lose_the_verdicts(tmp_path, capsys):
+    verdict = Verdict(name="count", passed=True, found="3", bound="3")
+    stray = Stray()
+    stray.found = Report(evaluator="stray", engine="e", reference="r", verdicts=(verdict,),
+                         measurements={"count": object()})  # fmt: skip
+    with pytest.raises(PluginError, match=r"'stray' measured what JSON cannot hold: .*object"):
+        evaluate(stray, Port(), tmp_path / "report", progress=ConsoleProgress())
+    assert "pass: count: 3, bound 3" in capsys.readouterr().err
+
+
+def test_modules_that_nobody_installed(monkeypatch, source):
+    """On PYTHONPATH, or in an executable that was packed without its metadata."""
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [])
+    with pytest.raises(UsageError, match=r"named 'torch' \(installed: none\); no plugin is insta"):
+        load_registry().builders.get("torch")
+    with pytest.raises(UsageError, match=r"even those that come with porttool: .* install it"):
+        plugins.choose_converter(load_registry(), source)
+
+
+def test_an_extra_that_is_there_and_does_not_load_says_why(tmp_path, monkeypatch):
+    (tmp_path / "rouge_score.py").write_text("raise ImportError('it needs another numpy')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rouge_score", raising=False)
+    monkeypatch.delitem(sys.modules, "rouge_score.rouge_scorer", raising=False)
+    with pytest.raises(MissingExtra, match="is installed and does not load: it needs another num"):
+        score_summaries(["a"], ["b"])
 
 
 def test_help_imports_nothing_large():

@@ -132,32 +132,63 @@ def test_without_it_its_engine_says_what_is_missing(porttool, engine, tmp_path):
     ids.write_text("5,6\n")
     said = porttool("run", engine, "--input-tokens", ids, status=2,
                     PORTTOOL_DISABLE_PLUGINS="echo")  # fmt: skip
-    assert "there is no runner named 'echo'" in said.replace("\n", " ")
+    assert "built by porttool-echo 3.1.4: there is no runner named 'echo'" in said
 
 
-def test_another_version_of_it_is_told(porttool, engine, installed, tmp_path):
-    ids = tmp_path / "ids.csv"
-    ids.write_text("5,6\n")
+@pytest.fixture
+def later(installed):
+    """The stranger's next release in place of the one that made its folders."""
     metadata = installed / "porttool_echo-3.1.4.dist-info" / "METADATA"
     kept = metadata.read_text()
-    try:
-        metadata.write_text(kept.replace("Version: 3.1.4", "Version: 3.2.0"))
-        said = porttool("run", engine, "--input-tokens", ids, status=1).replace("\n", " ")
-    finally:
-        metadata.write_text(kept)
-    assert "porttool-echo 3.1.4" in said
-    assert "3.2.0" in said
+    metadata.write_text(kept.replace("Version: 3.1.4", "Version: 3.2.0"))
+    yield
+    metadata.write_text(kept)
 
 
-def test_broken_it_is_set_aside_and_named(porttool, installed, source, tmp_path):
+def test_another_version_of_it_is_told(porttool, engine, later, tmp_path):
+    ids = tmp_path / "ids.csv"
+    ids.write_text("5,6\n")
+    said = porttool("run", engine, "--input-tokens", ids, status=1)
+    assert "built by 'echo' of porttool-echo 3.1.4, installed is porttool-echo 3.2.0" in said
+
+
+@pytest.fixture(scope="module")
+def port(porttool, checkpoint, tmp_path_factory):
+    """Its family's model as an engine of porttool's."""
+    path = tmp_path_factory.mktemp("echo") / "torch"
+    porttool("build", checkpoint, "--output", path)
+    return path
+
+
+def test_without_it_its_models_still_run(porttool, port, tmp_path):
+    (tmp_path / "ids.csv").write_text("5,6\n")
+    run = ("run", port, "--input-tokens", tmp_path / "ids.csv", "--output-csv", tmp_path / "out")
+    porttool(*run, PORTTOOL_DISABLE_PLUGINS="echo")
+
+
+@pytest.mark.parametrize("command", ["verify", "summarize"])
+def test_without_it_nothing_proves_its_models(porttool, port, command):
+    said = porttool(command, port, status=1, PORTTOOL_DISABLE_PLUGINS="echo")
+    made = f"{port} is of a checkpoint that was converted by 'echo' of porttool-echo 3.1.4"
+    assert f"{made}, which is not installed; install porttool-echo==3.1.4" in said
+
+
+def test_its_next_release_proves_none_of_its_older_models(porttool, port, later):
+    said = porttool("verify", port, status=1)
+    assert "converted by 'echo' of porttool-echo 3.1.4, installed is porttool-echo 3.2.0" in said
+
+
+def test_broken_it_is_set_aside_and_named(porttool, installed, source, port, tmp_path):
     module = installed / "porttool_echo" / "__init__.py"
     kept = module.read_text()
     try:
         module.write_text(kept + "\nimport there_is_no_such_module\n")
         listed = json.loads(porttool("plugins", "list", "--json"))
         porttool("convert", source, "--output", tmp_path / "out")
+        said = porttool("verify", port, status=1)
     finally:
         module.write_text(kept)
     (broken,) = listed["broken"]
     assert (broken["name"], broken["distribution"]) == ("echo", "porttool-echo")
     assert "there_is_no_such_module" in broken["error"]
+    assert "porttool-echo 3.1.4, which is not in use; plugins set aside: echo of " in said

@@ -8,7 +8,7 @@ from typing import Any
 
 from porttool.benchmark.results import BenchmarkResult, Measurement
 from porttool.benchmark.roofline import decode_cost, peak_of
-from porttool.errors import MissingExtra
+from porttool.errors import require_extra
 from porttool.evaluator import Table
 from porttool.progress import format_tera
 
@@ -77,10 +77,9 @@ def draw_picture(result: BenchmarkResult, path: Path) -> None:
     The dashed line is the least time on the device as it was measured. MissingExtra without
     matplotlib.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise MissingExtra("eval", "matplotlib") from error
+    require_extra("eval", "matplotlib")
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot
 

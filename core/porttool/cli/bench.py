@@ -22,7 +22,7 @@ from porttool.cli.options import (
     spelling,
     table_options,
 )
-from porttool.errors import UsageError
+from porttool.errors import UsageError, require_extra
 from porttool.standing import finished_kind, whole_file
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
     require_writable(picture, json_file)
     if picture and picture.suffix.lower() not in PICTURES:
         raise UsageError(f"--picture {picture}: its name should end in {', '.join(PICTURES)}")
+    if picture:
+        require_extra("eval", "matplotlib")
     space = Workspace.choose(asked["workdir"])
     with spelling({"seed": "--seed"}), explaining():
         method = Method(warmup=asked["warmup"], repeats=asked["repeats"], seed=asked["seed"])
@@ -99,7 +101,7 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
         show(found)
     if json_file:  # what was measured is on the screen, whatever becomes of the file
         with whole_file(json_file) as place:
-            place.write_text(found.model_dump_json(indent=1) + "\n")
+            place.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
     if picture:
         from porttool.benchmark.page import draw_picture
 

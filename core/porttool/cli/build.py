@@ -14,6 +14,7 @@ from porttool.cli.options import (
     FOLDER,
     ModelCommand,
     OptionTable,
+    Place,
     as_settings,
     explaining,
     json_option,
@@ -65,7 +66,7 @@ DUMMY: OptionTable = (
     ("--dummy", {"is_flag": True,
                  "help": "Random weights: of the shape that --model is published with, or of "
                          "--config, or of all that the options say. For measurements alone."}),
-    ("--config", {"type": click.Path(path_type=Path, exists=True),
+    ("--config", {"type": Place(exists=True),
                   "help": "Dummy: config.json of an installed family, a manifest of porttool's, "
                           "or a ModelConfig as JSON."}),
     *KNOBS,

@@ -13,6 +13,7 @@ import click
 from porttool.cli import console
 from porttool.cli.options import (
     UNTOLD,
+    Place,
     converter_options,
     flags_in,
     json_option,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
+@click.argument("path", type=Place(exists=True))
 @table_options(UNTOLD)
 @set_option
 @json_option

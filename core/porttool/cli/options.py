@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,13 +12,29 @@ from typing import Any, TypeVar
 import click
 
 from porttool.errors import MissingFolder, PorttoolError, UsageError
+from porttool.standing import require_text_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-FOLDER = click.Path(path_type=Path)
-OUTPUT = click.Path(path_type=Path, file_okay=False)
-FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+class Place(click.Path):
+    """A path that manifests and reports can name."""
+
+    def __init__(self, **checks: bool) -> None:
+        super().__init__(path_type=Path, **checks)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """Return the path; UsageError for a name that is no text."""
+        found = Path(os.fsdecode(super().convert(value, param, ctx)))
+        require_text_name(found)
+        return found
+
+
+FOLDER = Place()
+OUTPUT = Place(file_okay=False)
+FILE = Place(dir_okay=False)
 
 
 class ModelCommand(click.Command):

@@ -96,7 +96,7 @@ def describe(component: type) -> str:
         refines = getattr(component, "refines", None)
         extra = f", refines {refines}" if refines else ""
         return f"{family} from: {component.source_format}{extra}"  # type: ignore[attr-defined]
-    return (component.__doc__ or "").strip().splitlines()[0]
+    return (component.__doc__ or "").strip().partition("\n")[0]
 
 
 @command.command("check")

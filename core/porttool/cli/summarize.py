@@ -10,6 +10,7 @@ import click
 from porttool.cli.evaluation import SHARED, SIDES, choose_sides, run_evaluation
 from porttool.cli.options import (
     DTYPES,
+    FILE,
     FOLDER,
     ModelCommand,
     json_option,
@@ -19,7 +20,7 @@ from porttool.cli.options import (
 
 OPTIONS = (
     ("--dataset", {"help": "Hub id, .jsonl, .parquet or saved folder [abisee/cnn_dailymail]."}),
-    ("--article-ids", {"type": click.Path(path_type=Path), "help": "File of pinned article ids."}),
+    ("--article-ids", {"type": FILE, "help": "File of pinned article ids."}),
     ("--max-articles", {"type": int, "help": "Articles to summarise [200]."}),
     ("--shuffle-seed", {"type": int, "help": "Shuffle before choosing; unset takes the first."}),
     ("--max-input-len", {"type": int, "help": "Last tokens of a prompt to keep [923, or fewer]."}),

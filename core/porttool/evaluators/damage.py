@@ -110,5 +110,5 @@ class Damage:
                 "files": record_files(output),
             }
         )
-        (output / MANIFEST).write_text(manifest.sealed())
+        (output / MANIFEST).write_text(manifest.sealed(), encoding="utf-8")
         return Engine.open(output)

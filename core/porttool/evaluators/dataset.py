@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from porttool.errors import MissingExtra, SourceError, UsageError
+from porttool.errors import MissingExtra, SourceError, UsageError, require_extra
 from porttool.evaluator import write_whole
 from porttool.evaluators.results import ArticleRecord
 from porttool.weights import listing
@@ -282,6 +282,7 @@ def open_hub(request: DatasetRequest) -> Rows:
 
     Raises SourceError where it cannot be fetched.
     """
+    require_extra("eval", "datasets")
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from porttool.component import Options
 from porttool.config import Dtype, InfillTokens
-from porttool.errors import UsageError
+from porttool.errors import UsageError, require_extra
 from porttool.evaluator import Evaluator, Port, Report, Table, Verdict
 from porttool.evaluators.assignment import (
     Assignment,
@@ -83,6 +83,7 @@ class InfillEvaluator(Evaluator):
         )
 
         options = cast("InfillOptions", self.options)
+        require_extra("eval", "rouge_score")
         require_sides(port, output, self.name)
         problems = load_problems(options.dataset, options.kind, options.max_problems)
         work = assign(options, port, problems)

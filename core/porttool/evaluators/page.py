@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from porttool.component import explain
-from porttool.errors import MissingExtra, UsageError
+from porttool.errors import UsageError
 from porttool.evaluator import Report, Table, Verdict, write_whole
 from porttool.standing import whole_file
 
@@ -46,14 +46,6 @@ white-space:pre-wrap;overflow-wrap:anywhere}
 li{margin:2px 0;color:var(--soft)}
 @media (max-width:760px){.pair{grid-template-columns:1fr}}
 """
-
-
-def require_matplotlib() -> None:
-    """Raise MissingExtra before any work is done if the picture could not be drawn."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("eval", "matplotlib") from error
 
 
 def write_page(

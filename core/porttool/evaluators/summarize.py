@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from porttool.config import HALF
-from porttool.errors import UsageError
+from porttool.errors import UsageError, require_extra
 from porttool.evaluator import REPORT, Evaluator, Port, Report, Verdict, evaluate, telling
 from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
 from porttool.evaluators.results import (
@@ -70,11 +70,11 @@ class SummarizeEvaluator(Evaluator):
         """Run the sides that are there, take the other from `output`, and report."""
         from porttool.evaluators.comparison import compare_sides, judge, measurements_of, tables_of
         from porttool.evaluators.dataset import write_pins
-        from porttool.evaluators.page import read_parity, require_matplotlib, write_page
+        from porttool.evaluators.page import read_parity, write_page
         from porttool.evaluators.transformers_folder import require_same_shape
 
         options = cast("SummarizeOptions", self.options)
-        require_matplotlib()
+        require_extra("eval", "matplotlib", "rouge_score")
         require_sides(port, output, self.name)
         if port.runner is not None and port.source is not None:
             require_same_shape(port.source, port.runner.config)

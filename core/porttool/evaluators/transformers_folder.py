@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from porttool.config import ModelConfig
-from porttool.errors import MissingExtra, SourceError, UsageError
+from porttool.errors import MissingExtra, SourceError, UsageError, require_extra
 from porttool.huggingface import read_config
 from porttool.sources.json_file import read_json
 from porttool.weights import listing
@@ -60,6 +60,7 @@ def loading(path: Path) -> Iterator[None]:
 
 def load_config(folder: Path) -> Any:
     """Load a folder's config in transformers, which must be there: no hub is asked."""
+    require_extra("reference", "transformers")
     try:
         import transformers
         from transformers import AutoConfig

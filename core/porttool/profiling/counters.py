@@ -47,7 +47,9 @@ class KernelCounters:
 
 def read_counters(path: Path) -> list[Counter]:
     """Return the counters of ncu's CSV; EngineError with its own messages if there are none."""
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    )
     header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     rows = [] if header is None else list(csv.DictReader(lines[header:], restval=""))
     found = [made for row in rows if (made := read_row(row)) is not None]
@@ -76,7 +78,7 @@ def read_row(row: dict[str, str]) -> Counter | None:
 
 def write_counters(counters: Iterable[Counter], path: Path) -> None:
     """Write the counters as CSV, a line each."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(field.name for field in fields(Counter))
         rows.writerows(map(astuple, counters))

@@ -68,7 +68,7 @@ def profile(runner: Runner, shape: ProfileShape, output: Path) -> Profile:
         write_tables(found, output)
         names = [event["name"].removeprefix(PREFIX) for event in step_ranges(trace)]
         for phase, layers in runner.layer_information().items():
-            (output / f"layers_{phase}.json").write_text(layers)
+            (output / f"layers_{phase}.json").write_text(layers, encoding="utf-8")
             times = layer_times([node for node in nodes if names[node.run] == phase])
             (output / f"profile_{phase}.json").write_text(json.dumps(times, indent=1) + "\n")
     return found
@@ -150,7 +150,7 @@ def export_trace(recorder: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         recorder.export_chrome_trace(str(path))
-        trace: dict[str, Any] = json.loads(path.read_text())
+        trace: dict[str, Any] = json.loads(path.read_bytes())
     return trace
 
 
@@ -250,13 +250,13 @@ def layer_times(nodes: Sequence[TimedNode]) -> list[dict[str, Any]]:
 
 def write_tables(found: Profile, output: Path) -> None:
     """Write layers.csv, kernels.csv and profile.json."""
-    with (output / "layers.csv").open("w", newline="") as file:
+    with (output / "layers.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("phase", "layer", "module", "seconds", "flops", "bytes", "roofline"))
         for line in found.lines:
             rows.writerow((line.phase, line.layer, line.module, f"{line.seconds:.9f}",
                            line.cost.flops, line.cost.nbytes, f"{line.fraction:.4f}"))  # fmt: skip
-    with (output / "kernels.csv").open("w", newline="") as file:
+    with (output / "kernels.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("name", "calls", "seconds"))
         rows.writerows(found.kernels)

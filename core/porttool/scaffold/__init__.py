@@ -64,7 +64,7 @@ def write_plugin(family: str, output: Path) -> Path:
         for template, target in TEMPLATES.items():
             file = folder / target.format(**names)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(filled(template, names))
+            file.write_text(filled(template, names), encoding="utf-8")
     except OSError as error:
         shutil.rmtree(
             folder, ignore_errors=True
@@ -75,5 +75,6 @@ def write_plugin(family: str, output: Path) -> Path:
 
 def filled(template: str, names: dict[str, str]) -> str:
     """Return a template's text with the new names in it."""
-    text = resources.files(__name__).joinpath("template", f"{template}.txt").read_text()
+    file = resources.files(__name__).joinpath("template", f"{template}.txt")
+    text = file.read_text(encoding="utf-8")
     return Template(text).substitute(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from traceback import extract_tb, walk_tb
 
-from porttool.errors import PluginError, PorttoolError, UsageError
+from porttool.errors import MissingExtra, PluginError, PorttoolError, UsageError, require_extra
 from porttool.plugins import GROUP, Registry, allowed
 from porttool.testing.family import FamilyConformance
 
@@ -123,12 +124,16 @@ def check_names(case: type[FamilyConformance]) -> list[str]:
 
 
 def failure(case: type[FamilyConformance], check: str) -> str | None:
-    """Run one check; return why it failed, or None."""
+    """Run one check; return why it failed, or None. MissingExtra if it cannot be run here."""
     try:
         getattr(case(), check)()
+    except MissingExtra:
+        raise  # which says nothing of the family
     except PorttoolError as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - a stranger's case must not end the others
+        if "transformers" in sys.modules or getattr(error, "name", "") == "transformers":
+            require_extra("reference", "transformers")  # which the family is not to blame for
         return f"{type(error).__name__}: {error} ({place_of(error, case)})"
     return None
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from porttool.errors import require_extra
 from porttool.testing.family import FamilyConformance
 from porttool.testing.reference import redraw, transformers_logits
 
@@ -28,6 +29,7 @@ class TransformersConformance(FamilyConformance):
 
     def write_source(self, path: Path, seed: int) -> None:
         """Write the weights twice: as transformers reads them, and as the family does."""
+        require_extra("reference", "transformers")
         import transformers
 
         kind = getattr(transformers, self.architecture)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from porttool.errors import MissingExtra
+from porttool.errors import MissingExtra, require_extra
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -76,6 +76,7 @@ def transformers_model(path: Path) -> Any:
     import torch
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    require_extra("reference", "transformers")
     try:
         from transformers import AutoModelForCausalLM
     except ImportError as error:

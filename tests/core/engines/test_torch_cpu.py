@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import pwd
 import shutil
 
@@ -346,6 +347,15 @@ def test_the_compiler_may_be_a_command_of_several_words(monkeypatch, tmp_path):
     library.load_library.cache_clear()
     with pytest.raises(library.NativeUnavailable, match="No closing quotation"):
         library.load_library()
+
+
+@compiled
+def test_another_c_library_gets_code_of_its_own(monkeypatch, tmp_path):
+    """A home folder shared with containers: code for a newer C library would load in none."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = library.build_library()
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.17"))
+    assert library.build_library() != built
 
 
 def test_without_a_home_folder_nothing_is_compiled(monkeypatch):

@@ -66,7 +66,8 @@ def build_library() -> Path:
     if platform.machine() not in ("x86_64", "AMD64") or platform.system() != "Linux":
         raise NativeUnavailable(f"not written for {platform.system()} on {platform.machine()}")
     sources = sorted(p for p in SOURCES.iterdir() if p.suffix in (".cpp", ".h"))
-    identity = [*compiler, *FLAGS, cpu_flags(), *(path.read_text() for path in sources)]
+    machine = (cpu_flags(), *platform.libc_ver())  # a container's C library may be an older one
+    identity = [*compiler, *FLAGS, *machine, *(path.read_text() for path in sources)]
     key = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     target = cache_folder() / f"decode-{key}.so"
     if not target.is_file():

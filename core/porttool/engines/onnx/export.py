@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from porttool.builder import BuildRequest, Rank
-from porttool.errors import MissingExtra, UsageError
+from porttool.errors import MissingExtra, UsageError, require_extra
 
 if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
@@ -60,7 +60,8 @@ def export_model(
 
 
 def require_onnx() -> None:
-    """Raise MissingExtra if the onnx package is not installed."""
+    """Raise MissingExtra if the onnx package is not installed, or too old."""
+    require_extra("onnx", "onnx")
     try:
         import onnx  # noqa: F401
     except ImportError as error:

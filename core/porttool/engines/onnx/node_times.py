@@ -12,7 +12,7 @@ SUFFIX = "_kernel_time"
 
 def read_node_times(path: Path) -> list[TimedNode]:
     """Return the nodes of a profile file in order of time, each with the run that it is part of."""
-    events = sorted(json.loads(path.read_text()), key=lambda event: event["ts"])
+    events = sorted(json.loads(path.read_bytes()), key=lambda event: event["ts"])
     runs = [event for event in events if event["name"] == "model_run"]
     found: list[TimedNode] = []
     for index, run in enumerate(runs):

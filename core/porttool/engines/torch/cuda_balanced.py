@@ -7,6 +7,7 @@ they share keys, the programs of a cluster take a part of a row's context each a
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from porttool.config import ModelConfig
 from porttool.engines.torch import cuda_hopper
 from porttool.engines.torch.cuda_compile import tensor_map
 from porttool.engines.torch.cuda_hopper import programs_of
-from porttool.engines.torch.cuda_launch import Model, Projected
 from porttool.engines.torch.cuda_state import Rows, Scratch
 from porttool.engines.torch.cuda_tuning import AttentionTile
+
+if TYPE_CHECKING:  # it needs Triton, which a CPU's torch comes without
+    from porttool.engines.torch.cuda_launch import Model, Projected
 
 COPIED = 16
 """Positions of a copy where heads share keys; `AttentionTile.stages` counts those of a ring."""

@@ -127,7 +127,7 @@ def keep_tiles(key: TileKey, tuning: Tuning, say: Say) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as made:
             written = Path(made) / key.file_name
-            written.write_text(text)
+            written.write_text(text, encoding="utf-8")
             written.replace(folder / key.file_name)
     except (OSError, RuntimeError) as error:
         say(f"the measured tiles could not be kept for the next time: {error}")

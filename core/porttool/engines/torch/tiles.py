@@ -12,7 +12,6 @@ import torch
 from porttool.builder import BuildRequest
 from porttool.config import ModelConfig
 from porttool.engine import Engine
-from porttool.engines.torch.cuda_limits import unsupported
 from porttool.engines.torch.cuda_tuning import Tuning, gpu_name, multiprocessors
 from porttool.engines.torch.tile_cache import Say, TileKey, keep_tiles, read_tiles, read_tuning
 from porttool.errors import EngineError, UsageError
@@ -160,6 +159,8 @@ def obstacle(request: BuildRequest) -> str | None:
         return "torch sees no GPU"
     if find_spec("triton") is None:
         return "Triton is not installed"
+    from porttool.engines.torch.cuda_limits import unsupported  # needs Triton
+
     return unsupported(request.config, getattr(torch, request.dtype))
 
 
