@@ -39,11 +39,19 @@ def fetch(hub_id: str) -> Path:
     """Download a repository's weights, configs and tokenizer into the hub's cache."""
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
     except ImportError as error:
         raise MissingExtra("hub", "huggingface_hub") from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(PATTERNS)))
+    except HFValidationError as error:  # more likely a path that is mistyped
+        raise UsageError(
+            f"{hub_id} does not exist, and nothing on the hub has such a name"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(
