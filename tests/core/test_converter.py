@@ -253,7 +253,8 @@ def test_a_source_that_changes_under_our_hands(tmp_path, copy, monkeypatch):
         return {}
 
     monkeypatch.setattr(converter, "read_tokenizer", meddle)
-    assert "changed while it was read; convert it again" in refusal(copy, tmp_path)
+    said = f"{copy / 'config.json'}: changed while it was read; convert it again, with nothing"
+    assert said in refusal(copy, tmp_path)
 
 
 def test_the_tokenizer_travels_along(tmp_path, tokenizer_folder):
