@@ -19,7 +19,7 @@ from porttool.errors import CheckFailed, UsageError
 from porttool.evaluators.accounting import Derivation, check_weights
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.hypotheses import find_mistake
-from porttool.evaluators.logits import first_wrong, judge_logits, measure
+from porttool.evaluators.logits import BOUNDS, WORST_FACTOR, first_wrong, judge_logits, measure
 from porttool.evaluators.parity import verify
 from porttool.evaluators.transformers_folder import end_ids
 from porttool.nn import Step
@@ -465,6 +465,30 @@ def test_a_yardstick_that_is_no_number_is_none():
             "no yardstick: Hugging Face in float16 has logits that are NaN or infinite"
         )
         assert "nan" not in verdict.bound
+
+
+def test_one_logit_that_is_far_off_fails_among_any_number_that_are_right():
+    """The mean of the squares would not see it."""
+    theirs = torch.randn(500, 400, dtype=torch.float64)
+    ours = theirs.clone()
+    ours[123, 45] += 1e-3
+    found = measure([ours], [theirs])
+    verdict = judge_logits("prefill", found, "float32")
+    assert found.nmse < BOUNDS["float32"].nmse / 10
+    assert (found.position, verdict.passed) == (123, False)
+
+
+@pytest.mark.parametrize(("times", "passed"), [(1.9, True), (2.1, False)])
+def test_four_times_the_yardstick_s_squared_error_is_too_much(times, passed):
+    """Also where the largest error is no larger, and where the type's own bound is wider."""
+    theirs = torch.randn(50, 400, dtype=torch.float64)
+    noise = 1e-4 * torch.randn(50, 400, dtype=torch.float64).sign()
+    own = measure([theirs + noise], [theirs])
+    found = measure([theirs + times * noise], [theirs])
+    verdict = judge_logits("prefill", found, "bfloat16", own)
+    assert found.worst < WORST_FACTOR * own.worst
+    assert judge_logits("prefill", found, "bfloat16").passed
+    assert verdict.passed is passed
 
 
 def test_weights_that_are_no_numbers_are_said_to_be(tmp_path, capsys):
