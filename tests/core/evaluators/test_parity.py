@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from porttool.cli import invoke
@@ -216,8 +217,6 @@ def test_what_half_precision_hides_is_computed_in_float32(checkpoint, verified, 
 
 
 def test_tensors_missing_or_too_many_are_named(engine, source, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     damaged = Damage("nothing").apply(engine, tmp_path / "copy")
     file = damaged.rank_path() / "model.safetensors"
     tensors = load_file(file)
@@ -227,6 +226,25 @@ def test_tensors_missing_or_too_many_are_named(engine, source, tmp_path):
     assert verdict.passed is False
     assert "missing: layers.2.mlp.up.bias" in verdict.detail
     assert "not the model's: stray.weight" in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.update({"stray.weight": torch.ones(2)}), "not the model's: stray.weight"),
+        (lambda t: t["norm.bias"][3:4].mul_(1 + 2**-20), "norm.bias: off by "),
+    ],
+    ids=["one too many", "the last bits of one number"],
+)
+def test_one_thing_that_is_not_the_source_s_fails(engine, source, tmp_path, change, said):
+    """No logit shows either."""
+    damaged = Damage("nothing").apply(engine, tmp_path / "copy")
+    file = damaged.rank_path() / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    verdict = check_weights(damaged, derivation_of(source), progress=SILENT).verdict
+    assert (verdict.passed, verdict.detail.startswith(said)) == (False, True), verdict.detail
 
 
 def test_weights_rounded_on_their_way_are_accepted_and_said(source, tmp_path):
@@ -254,8 +272,6 @@ def test_two_ranks_are_put_together(source, tmp_path):
 
 
 def test_a_tensor_that_one_rank_lacks_is_missing(source, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     checkpoint = tiny.converted(source, tmp_path / "checkpoint")
     built = tiny.built(checkpoint, tmp_path / "engine", world_size=3)
     assert check_weights(built, derivation_of(source), progress=SILENT).verdict.passed
