@@ -150,6 +150,12 @@ def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command
     assert message in told
 
 
+@pytest.mark.parametrize("command", ["build / -o out", "run / --input-text x", "verify /"])
+def test_the_root_is_a_folder_as_any_other(said, command):
+    status, told = said(*command.split())
+    assert (status, told[:18]) == (1, "error: /: there is")
+
+
 @pytest.mark.parametrize("wrong", [["--engine", "onnx", "--dtype", "float64"], ["--tp", "5"],
                                    ["--engine", "onnx", "--tp", "2"]])  # fmt: skip
 def test_a_refused_build_leaves_nothing(said, checkpoint, wrong):

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from porttool.cli import invoke
-from porttool.config import SpecialTokens
+from porttool.config import InfillTokens, PromptTemplate, SpecialTokens
 from porttool.engine import Engine, choose_limits
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
-from porttool.evaluators.accounting import Derivation, check_weights
+from porttool.evaluators.accounting import Derivation, check_weights, judge_config
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.hypotheses import find_mistake
 from porttool.evaluators.logits import BOUNDS, WORST_FACTOR, first_wrong, judge_logits, measure
@@ -125,6 +125,22 @@ def test_weights_say_how_they_differ(engine, source, tmp_path, damage, how):
     damaged = Damage(damage).apply(engine, tmp_path / "damaged")
     check = check_weights(damaged, derivation_of(source), progress=SILENT)
     assert how in "; ".join(f"{n}: {d}" for n, d in check.differing.items())
+
+
+def test_another_way_to_ask_than_the_sources_fails(engine, source):
+    """The template, and the tokens for infilling: no logit shows them."""
+    derivation = derivation_of(source)
+    assert judge_config(engine.manifest, derivation).passed
+    derivation.prompt = PromptTemplate(
+        plain="{instruction}", with_input="{input}", answer_marker=""
+    )
+    said = judge_config(engine.manifest, derivation)
+    assert (said.passed, said.detail[:33]) == (False, "prompt is None, should be plain='")
+    derivation = derivation_of(source)
+    infill = InfillTokens(prefix="<p>", middle="<m>", suffix="<s>")
+    derivation.source = replace(derivation.source, infill=infill)
+    said = judge_config(engine.manifest, derivation)
+    assert (said.passed, said.detail[:34]) == (False, "infill is None, should be prefix='")
 
 
 @pytest.mark.parametrize("eos", [(13,), (), (66, 13)])
