@@ -326,10 +326,20 @@ class OneTokenOnly(TorchRunner):
         return super().step(step, all_positions=all_positions)
 
 
+class SlotForgetter(TorchRunner):
+    """Takes a row's place in a decode step for its slot: right where the two are the same."""
+
+    def step(self, step, *, all_positions=False):
+        slots = step.slots if int(step.starts.max()) == 0 else torch.arange(len(step.slots))
+        moved = Step(slots, step.tokens, step.starts, step.lengths)
+        return super().step(moved, all_positions=all_positions)
+
+
 @pytest.mark.parametrize(
     ("runner", "failed"),
     [
         (LateWriter, {"decode", "decode, several tokens a step"}),
+        (SlotForgetter, {"decode", "decode, several tokens a step"}),
         (RowMixer, {"decode", "decode, several tokens a step"}),
         (OneTokenOnly, {"decode, several tokens a step"}),
     ],
