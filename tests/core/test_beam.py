@@ -27,7 +27,10 @@ def hf_beams(model, prompt, eos, **settings):
     return beams, out.sequences_scores.tolist()
 
 
-@pytest.mark.parametrize("eos", [(), ENDS, tuple(range(0, 67, 5))], ids=["none", "two", "many"])
+@pytest.mark.parametrize(
+    "eos", [(), ENDS, tuple(range(0, 67, 5)), tuple(i for i in range(67) if i % 4)],
+    ids=["none", "two", "many", "most"],
+)  # fmt: skip
 @pytest.mark.parametrize("early_stopping", [False, True])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -1.0])
 @pytest.mark.parametrize("num_beams", [2, 3])
