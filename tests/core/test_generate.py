@@ -82,6 +82,12 @@ def test_logprobs_are_the_models_own(runner, talker):
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
 
 
+def test_all_that_the_engine_takes_and_gives(runner):
+    limits = runner.engine.manifest.limits
+    [found] = run(runner, [[1] * limits.max_input_len], max_new_tokens=limits.max_output_len)
+    assert (found.finish, len(found.tokens)) == ("length", limits.max_output_len)
+
+
 def test_an_end_token_takes_its_logprob_and_logits_with_it(runner, greedy):
     settings = {"logprobs": True, "keep_logits": True, "max_new_tokens": 12}
     found = run(runner, PROMPTS, eos=(greedy[0][3],), **settings)

@@ -56,6 +56,7 @@ def adjusted(logits, prompts=PROMPTS, outputs=OUTPUTS, **settings):
         ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
         ({"temperature": 1.0, "top_k": 5}, [TopKLogitsWarper(5)]),
         ({"temperature": 1.0, "top_k": VOCAB}, []),
+        ({"temperature": 1.0, "top_k": VOCAB + 9}, []),
         ({"temperature": 1.0, "top_p": 0.8}, [TopPLogitsWarper(0.8)]),
         ({"temperature": 1.0, "top_p": 0.05}, [TopPLogitsWarper(0.05)]),
         ({"temperature": 1.0, "min_p": 0.1}, [MinPLogitsWarper(0.1)]),
