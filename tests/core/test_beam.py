@@ -47,6 +47,16 @@ def test_beams_and_scores(runner, talker, num_beams, length_penalty, early_stopp
         torch.testing.assert_close(got, torch.tensor(scores), atol=1e-6, rtol=1e-6)
 
 
+def test_the_search_ends_where_transformers_ends_it(runner, talker):
+    """By an estimate over the length so far: one token more or less would let others win."""
+    settings = {"num_beams": 2, "length_penalty": 2.0, "max_new_tokens": 3}
+    eos = tuple(i for i in range(67) if i % 3)
+    prompts = [[i] for i in range(67)]
+    found = generate(runner, prompts, Sampling(**settings), eos=eos)
+    expected = [hf_beams(talker, prompt, eos, **settings)[0][0] for prompt in prompts]
+    assert [group[0].tokens for group in found] == expected
+
+
 def test_with_penalties_and_minimum_length(runner, talker):
     settings = {
         "num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 10, "min_new_tokens": 4,
