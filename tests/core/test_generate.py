@@ -88,6 +88,13 @@ def test_all_that_the_engine_takes_and_gives(runner):
     assert (found.finish, len(found.tokens)) == ("length", limits.max_output_len)
 
 
+def test_a_step_to_the_last_place_of_the_cache_and_one_beyond(runner):
+    slot, tokens, one = torch.tensor([0]), torch.tensor([[1]]), torch.tensor([1])
+    runner.step(Step(slot, tokens, torch.tensor([runner.max_len - 1]), one))
+    with pytest.raises(UsageError, match=f"reach {runner.max_len + 1} tokens, but the engine hold"):
+        runner.step(Step(slot, tokens, torch.tensor([runner.max_len]), one))
+
+
 def test_an_end_token_takes_its_logprob_and_logits_with_it(runner, greedy):
     settings = {"logprobs": True, "keep_logits": True, "max_new_tokens": 12}
     found = run(runner, PROMPTS, eos=(greedy[0][3],), **settings)

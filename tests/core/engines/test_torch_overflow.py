@@ -42,6 +42,22 @@ def test_what_overflowed_in_a_row_stays_with_it(engine, options):
         torch.testing.assert_close(runner.step(step), logits)
 
 
+@pytest.mark.parametrize("options", [{}, {"compiled": False}, {"canonical": True}], ids=str)
+def test_what_overflowed_in_decoding_stays_with_its_row(engine, options):
+    """Tokens that compiled code chose by itself lie in the cache, too."""
+    steps = [
+        step_of(prompts(3, 9), [2, 4], [0, 0]),
+        step_of(prompts(2, 16), [2, 4], [3, 9]),  # more than compiled code takes
+    ]
+    runner, fresh = (
+        load_runner(engine, load_registry(), {"device": "cpu", **options}) for _ in range(2)
+    )
+    runner.step(step_of([[1, 2]], [2], [0]))
+    runner.decode(step_of([[205]], [2], [2]), 16)
+    for step in steps:
+        torch.testing.assert_close(runner.step(step), fresh.step(step))
+
+
 @pytest.mark.parametrize("options", [{}, {"compiled": False}], ids=str)
 def test_padding_that_overflows_is_not_seen(engine, options):
     """Which id stands for padding is nobody's business."""
