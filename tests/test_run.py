@@ -10,14 +10,17 @@ import subprocess
 import sys
 from importlib.metadata import version
 
+import numpy as np
 import pytest
+import torch
 
 import nemo_writer
 import tiny
 from porttool.cli import console, invoke, main
 from porttool.config import Limits
+from porttool.errors import UsageError
 from porttool.generate import Completion
-from porttool.token_files import as_record
+from porttool.token_files import as_record, write_logits
 
 PROMPT = ["--input-text", "The mayor"]
 
@@ -51,6 +54,17 @@ def test_what_a_model_says_is_printed_as_it_is(run, monkeypatch):
     said = "a[:heart:] [bold]b[/red]\tc\x07\r\x1b[1md  "
     monkeypatch.setattr("porttool.text.BPETokenizer.decode", lambda *_: said)
     assert run(*PROMPT, "--max-output-len", "2") == (0, said + "\n", "")
+
+
+def test_a_row_that_ends_at_once_has_no_logits_and_takes_none_away(tmp_path):
+    """All were refused, when everything had run, for one prompt whose first token was the end."""
+    ended, whole = Completion((), "eos"), Completion((1,), "length", logits=torch.ones(1, 3))
+    write_logits(tmp_path / "l.npy", [ended, whole])
+    found = torch.from_numpy(np.load(tmp_path / "l.npy"))
+    assert found[0].isnan().all()
+    assert found[1].equal(torch.ones(1, 3))
+    with pytest.raises(UsageError, match="no completion has a token, so there are no logits"):
+        write_logits(tmp_path / "l.npy", [ended])
 
 
 @pytest.mark.parametrize(("n_tokens", "beyond"), [(50, 2), (60, 1)])

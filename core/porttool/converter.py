@@ -24,7 +24,7 @@ from porttool.checkpoint import (
 from porttool.component import Component, explain
 from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, SpecialTokens
 from porttool.errors import SourceError, naming
-from porttool.folder import fingerprint, pending_folder
+from porttool.folder import pending_folder
 from porttool.progress import SILENT, Progress
 from porttool.shards import (
     MAX_SHARD_BYTES,
@@ -34,7 +34,7 @@ from porttool.shards import (
     work_key,
     write_shards,
 )
-from porttool.sources.places import scratch_folder
+from porttool.sources.places import SourceFiles, scratch_folder
 from porttool.sources.tokenizer_files import read_tokenizer, without_tokenizer
 from porttool.standing import require_free, require_space
 from porttool.weights import (
@@ -196,9 +196,10 @@ def convert(
     and file.
     """
     require_free(output, MANIFEST, replace=replace, sources=[source_path])
+    files_read = SourceFiles.of(source_path)
     record = SourceRecord(
         path=str(source_path.absolute()),
-        fingerprint=fingerprint(source_path),
+        fingerprint=files_read.fingerprint,
         options=converter.options.model_dump(mode="json", exclude_none=True),
     )
     with (
@@ -228,8 +229,7 @@ def convert(
             write_shards(folder, shards, workers=workers, progress=progress)
             for name, data in files.items():
                 folder.add_bytes(f"{TOKENIZER}/{name}", data)
-            if fingerprint(source_path) != record.fingerprint:
-                raise SourceError(f"{source_path}: changed while it was read; convert it again")
+            files_read.require_unchanged()
             finished = manifest.model_copy(update={"files": dict(sorted(folder.files.items()))})
             folder.finish(MANIFEST, finished.sealed())
             progress.finish()

@@ -31,7 +31,7 @@ from porttool.config import Activation, Closed, Dtype, ModelConfig, SpecialToken
 from porttool.engine import MANIFEST as ENGINE
 from porttool.errors import PorttoolError, UsageError
 from porttool.folder import pending_folder
-from porttool.gpt2_layout import ACTIVATIONS
+from porttool.gpt2_layout import ACTIVATIONS, GATED
 from porttool.hookspecs import API_VERSION
 from porttool.plugins import Registry, choose_converter, load_registry, named_converters
 from porttool.progress import SILENT, Progress
@@ -47,10 +47,6 @@ DUMMY = "dummy"
 DEVIATION = 0.02
 """Of every weight, less where a sum has many terms: activations stay finite in 16 bits."""
 
-GATED: dict[str, Activation] = {
-    "swiglu": "silu", "fast-swiglu": "silu", "geglu": "gelu", "fast-geglu": "gelu",
-    "reglu": "relu", "fast-reglu": "relu",
-}  # fmt: skip
 PLAIN: dict[str, Activation] = {**ACTIVATIONS, "gelu_tanh": "gelu_tanh", "squared-relu": "relu2"}
 
 

@@ -280,18 +280,3 @@ def verify_files(
         for _ in pool.map(check, (name for name in files if name not in but)):
             pass
     return stamps
-
-
-def fingerprint(source: Path) -> str:
-    """Return a hash over the source's file names, sizes, times and identities.
-
-    Resuming relies on it, and so does noticing a change: a file that was put in another's place
-    and taken away again, or given its old time back, still has another time of status change.
-    """
-    files = sorted(source.rglob("*")) if source.is_dir() else [source]
-    stats = [
-        (str(f.relative_to(source)), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
-        for f in files
-        if f.is_file() and (s := f.stat())
-    ]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()

@@ -67,9 +67,9 @@ def generate(
     """Continue every prompt; return its completions, best first, in the order of the prompts.
 
     All prompts may be of different lengths and more than the engine's batch: they join as others
-    leave, and neither batch nor order changes a result. `on_token` is told each prompt's index
-    and next token as it is chosen (with one completion a prompt). Limits are checked before
-    anything runs.
+    leave, and none changes another's result. Of the completions of all prompts, counted from 0,
+    number i is drawn with `sampling.seed` + i. `on_token` is told each prompt's index and next
+    token as it is chosen (with one completion a prompt). Limits are checked before anything runs.
     """
     check_prompts(prompts, runner)
     check_sampling(sampling, runner)

@@ -31,6 +31,12 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 """Names in the config → what they compute. `gelu` is the exact form, `gelu_new` the tanh form."""
 
+GATED: dict[str, Activation] = {
+    "swiglu": "silu", "fast-swiglu": "silu", "geglu": "gelu", "fast-geglu": "gelu",
+    "reglu": "relu", "fast-reglu": "relu",
+}  # fmt: skip
+"""Names of gated activations as NeMo spells them, and others after it → what the gate computes."""
+
 MASKS = ("h.*.attn.bias", "h.*.attn.masked_bias")
 """Causal-mask buffers that old checkpoints carry; they hold no weights."""
 

@@ -42,7 +42,11 @@ def fetch(hub_id: str) -> Path:
     require_extra("hub", "huggingface_hub")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HFValidationError,
+            RepositoryNotFoundError,
+        )
     except ImportError as error:
         raise MissingExtra("hub", "huggingface_hub") from error
     try:
@@ -51,6 +55,10 @@ def fetch(hub_id: str) -> Path:
                 hub_id, allow_patterns=list(PATTERNS), ignore_patterns=unneeded(hub_id)
             )
         )
+    except HFValidationError as error:  # more likely a path that is mistyped
+        raise UsageError(
+            f"{hub_id} does not exist, and nothing on the hub has such a name"
+        ) from error
     except hub_errors() as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         cure = (

@@ -47,7 +47,7 @@ def report_folder(space: Workspace, engine: Path | None, model: str | None, kind
     if engine is None:
         return space.report(space.find_model(model), kind)
     folder = engine.resolve()
-    return folder.with_name(f"{folder.name}-reports") / kind
+    return folder.parent / f"{folder.name}-reports" / kind
 
 
 def refuse_dummy(engine: Path, evaluator: str) -> None:

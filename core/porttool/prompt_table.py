@@ -23,11 +23,11 @@ from porttool.component import Component
 from porttool.config import Dtype, ModelConfig, PromptTableConfig
 from porttool.converter import widest
 from porttool.errors import CheckpointError, SourceError, UsageError, naming
-from porttool.folder import FileRecord, fingerprint, pending_folder, verify_files
+from porttool.folder import FileRecord, pending_folder, verify_files
 from porttool.progress import SILENT, Progress
 from porttool.shards import TensorJob, plan_shards, write_shards
 from porttool.sources.archive import is_gzip
-from porttool.sources.places import require_outside
+from porttool.sources.places import SourceFiles, require_outside
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.standing import require_free
 from porttool.weights import cast
@@ -227,9 +227,10 @@ def write_table(
     """Read every task's table, check it, and write them all."""
     require_outside(source, output)
     require_free(output, MANIFEST, replace=replace, sources=[source])
+    files_read = SourceFiles.of(source)
     record = SourceRecord(
         path=str(source.absolute()),
-        fingerprint=fingerprint(source),
+        fingerprint=files_read.fingerprint,
         options=converter.options.model_dump(mode="json", exclude_none=True),
     )
     tables = read_tables(converter, source, progress)
@@ -263,8 +264,7 @@ def write_table(
         output, key, manifest=MANIFEST, replace=replace, sources=[source]
     ) as folder:
         write_shards(folder, plan_shards([job], TENSOR), workers=1, progress=SILENT)
-        if fingerprint(source) != record.fingerprint:
-            raise SourceError(f"{source}: changed while it was read; convert it again")
+        files_read.require_unchanged()
         finished = manifest.model_copy(update={"files": folder.files})
         folder.finish(MANIFEST, finished.sealed())
     return PromptTable.open(output)

@@ -70,10 +70,11 @@ class Runner(Component):
 
     @abstractmethod
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
-        """Feed tokens; return float32 logits [n, vocab_size] of each row's last real token.
+        """Feed tokens; return logits [n, vocab_size] of each row's last real token.
 
-        With `all_positions` the result is [n, width, vocab_size]; rows past their length are
-        undefined. The tensors of `step` are on the CPU; the result is on the runner's device.
+        They are float32, of a float64 engine float64. With `all_positions` the result is
+        [n, width, vocab_size]; rows past their length are undefined. The tensors of `step` are on
+        the CPU; the result is on the runner's device.
         """
 
     @abstractmethod

@@ -166,7 +166,7 @@ def require_free(
 def partial_folder(target: Path) -> Path:
     """Return where a folder is written until it is whole: beside its place, hidden."""
     place = target if target.name.strip(".") else target.resolve()
-    return place.with_name(f".{place.name}.partial")
+    return place.parent / f".{place.name}.partial"  # the root has no name
 
 
 def require_space(target: Path, n_bytes: int, *, advice: str = "") -> None:

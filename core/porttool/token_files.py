@@ -101,9 +101,9 @@ def write_logits(path: Path, completions: Sequence[Completion]) -> None:
     import numpy as np
 
     found = [c.logits for c in completions]
-    if any(logits is None for logits in found):
-        raise UsageError(f"{path}: a completion has no token, so there are no logits to write")
     shapes = [tuple(logits.shape) for logits in found if logits is not None]
+    if not shapes:
+        raise UsageError(f"{path}: no completion has a token, so there are no logits to write")
     out = np.full((len(found), max(s[0] for s in shapes), shapes[0][1]), np.nan, dtype=np.float32)
     for i, logits in enumerate(found):
         if logits is not None:

@@ -27,7 +27,10 @@ def hf_beams(model, prompt, eos, **settings):
     return beams, out.sequences_scores.tolist()
 
 
-@pytest.mark.parametrize("eos", [(), ENDS, tuple(range(0, 67, 5))], ids=["none", "two", "many"])
+@pytest.mark.parametrize(
+    "eos", [(), ENDS, tuple(range(0, 67, 5)), tuple(i for i in range(67) if i % 4)],
+    ids=["none", "two", "many", "most"],
+)  # fmt: skip
 @pytest.mark.parametrize("early_stopping", [False, True])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.0, -1.0])
 @pytest.mark.parametrize("num_beams", [2, 3])
@@ -42,6 +45,16 @@ def test_beams_and_scores(runner, talker, num_beams, length_penalty, early_stopp
         assert [c.tokens for c in group] == beams
         got = torch.tensor([c.score for c in group])
         torch.testing.assert_close(got, torch.tensor(scores), atol=1e-6, rtol=1e-6)
+
+
+def test_the_search_ends_where_transformers_ends_it(runner, talker):
+    """By an estimate over the length so far: one token more or less would let others win."""
+    settings = {"num_beams": 2, "length_penalty": 2.0, "max_new_tokens": 3}
+    eos = tuple(i for i in range(67) if i % 3)
+    prompts = [[i] for i in range(67)]
+    found = generate(runner, prompts, Sampling(**settings), eos=eos)
+    expected = [hf_beams(talker, prompt, eos, **settings)[0][0] for prompt in prompts]
+    assert [group[0].tokens for group in found] == expected
 
 
 def test_with_penalties_and_minimum_length(runner, talker):

@@ -127,6 +127,28 @@ def test_the_type_of_what_is_left_out_does_not_count(tmp_path, copy):
     assert tiny.converted(copy, tmp_path / "out").manifest.dtype == "float16"
 
 
+@pytest.mark.parametrize(
+    ("most", "one", "wanted"),
+    [
+        (torch.float16, torch.float32, "float32"),
+        (torch.float32, torch.bfloat16, "float32"),
+        (torch.float16, torch.bfloat16, "float32"),
+        (torch.float32, torch.float64, "float64"),
+    ],
+)
+def test_of_several_types_one_is_taken_that_holds_all(tmp_path, copy, most, one, wanted):
+    """A narrower one, or either of two halves, would round the weights without a word."""
+    edit(copy, lambda t: [t.update({n: v.to(most)}) for n, v in list(t.items())])
+    third = (torch.ones(48, 24, dtype=torch.float64) / 3).to(one)
+    edit(copy, lambda t: t.update({"transformer.wpe.weight": third}))
+    stored = load_file(copy / "model.safetensors")
+    found = tiny.converted(copy, tmp_path / "out")
+    assert found.manifest.dtype == wanted
+    for ours, theirs in {"position.weight": "wpe.weight", "norm.bias": "ln_f.bias"}.items():
+        tensor = found.file_of(ours).load(ours)
+        assert tensor.double().equal(stored[f"transformer.{theirs}"].double())
+
+
 class Unpacking(GPT2Converter):
     """Reads what has to be unpacked first, and says what module that is of."""
 
@@ -231,7 +253,8 @@ def test_a_source_that_changes_under_our_hands(tmp_path, copy, monkeypatch):
         return {}
 
     monkeypatch.setattr(converter, "read_tokenizer", meddle)
-    assert "changed while it was read; convert it again" in refusal(copy, tmp_path)
+    said = f"{copy / 'config.json'}: changed while it was read; convert it again, with nothing"
+    assert said in refusal(copy, tmp_path)
 
 
 def test_the_tokenizer_travels_along(tmp_path, tokenizer_folder):
@@ -244,7 +267,9 @@ def test_the_tokenizer_travels_along(tmp_path, tokenizer_folder):
     assert "tokenizer/tokenizer.json" in found.manifest.files
 
 
-def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tmp_path, copy, tokenizer_folder):
+def test_a_tokenizer_with_more_ids_than_the_embedding_is_refused(tmp_path, tokenizer_folder):
+    """With a single one, too; as many as rows travel along."""
+    copy = tiny.write_source(tmp_path / "narrow", tiny.gpt2(vocab_size=319))
     shutil.copy(tokenizer_folder / "tokenizer.json", copy)
     assert "tokenizer.json: the tokenizer has the id 319" in refusal(copy, tmp_path)
 

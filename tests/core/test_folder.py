@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,11 +19,11 @@ from porttool import standing
 from porttool.errors import CheckpointError, PorttoolError, UsageError, intact
 from porttool.folder import (
     FileRecord,
-    fingerprint,
     hash_file,
     pending_folder,
     verify_files,
 )
+from porttool.sources.places import SourceFiles
 from porttool.standing import occupied, require_free, require_space
 
 MANIFEST = "manifest.json"
@@ -152,17 +153,17 @@ def test_a_source_is_known_by_more_than_its_times(tmp_path):
     file = tmp_path / "source" / "model.bin"
     file.parent.mkdir()
     file.write_bytes(b"1234")
-    seen = [fingerprint(file.parent)]
-    assert fingerprint(file.parent) == seen[0]
+    seen = [SourceFiles.of(file.parent).fingerprint]
+    assert SourceFiles.of(file.parent).fingerprint == seen[0]
     status = file.stat()
     time.sleep(0.02)  # a kernel's clock ticks every 4 ms or so
     file.write_bytes(b"4321")
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    seen.append(fingerprint(file.parent))
+    seen.append(SourceFiles.of(file.parent).fingerprint)
     time.sleep(0.02)
     file.rename(tmp_path / "aside")
     (tmp_path / "aside").rename(file)
-    seen.append(fingerprint(file.parent))
+    seen.append(SourceFiles.of(file.parent).fingerprint)
     assert len(set(seen)) == 3
 
 
@@ -195,6 +196,20 @@ def test_two_writers(tmp_path):
         other.communicate()
     fill(tmp_path / "o", "other")  # the lock died with its process
     assert (tmp_path / "o" / "two").is_file()
+
+
+def test_a_writer_that_finishes_before_the_lock(tmp_path, monkeypatch):
+    """What is locked then is the finished folder, and nobody's to write to."""
+    lock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        (tmp_path / ".o.partial").rename(tmp_path / "o")
+        lock(descriptor, how)
+
+    monkeypatch.setattr("porttool.folder.fcntl.flock", late)
+    with pytest.raises(PorttoolError, match="o was finished by another process meanwhile"):
+        fill(tmp_path / "o")
+    assert not any((tmp_path / "o").iterdir())
 
 
 def test_a_place_that_cannot_be_written(tmp_path):

@@ -82,6 +82,29 @@ def test_logprobs_are_the_models_own(runner, talker):
         torch.testing.assert_close(got, expected, atol=1e-9, rtol=0)
 
 
+def test_all_that_the_engine_takes_and_gives(runner):
+    limits = runner.engine.manifest.limits
+    [found] = run(runner, [[1] * limits.max_input_len], max_new_tokens=limits.max_output_len)
+    assert (found.finish, len(found.tokens)) == ("length", limits.max_output_len)
+
+
+def test_a_step_to_the_last_place_of_the_cache_and_one_beyond(runner):
+    slot, tokens, one = torch.tensor([0]), torch.tensor([[1]]), torch.tensor([1])
+    runner.step(Step(slot, tokens, torch.tensor([runner.max_len - 1]), one))
+    with pytest.raises(UsageError, match=f"reach {runner.max_len + 1} tokens, but the engine hold"):
+        runner.step(Step(slot, tokens, torch.tensor([runner.max_len]), one))
+
+
+def test_an_end_token_takes_its_logprob_and_logits_with_it(runner, greedy):
+    settings = {"logprobs": True, "keep_logits": True, "max_new_tokens": 12}
+    found = run(runner, PROMPTS, eos=(greedy[0][3],), **settings)
+    assert [found[0].finish, len(found[0].tokens)] == ["eos", 3]
+    for completion in found:
+        n = len(completion.tokens)
+        assert len(completion.logprobs) == n
+        assert completion.logits is None if n == 0 else len(completion.logits) == n
+
+
 def test_rows_join_and_leave(runner, talker):
     """Eleven prompts through four slots, ending at different times by an end token."""
     ends = (43, 13)
@@ -173,10 +196,12 @@ def test_ignoring_the_end(runner, greedy):
     assert [list(c.tokens) for c in found] == greedy
 
 
-def test_a_stop_string_across_token_borders(runner, greedy):
+@pytest.mark.parametrize("end", [8, 27])
+def test_a_stop_string_across_token_borders(runner, greedy, end):
+    """From the end of one token's text to the beginning of the next's, or of one further on."""
     letters = Letters()
     text = letters.decode(greedy[0])
-    stop = text[5:8]  # the end of one token's text and the beginning of the next's
+    stop = text[5:end]
     found = run(
         runner, PROMPTS[:1], max_new_tokens=20, stop=(stop, "not there"), tokenizer=letters
     )[0]

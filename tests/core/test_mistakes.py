@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from porttool.cli import invoke
@@ -131,6 +137,8 @@ def test_a_shard_whose_link_is_gone(tmp_path, reference, said):
         ("verify {}", "nowhere", "nowhere does not exist"),
         ("convert {} -o out", "nowhere",
          "nowhere does not exist; on the hub it would have an owner, as OWNER/nowhere"),
+        ("convert {}:x/y -o out", "nowhere",
+         "nowhere:x/y does not exist, and nothing on the hub has such a name"),
     ],
 )  # fmt: skip
 def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command, kind, message):
@@ -140,6 +148,12 @@ def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command
     assert status == 2
     assert str(place) in told
     assert message in told
+
+
+@pytest.mark.parametrize("command", ["build / -o out", "run / --input-text x", "verify /"])
+def test_the_root_is_a_folder_as_any_other(said, command):
+    status, told = said(*command.split())
+    assert (status, told[:18]) == (1, "error: /: there is")
 
 
 @pytest.mark.parametrize("wrong", [["--engine", "onnx", "--dtype", "float64"], ["--tp", "5"],
@@ -379,6 +393,27 @@ def test_ctrl_c_says_what_is_left(source, said, monkeypatch):
         assert said(*command)[0] == 0
         assert Path(output).is_dir()
         assert not left.exists()
+
+
+def test_a_failure_gives_the_terminal_its_cursor_back(copy, tmp_path):
+    """A bar hides it, and nobody ended the bar of work that failed."""
+    weights = load_file(copy / "model.safetensors")
+    weights["transformer.ln_f.bias"][0] = torch.nan
+    save_file(weights, copy / "model.safetensors")
+    terminal, stream = pty.openpty()
+    command = [sys.executable, "-m", "porttool", "convert", str(copy), "-o", str(tmp_path / "new")]
+    with subprocess.Popen(command, stderr=stream, env={**os.environ, "TERM": "xterm"}) as process:
+        os.close(stream)
+        told = b""
+        with suppress(OSError):  # EIO is its end
+            while piece := os.read(terminal, 1 << 12):
+                told += piece
+    os.close(terminal)
+    hide, show = b"\x1b[?25l", b"\x1b[?25h"
+    assert process.returncode == 1
+    assert hide in told
+    assert told.index(show) < told.index(b"error: ")
+    assert told.count(hide) == told.count(show)
 
 
 def test_ctrl_c_where_nothing_is_left(source, said, monkeypatch):

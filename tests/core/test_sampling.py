@@ -56,6 +56,7 @@ def adjusted(logits, prompts=PROMPTS, outputs=OUTPUTS, **settings):
         ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
         ({"temperature": 1.0, "top_k": 5}, [TopKLogitsWarper(5)]),
         ({"temperature": 1.0, "top_k": VOCAB}, []),
+        ({"temperature": 1.0, "top_k": VOCAB + 9}, []),
         ({"temperature": 1.0, "top_p": 0.8}, [TopPLogitsWarper(0.8)]),
         ({"temperature": 1.0, "top_p": 0.05}, [TopPLogitsWarper(0.05)]),
         ({"temperature": 1.0, "min_p": 0.1}, [MinPLogitsWarper(0.1)]),
@@ -94,6 +95,16 @@ def test_filters_on_ties():
     logits = torch.zeros(1, 8)
     expected = processed([TopKLogitsWarper(3)], logits[:1].repeat(2, 1))[:1]
     assert filtered(logits, Sampling(temperature=1.0, top_k=3)).equal(expected)
+    assert filtered(logits, Sampling(temperature=1.0, min_p=1.0)).equal(logits)
+
+
+def test_a_nucleus_that_is_reached_exactly():
+    """Half of eight equal tokens, and no fifth: which four is up to a library's way of sorting."""
+    even = torch.zeros(2, 8)
+    expected = processed([TopPLogitsWarper(0.5)], even)
+    found = filtered(even, Sampling(temperature=1.0, top_p=0.5))
+    assert found.isfinite().sum(-1).equal(expected.isfinite().sum(-1))
+    assert found.isfinite().sum(-1).tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.5])

@@ -42,6 +42,7 @@ def test_the_library_reads_what_is_written(tmp_path):
     for name, record in records.items():
         data = (tmp_path / "o" / name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (record.bytes, record.sha256)
+        assert int.from_bytes(data[:8], "little") % 64 == 64 - 8  # where the data begin
         read |= load_file(tmp_path / "o" / name)
         with safe_open(tmp_path / "o" / name, "pt") as file:
             assert file.metadata() == {"format": "pt"}

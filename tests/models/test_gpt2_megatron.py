@@ -234,6 +234,13 @@ def test_a_tracker_of_terabytes_is_not_read(tmp_path, model):
     refused(tracker.parent, tmp_path, "names no iteration")
 
 
+def test_a_tracker_that_is_no_number(tmp_path, model):
+    """A superscript is a digit to Python, and no number."""
+    tracker = write_source(tmp_path / "s", model) / "latest_checkpointed_iteration.txt"
+    tracker.write_text("²", encoding="utf-8")
+    refused(tracker.parent, tmp_path, "names no iteration: '²'")
+
+
 def test_files_of_other_kinds_are_refused(tmp_path, model):
     def save(tree, **options):
         torch.save(tree, tmp_path / "model.pt", **options)

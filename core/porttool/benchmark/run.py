@@ -16,7 +16,7 @@ from porttool.errors import UsageError
 from porttool.evaluators.transformers_folder import require_same_shape
 from porttool.plugins import Registry, load_registry
 from porttool.progress import SILENT, Progress
-from porttool.runner import Runner, load_verified
+from porttool.runner import load_verified
 
 
 def bench(
@@ -49,7 +49,7 @@ def bench(
         require_same_shape(hf_model, config)
     run = Benchmark(config, method or Method(), progress)
     for engine in engines:
-        load = partial(open_runner, engine.path, registry, options)
+        load = partial(load_verified, engine.path, registry, options)
         run.load(EngineSide(label(engine, engines), engine.manifest, load))
     if hf_model is not None:
         first = run.entries[0].record
@@ -58,11 +58,6 @@ def bench(
         if compiled:
             run.load(CompiledSide(theirs))
     return run.measure_all(cells)
-
-
-def open_runner(path: Path, registry: Registry, options: Mapping[str, Any] | None) -> Runner:
-    """Verify and load an engine: what `run` does before its first token."""
-    return load_verified(path, registry, options)
 
 
 def label(engine: Engine, engines: Sequence[Engine]) -> str:

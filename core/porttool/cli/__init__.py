@@ -61,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
 def invoke(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     try:
-        return int(cli.main(arguments, prog_name="porttool", standalone_mode=False) or 0)
+        with console.without_bars():
+            return int(cli.main(arguments, prog_name="porttool", standalone_mode=False) or 0)
     except PorttoolError as error:
         console.error(str(error))
         return error.exit_status

@@ -140,6 +140,20 @@ def show_report(report: Report) -> None:
     say(f"{len(report.verdicts)} checks, {failed} failed" if rows else "nothing was checked")
 
 
+_shown: list[Bars] = []
+"""The bars on the terminal, which hide its cursor until they are stopped."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Take away what bars are left in the end: work that fails or is interrupted ends none."""
+    try:
+        yield
+    finally:
+        while _shown:
+            _shown.pop().stop()
+
+
 class ConsoleProgress(Progress):
     """A bar with its rate on a terminal, a line now and then elsewhere; on standard error."""
 
@@ -157,6 +171,7 @@ class ConsoleProgress(Progress):
         if sys.stderr.isatty():
             self._bars = bars(_console(stderr=True), in_bytes=unit == "B")
             self._bars.start()
+            _shown.append(self._bars)
             self._task = self._bars.add_task(label, total=total)
 
     def advance(self, amount: int) -> None:
@@ -172,6 +187,7 @@ class ConsoleProgress(Progress):
         """End the bar and say how fast it went."""
         if self._bars is not None:
             self._bars.stop()
+            _shown.remove(self._bars)
             self._bars = None
         note(self._line())
 

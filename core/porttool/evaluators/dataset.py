@@ -70,10 +70,7 @@ class Rows(Protocol):
 
 
 def load_articles(request: DatasetRequest) -> list[Article]:
-    """Return the wanted articles.
-
-    UsageError if there are none, not the ones pinned, or one twice: that says nothing more.
-    """
+    """Return the wanted articles; UsageError if there are none, not those pinned, or one twice."""
     path = Path(request.name)
     if path.exists():
         require_local(request)
@@ -255,14 +252,14 @@ def read_json_lines(path: Path) -> Rows:
 def read_parquet(files: Sequence[Path]) -> Rows:
     """Read parquet files, one after the other."""
     try:
-        from pyarrow import ArrowInvalid, parquet  # type: ignore[import-untyped]
+        from pyarrow import parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtra("eval", "pyarrow") from error
     rows: list[dict[str, Any]] = []
     for file in files:
         try:
             rows += parquet.read_table(file).to_pylist()
-        except (ArrowInvalid, OSError) as error:
+        except (OSError, ValueError) as error:  # pyarrow's own, and text that is not UTF-8
             raise UsageError(f"{file}: cannot be read as parquet: {error}") from error
     return rows
 
@@ -273,7 +270,10 @@ def open_saved(path: Path) -> Rows:
         from datasets import load_from_disk
     except ImportError as error:
         raise MissingExtra("eval", "datasets") from error
-    rows: Rows = load_from_disk(str(path))
+    try:
+        rows: Rows = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: damaged, datasets cannot load it: {error}") from error
     return rows
 
 

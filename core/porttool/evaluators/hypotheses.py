@@ -218,10 +218,9 @@ def logits_with(
     """Run the canonical decoder with a mistake; logits [len(tokens), vocab_size]."""
     import torch
 
-    from porttool.nn import Decoder, Step
+    from porttool.nn import Step, meta_decoder
 
-    with torch.device("meta"):
-        decoder = Decoder(config.model_copy(update=dict(mistake.config))).eval()
+    decoder = meta_decoder(config.model_copy(update=dict(mistake.config))).eval()
     decoder.load_state_dict(dict(mistake.weights(weights)), assign=True)
     decoder.prompt_table = rows
     with torch.inference_mode():

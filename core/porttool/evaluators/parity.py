@@ -203,7 +203,7 @@ def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:
     """Compare teacher-forced logits in prefill, in decode, and with several tokens a step."""
     from dataclasses import asdict
 
-    from porttool.evaluators.logits import judge_logits
+    from porttool.evaluators.logits import judge_logits, measure
 
     progress.start("logits", 3, unit="passes")
     dtype: Dtype = probe.runner.engine.manifest.dtype
@@ -213,8 +213,8 @@ def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:
         ("decode, several tokens a step", lambda: probe.decode(3), probe.of_continuations),
     ):
         ours = run()
-        error = probe.error(ours, part(probe.logits))
-        yardstick = probe.error(part(probe.own), part(probe.logits)) if probe.own else None
+        error = measure(ours, part(probe.logits))
+        yardstick = measure(part(probe.own), part(probe.logits)) if probe.own else None
         findings.verdicts.append(judge_logits(name, error, dtype, yardstick))
         findings.measurements[name] = asdict(error)
         if yardstick is not None:

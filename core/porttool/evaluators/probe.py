@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from porttool.config import HALF, Sampling
 from porttool.errors import UsageError
-from porttool.evaluators.logits import LogitError, decode_logits, measure, prefill_logits
+from porttool.evaluators.logits import decode_logits, prefill_logits
 from porttool.evaluators.reach import Reach
 from porttool.evaluators.reference import Device, ReferenceModel
 from porttool.evaluators.results import Continuation, Decoding
@@ -133,10 +133,6 @@ class Probe:
             lengths = [len(p) for p in self.prompts]
             self.seen[width] = decode_logits(self.runner, self.sequences, lengths, width)
         return self.seen[width]
-
-    def error(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> LogitError:
-        """Measure how far logits are off."""
-        return measure(ours, theirs)
 
     def generate(self) -> list[Continuation]:
         """The engine's own greedy continuations."""

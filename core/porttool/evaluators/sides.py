@@ -19,8 +19,8 @@ from porttool.evaluators.reference import (
 from porttool.evaluators.results import Continuation, Decoding, SideResult, Speed, Task
 from porttool.evaluators.transformers_folder import end_ids
 from porttool.evaluators.unfinished import Begun, Unfinished
-from porttool.folder import fingerprint
 from porttool.progress import Progress
+from porttool.sources.places import SourceFiles
 from porttool.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def begin_reference(
     """Return what a run of the same kind that was stopped has left in `output`."""
     begun = Begun(
         description=model.description,
-        source=fingerprint(model.folder),
+        source=SourceFiles.of(model.folder).fingerprint,
         batch_size=batch_size,
         task=task,
     )

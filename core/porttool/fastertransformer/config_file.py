@@ -20,7 +20,7 @@ from porttool.component import explain
 from porttool.config import Activation, Closed, Dtype, ModelConfig, SpecialTokens
 from porttool.converter import validated
 from porttool.errors import SourceError
-from porttool.gpt2_layout import ACTIVATIONS, read_gpt2_config
+from porttool.gpt2_layout import ACTIVATIONS, GATED, read_gpt2_config
 from porttool.huggingface import SourceConfig, check_special_ids
 from porttool.sources.json_file import MAX_DIGITS, parse_json
 
@@ -33,12 +33,6 @@ DTYPES: dict[str, Dtype] = {
     "float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "float64": "float64",
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
 }  # fmt: skip
-
-GATES: dict[str, Activation] = {
-    "swiglu": "silu", "fast-swiglu": "silu", "geglu": "gelu", "fast-geglu": "gelu",
-    "reglu": "relu", "fast-reglu": "relu",
-}  # fmt: skip
-"""Names of gated activations, as NeMo's configs spell them."""
 
 NAMES: dict[tuple[Activation, bool], str] = {
     ("gelu", False): "gelu", ("gelu_tanh", False): "gelu_new", ("quick_gelu", False): "quick_gelu",
@@ -134,13 +128,13 @@ def read_model(source: SourceConfig, *, tied: bool) -> ModelConfig:
     model = read_gpt2_config(
         source,
         n_kv_head=1 if source.flag("multi_query_mode", False) else None,
-        activations={**ACTIVATIONS, **GATES, "squared-relu": "relu2"},
+        activations={**ACTIVATIONS, **GATED, "squared-relu": "relu2"},
     )
     rotary = source.number("rotary_pct", 0.0)
     bias = source.flag("bias", True)
     return ModelConfig.model_validate({
         **model.model_dump(),
-        "gated": source.take("activation_function", "gelu_new") in GATES,
+        "gated": source.take("activation_function", "gelu_new") in GATED,
         "d_ff": source.integer("intermediate_size", model.d_ff),
         "position": "rotary" if rotary else "learned",
         "rotary_fraction": rotary or 1.0,

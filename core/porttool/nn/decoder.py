@@ -103,6 +103,8 @@ class Decoder(nn.Module):
     def forward(self, step: Step, cache: KVCache | None = None) -> Tensor:
         """Return logits [n, width, vocab_size]; rows past their length hold nothing of use."""
         positions = step.positions
+        if cache is not None:
+            cache.begin(step)
         x = self.embed(step.tokens, positions)
         for layer in self.layers:
             x = layer(x, positions, cache, step)

@@ -110,7 +110,7 @@ def latest(tracker: Path) -> str:
     """Return the folder that the tracker file names."""
     with tracker.open("rb") as file:
         text = file.read(64).decode(errors="replace").strip()
-    if text != "release" and not text.isdigit():
+    if text != "release" and not text.isdecimal():
         raise SourceError(f"{tracker}: names no iteration: {text!r}")
     return text if text == "release" else f"iter_{int(text):07}"
 

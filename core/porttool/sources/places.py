@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from porttool.component import Component
 from porttool.errors import PorttoolError, SourceError, UsageError
 from porttool.standing import kind_of, made_folder, require_place
+from porttool.weights import listing
 
 POINTER = b"version https://git-lfs"
 """How a pointer file of Git LFS begins (its specification, version 1)."""
@@ -22,6 +27,42 @@ UNREAD = {
 
 MAX_NEAR = 50
 """Folders and files that are looked at where the folder that they lie in is read by nobody."""
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """A source's files as they are: name, size, time of change, of status change, and identity.
+
+    A file that was put in another's place and taken away again, or given its old time back, still
+    has another time of status change.
+    """
+
+    source: Path
+    stats: tuple[tuple[str, int, int, int, int], ...]
+
+    @classmethod
+    def of(cls, source: Path) -> Self:
+        """Look at a folder's files, at any depth, or at one file."""
+        files = sorted(source.rglob("*")) if source.is_dir() else [source]
+        return cls(source, tuple(
+            (str(f.relative_to(source)), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
+            for f in files
+            if f.is_file() and (s := f.stat())
+        ))  # fmt: skip
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all of it: what a conversion was of, which resuming relies on."""
+        return hashlib.sha256(json.dumps(self.stats).encode()).hexdigest()
+
+    def require_unchanged(self) -> None:
+        """Raise SourceError, naming the files that are others now, that are new or gone."""
+        now = self.of(self.source).stats
+        if changed := sorted({str(self.source / name) for name, *_ in {*self.stats} ^ {*now}}):
+            raise SourceError(
+                f"{listing(changed)}: changed while it was read; convert it again, with nothing "
+                "written there meanwhile"
+            )
 
 
 def is_present(path: Path) -> bool:

@@ -48,13 +48,13 @@ class TensorFlowConverter(Converter):
         if source.is_file() and source.suffix != ".index":
             return False
         folder = source if source.is_dir() else source.parent
-        indexed = any(folder.glob("*.index"))
-        alone = not (folder / "config.json").exists()  # with a config.json it is Hugging Face's
+        has_index = any(folder.glob("*.index"))
+        is_hugging_face = (folder / "config.json").exists()
         try:
-            told = read_json(folder / "hparams.json").keys() >= KEYS.keys()
+            is_gpt2 = read_json(folder / "hparams.json").keys() >= KEYS.keys()
         except SourceError:
-            return indexed and alone and (folder / "encoder.json").is_file()
-        return told and (indexed or alone)
+            return has_index and not is_hugging_face and (folder / "encoder.json").is_file()
+        return is_gpt2 and (has_index or not is_hugging_face)
 
     def config(self, source: Path) -> ModelConfig:
         """Read hparams.json."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import cast
 
@@ -67,6 +68,12 @@ def test_ending_too_early_and_too_late():
 def test_stopping_without_an_end_token_is_different():
     found = compare(engine([1]), reference([1, 2]))
     assert (found.outcome, found.position, found.at_least) == ("different", 1, True)
+
+
+def test_going_on_behind_the_reference_is_different():
+    """There is nothing to hold the token to, and that is no tie."""
+    found = compare(engine([1, 2, 3]), reference([1, 2]))
+    assert (found.outcome, found.position, found.gap) == ("different", 2, math.inf)
 
 
 def test_beams_are_compared_by_score():

@@ -155,6 +155,25 @@ def test_a_damaged_parquet_file(tmp_path):
         load_articles(request(tmp_path))
 
 
+def test_a_parquet_file_whose_text_is_not_utf_8(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    wild = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff\xfe", b"good"]).buffers())
+    table = pa.table({"id": ["a", "b"], "article": wild, "highlights": ["x", "y"]})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "test.parquet")
+    with pytest.raises(UsageError, match=r"test\.parquet: cannot be read as parquet: 'utf-8'"):
+        load_articles(request(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"])
+def test_a_damaged_saved_folder(rows, tmp_path, damage):
+    """datasets raises what it happens to run into, and does not say where."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / damage).write_bytes(b"{ no such thing")
+    with pytest.raises(UsageError, match="saved: damaged, datasets cannot load it: "):
+        load_articles(request(tmp_path / "saved"))
+
+
 @pytest.mark.parametrize("content", [None, "", "\n \n"])
 def test_pins_that_are_not_there(articles, tmp_path, content):
     pins = tmp_path / "pins.txt"

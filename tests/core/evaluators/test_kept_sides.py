@@ -15,8 +15,8 @@ from porttool.checkpoint import Checkpoint
 from porttool.cli import invoke
 from porttool.engine import choose_limits
 from porttool.evaluators.accounting import derived
-from porttool.folder import fingerprint
 from porttool.progress import SILENT
+from porttool.sources.places import SourceFiles
 from tiny_coder import write_coder
 
 SHORT = ["--max-new-tokens", "6", "--max-input-len", "40", "--set", "resamples", "200"]
@@ -296,7 +296,8 @@ def foreign(engine, tmp_path):
     """An engine of the same model, converted from a file that transformers does not know."""
     (tmp_path / "archive").write_bytes(b"weights")
     copy = shutil.copytree(engine, tmp_path / "foreign")
-    record = {"path": str(tmp_path / "archive"), "fingerprint": fingerprint(tmp_path / "archive")}
+    archive = SourceFiles.of(tmp_path / "archive")
+    record = {"path": str(archive.source), "fingerprint": archive.fingerprint}
     tiny.edit_manifest(copy / "engine.json", source={**record, "options": {}})
     return copy
 

@@ -9,17 +9,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tiny
 from porttool.cli import invoke
-from porttool.config import SpecialTokens
+from porttool.config import InfillTokens, PromptTemplate, SpecialTokens
 from porttool.engine import Engine, choose_limits
 from porttool.engines.torch.runner import TorchRunner
 from porttool.errors import CheckFailed, UsageError
-from porttool.evaluators.accounting import Derivation, check_weights
+from porttool.evaluators.accounting import Derivation, check_weights, judge_config
 from porttool.evaluators.damage import Damage
 from porttool.evaluators.hypotheses import find_mistake
-from porttool.evaluators.logits import first_wrong, judge_logits, measure
+from porttool.evaluators.logits import BOUNDS, WORST_FACTOR, first_wrong, judge_logits, measure
 from porttool.evaluators.parity import verify
 from porttool.evaluators.transformers_folder import end_ids
 from porttool.nn import Step
@@ -126,6 +127,22 @@ def test_weights_say_how_they_differ(engine, source, tmp_path, damage, how):
     assert how in "; ".join(f"{n}: {d}" for n, d in check.differing.items())
 
 
+def test_another_way_to_ask_than_the_sources_fails(engine, source):
+    """The template, and the tokens for infilling: no logit shows them."""
+    derivation = derivation_of(source)
+    assert judge_config(engine.manifest, derivation).passed
+    derivation.prompt = PromptTemplate(
+        plain="{instruction}", with_input="{input}", answer_marker=""
+    )
+    said = judge_config(engine.manifest, derivation)
+    assert (said.passed, said.detail[:33]) == (False, "prompt is None, should be plain='")
+    derivation = derivation_of(source)
+    infill = InfillTokens(prefix="<p>", middle="<m>", suffix="<s>")
+    derivation.source = replace(derivation.source, infill=infill)
+    said = judge_config(engine.manifest, derivation)
+    assert (said.passed, said.detail[:34]) == (False, "infill is None, should be prefix='")
+
+
 @pytest.mark.parametrize("eos", [(13,), (), (66, 13)])
 def test_other_end_tokens_than_the_sources(engine, verified, tmp_path, eos):
     """They change no logit, and both sides of `summarize` are given the engine's."""
@@ -216,8 +233,6 @@ def test_what_half_precision_hides_is_computed_in_float32(checkpoint, verified, 
 
 
 def test_tensors_missing_or_too_many_are_named(engine, source, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     damaged = Damage("nothing").apply(engine, tmp_path / "copy")
     file = damaged.rank_path() / "model.safetensors"
     tensors = load_file(file)
@@ -227,6 +242,25 @@ def test_tensors_missing_or_too_many_are_named(engine, source, tmp_path):
     assert verdict.passed is False
     assert "missing: layers.2.mlp.up.bias" in verdict.detail
     assert "not the model's: stray.weight" in verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.update({"stray.weight": torch.ones(2)}), "not the model's: stray.weight"),
+        (lambda t: t["norm.bias"][3:4].mul_(1 + 2**-20), "norm.bias: off by "),
+    ],
+    ids=["one too many", "the last bits of one number"],
+)
+def test_one_thing_that_is_not_the_source_s_fails(engine, source, tmp_path, change, said):
+    """No logit shows either."""
+    damaged = Damage("nothing").apply(engine, tmp_path / "copy")
+    file = damaged.rank_path() / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    verdict = check_weights(damaged, derivation_of(source), progress=SILENT).verdict
+    assert (verdict.passed, verdict.detail.startswith(said)) == (False, True), verdict.detail
 
 
 def test_weights_rounded_on_their_way_are_accepted_and_said(source, tmp_path):
@@ -254,8 +288,6 @@ def test_two_ranks_are_put_together(source, tmp_path):
 
 
 def test_a_tensor_that_one_rank_lacks_is_missing(source, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     checkpoint = tiny.converted(source, tmp_path / "checkpoint")
     built = tiny.built(checkpoint, tmp_path / "engine", world_size=3)
     assert check_weights(built, derivation_of(source), progress=SILENT).verdict.passed
@@ -294,10 +326,20 @@ class OneTokenOnly(TorchRunner):
         return super().step(step, all_positions=all_positions)
 
 
+class SlotForgetter(TorchRunner):
+    """Takes a row's place in a decode step for its slot: right where the two are the same."""
+
+    def step(self, step, *, all_positions=False):
+        slots = step.slots if int(step.starts.max()) == 0 else torch.arange(len(step.slots))
+        moved = Step(slots, step.tokens, step.starts, step.lengths)
+        return super().step(moved, all_positions=all_positions)
+
+
 @pytest.mark.parametrize(
     ("runner", "failed"),
     [
         (LateWriter, {"decode", "decode, several tokens a step"}),
+        (SlotForgetter, {"decode", "decode, several tokens a step"}),
         (RowMixer, {"decode", "decode, several tokens a step"}),
         (OneTokenOnly, {"decode, several tokens a step"}),
     ],
@@ -483,6 +525,30 @@ def test_a_yardstick_that_is_no_number_is_none():
             "no yardstick: Hugging Face in float16 has logits that are NaN or infinite"
         )
         assert "nan" not in verdict.bound
+
+
+def test_one_logit_that_is_far_off_fails_among_any_number_that_are_right():
+    """The mean of the squares would not see it."""
+    theirs = torch.randn(500, 400, dtype=torch.float64)
+    ours = theirs.clone()
+    ours[123, 45] += 1e-3
+    found = measure([ours], [theirs])
+    verdict = judge_logits("prefill", found, "float32")
+    assert found.nmse < BOUNDS["float32"].nmse / 10
+    assert (found.position, verdict.passed) == (123, False)
+
+
+@pytest.mark.parametrize(("times", "passed"), [(1.9, True), (2.1, False)])
+def test_four_times_the_yardstick_s_squared_error_is_too_much(times, passed):
+    """Also where the largest error is no larger, and where the type's own bound is wider."""
+    theirs = torch.randn(50, 400, dtype=torch.float64)
+    noise = 1e-4 * torch.randn(50, 400, dtype=torch.float64).sign()
+    own = measure([theirs + noise], [theirs])
+    found = measure([theirs + times * noise], [theirs])
+    verdict = judge_logits("prefill", found, "bfloat16", own)
+    assert found.worst < WORST_FACTOR * own.worst
+    assert judge_logits("prefill", found, "bfloat16").passed
+    assert verdict.passed is passed
 
 
 def test_weights_that_are_no_numbers_are_said_to_be(tmp_path, capsys):

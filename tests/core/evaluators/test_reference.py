@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from porttool.errors import SourceError, UsageError
 from porttool.evaluators.reference import ReferenceModel, fingerprint_model, quiet
 from porttool.evaluators.results import Decoding
-from porttool.evaluators.vocabulary import compare_tokenizers
+from porttool.evaluators.vocabulary import SAMPLES, compare_tokenizers
 from porttool.text import load_tokenizer
 
 PROMPTS = [[5, 90, 211], [7] * 11, [300, 2, 8, 45, 6, 31], [19]]
@@ -65,8 +66,6 @@ def test_trace_is_of_the_modules_named(model):
 
 
 def test_the_checkpoints_own_sampling_does_not_reach_the_comparison(writer, tmp_path):
-    import shutil
-
     copy = shutil.copytree(writer, tmp_path / "opinionated")
     (copy / "generation_config.json").write_text(
         '{"do_sample": true, "temperature": 9.0, "repetition_penalty": 3.0, "max_length": 5}'
@@ -95,8 +94,6 @@ def test_loading_says_nothing(writer, capfd):
 
 
 def test_fingerprint_covers_config_and_weights(writer, tmp_path):
-    import shutil
-
     copy = shutil.copytree(writer, tmp_path / "copy")
     assert fingerprint_model(copy) == fingerprint_model(writer)
     file = copy / "model.safetensors"
@@ -198,3 +195,32 @@ def test_a_tokenizer_that_is_a_little_wrong(tmp_path, writer, change):
     assert compare_tokenizers(load_tokenizer(writer), writer, ["The mayor."], 320).passed is True
     found = compare_tokenizers(load_tokenizer(tmp_path), writer, ["The mayor."], 320)
     assert (found.passed, bool(found.detail)) == (False, True)
+
+
+def joined_spaces(values):
+    """Right for every id, and for what it is encoded from."""
+    merging = {"type": "Replace", "pattern": {"String": "  "}, "content": " "}
+    values["decoder"] = {"type": "Sequence", "decoders": [values["decoder"], merging]}
+
+
+def renamed_orphan(values):
+    """A token that no merge makes: no text leads to it, and a model may say it all the same."""
+    vocab = values["model"]["vocab"]
+    vocab["QZ"] = vocab.pop("ZQ")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(joined_spaces, "for example ' Leading and "), (renamed_orphan, "the id 320 is 'QZ', should")],
+)
+def test_a_tokenizer_that_encodes_right_and_decodes_wrong(tmp_path, writer, change, said):
+    source = shutil.copytree(writer, tmp_path / "source")
+    values = json.loads((writer / "tokenizer.json").read_text())
+    values["model"]["vocab"]["ZQ"] = 320
+    for folder in (source, tmp_path):
+        (folder / "tokenizer.json").write_text(json.dumps(values))
+    assert compare_tokenizers(load_tokenizer(tmp_path), source, SAMPLES).passed is True
+    change(values)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    found = compare_tokenizers(load_tokenizer(tmp_path), source, SAMPLES)
+    assert (found.passed, found.detail.startswith(said)) == (False, True), found.detail

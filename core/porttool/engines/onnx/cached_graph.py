@@ -79,7 +79,6 @@ class CachedGraph:
         size = (limits.max_prompt_rows, config.d_model)
         self.table = torch.zeros(size, dtype=kind, device=self.device)
         self._rows = RowMap(limits.max_batch_size)
-        self._written = [0] * limits.max_batch_size  # places of each row that hold something
         self._kept: dict[StepShape, Binding] = {}
 
     def run(self, step: Step, *, all_positions: bool) -> Tensor:
@@ -99,7 +98,11 @@ class CachedGraph:
         place = self._rows.arrange(step.slots.tolist())
         self._copy(place.moves)
         order = torch.tensor(place.order)
-        self._begin(place.first, step.starts[order].tolist(), width)
+        starts = step.starts[order].tolist()
+        self.cache.prepare(
+            range(place.first, place.first + n), starts, [start + width for start in starts],
+            writes_first=self.program.scatters,
+        )  # fmt: skip
         ends = torch.arange(n) * width + step.lengths[order] - 1
         given = {
             "tokens": step.tokens[order],
@@ -144,24 +147,6 @@ class CachedGraph:
         if moves:
             source, target = zip(*moves, strict=True)
             self.cache.copy_slots(torch.tensor(source), torch.tensor(target))
-            written = [self._written[row] for row in source]
-            for row, places in zip(target, written, strict=True):
-                self._written[row] = places
-
-    def _begin(self, first: int, starts: list[int], width: int) -> None:
-        """Note what a step writes to rows; clear what the last row left where one begins anew.
-
-        A graph multiplies the whole cache by weights, which are 0 for what a row does not see:
-        infinity or NaN that another left there would become this row's.
-        """
-        kept = width if self.program.scatters else 0  # up to there the graph writes, then reads
-        for row, start in enumerate(starts, first):
-            if start == 0 and self._written[row] > kept:
-                for whole in (self.cache.keys, self.cache.values):
-                    whole[:, row, :, kept : self._written[row]] = 0
-                self._written[row] = 0
-            if start < self.cache.keys.shape[3]:
-                self._written[row] = max(self._written[row], start + width)
 
     def _binding(self, shape: StepShape) -> Binding:
         """Bind a shape; one of plain decoding is kept, since it comes back with every token."""

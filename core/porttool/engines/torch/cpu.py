@@ -37,6 +37,7 @@ class Plan:
     slots      the rows' cache slots, as a slice where they are neighbours: no copy is made then
     reach      keys that the furthest token sees
     mask       [n, 1, width, reach], True where a query sees a key; None for plain causal order
+    fresh      whether the rows begin with this step, and none is padded
     """
 
     step: Step
@@ -46,6 +47,7 @@ class Plan:
     slots: slice | Tensor
     reach: int
     mask: Tensor | None
+    fresh: bool
 
     @classmethod
     def of(cls, step: Step) -> Plan:
@@ -53,14 +55,15 @@ class Plan:
         n, width = step.tokens.shape
         positions, reach = step.positions, int((step.starts + step.lengths).max())
         rows, columns = step.real
-        fresh = not step.starts.any()
+        begin = not step.starts.any()
         whole = width == 1 and bool((positions == reach - 1).all())
         first = int(step.slots[0])
         neighbours = step.slots.equal(torch.arange(first, first + n))
         return cls(
             step, rows, columns, positions[rows, columns],
             slice(first, first + n) if neighbours else step.slots, reach,
-            None if fresh or whole else torch.arange(reach) <= positions[:, None, :, None],
+            None if begin or whole else torch.arange(reach) <= positions[:, None, :, None],
+            begin and len(rows) == n * width,
         )  # fmt: skip
 
 
@@ -96,6 +99,7 @@ class CpuDecoder(DeviceDecoder):
     def step(self, step: Step, *, all_positions: bool) -> Tensor:
         """Run a few tokens in compiled code, many in torch."""
         self._check_ids(step)
+        self.cache.begin(step)
         plan = Plan.of(step)
         if self.native is None or len(plan.rows) > NATIVE_TOKENS[self.dtype]:
             return self._torch_step(plan, all_positions=all_positions)
@@ -124,6 +128,8 @@ class CpuDecoder(DeviceDecoder):
                 f"there are {self.n_slots} slots of {self.max_len}"
             )
         if self.native is not None and len(step.slots) <= NATIVE_TOKENS[self.dtype]:
+            ends = (step.starts + n_tokens).tolist()
+            self.cache.prepare(step.slots.tolist(), step.starts.tolist(), ends)
             return self.native.decode(
                 step.tokens[:, 0].contiguous(), step.slots, step.starts, n_tokens
             )
@@ -186,7 +192,7 @@ class CpuDecoder(DeviceDecoder):
         where = (plan.step.slots[plan.rows], slice(None), plan.places)
         keys[where] = key[plan.rows, :, plan.columns]
         values[where] = value[plan.rows, :, plan.columns]
-        if plan.step.starts.any():  # otherwise everything there is to see is in this step
+        if not plan.fresh:  # otherwise everything there is to see is in this step
             key = keys[plan.slots, :, : plan.reach]
             value = values[plan.slots, :, : plan.reach]
         mask = plan.mask

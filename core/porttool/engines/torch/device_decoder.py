@@ -10,7 +10,7 @@ from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
 from porttool.errors import EngineError
-from porttool.nn import Decoder, KVCache, Step, require_shapes
+from porttool.nn import KVCache, Step, meta_decoder, require_shapes
 from porttool.runner import Choose, Runner
 
 
@@ -72,8 +72,7 @@ class CanonicalDecoder(DeviceDecoder):
     ) -> None:
         super().__init__(config, weights, dtype=dtype, limits=limits)
         self.description = f"canonical decoder on {device}"
-        with torch.device("meta"):
-            self.module = Decoder(config).eval().requires_grad_(False)
+        self.module = meta_decoder(config).eval().requires_grad_(False)
         self.module.load_state_dict(
             {n: w.to(device, dtype) for n, w in weights.items()}, assign=True
         )
