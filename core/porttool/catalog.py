@@ -60,11 +60,17 @@ def names_in(variable: str) -> set[str]:
     return {name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()}
 
 
-def left_out() -> str:
-    """Return a hint at the environment's own choice of plugins; empty if it makes none."""
+def left_out(plugins: Iterable[Plugin]) -> str:
+    """Return a hint at why these plugins are not more: the environment's choice, or no metadata."""
     said = ((ALLOW, "allows only"), (DENY, "leaves out"))
     found = ((v, what, ", ".join(sorted(names_in(v)))) for v, what in said)
-    return "".join(f"; {v} {what}: {names}" for v, what, names in found if names)
+    chosen = "".join(f"; {v} {what}: {names}" for v, what, names in found if names)
+    if chosen or any(plugins):
+        return chosen
+    return (
+        "; no plugin is installed, not even those that come with porttool: its modules are here "
+        "and its metadata are not, install it (in a clone: pip install -e .)"
+    )
 
 
 def explained(error: BaseException) -> str:

@@ -136,13 +136,8 @@ class Registry:
 
     def set_aside(self) -> str:
         """Return a hint at the plugins that are not used, and why; empty if there is none."""
-        if not self.plugins and not left_out():
-            return (
-                "; no plugin is installed, not even those that come with porttool: its modules "
-                "are here and its metadata are not, install it (in a clone: pip install -e .)"
-            )
         said = "; ".join(f"{p} ({p.error})" for p in self.plugins if p.error)
-        return (f"; plugins set aside: {said}" if said else "") + left_out()
+        return (f"; plugins set aside: {said}" if said else "") + left_out(self.plugins)
 
     def record(self, catalog: Catalog[Any], name: str) -> PluginRecord:
         """Return what a manifest keeps of the plugin that a component came from."""
