@@ -91,6 +91,9 @@ class Catalog(Generic[T]):
     kind: str
     classes: dict[str, type[T]] = field(default_factory=dict)
     origin: dict[str, Plugin] = field(default_factory=dict)
+    brought: dict[str, list[Plugin]] = field(default_factory=dict)
+    """Every plugin that brings a name: more than one, and the name is nobody's."""
+
     hint: Callable[[], str] = str
     """What an unknown name may be owed to, as text: the plugins that were set aside."""
 
@@ -107,14 +110,23 @@ class Catalog(Generic[T]):
         )
 
     def add(self, component: type[T], plugin: Plugin) -> None:
-        """Add a component; a name that is taken is a PluginError naming both distributions."""
-        if component.name in self.classes:
-            raise PluginError(
-                f"the {self.kind} {component.name!r} comes from two plugins: "
-                f"{self.origin[component.name]}, and {plugin}; uninstall one, or name it in {DENY}"
+        """Add a component, unless its name is taken: to choose among two would be a guess."""
+        bringing = self.brought.setdefault(component.name, [])
+        bringing.append(plugin)
+        if len(bringing) == 1:
+            self.classes[component.name] = component
+            self.origin[component.name] = plugin
+        elif component.name in self.classes:
+            del self.classes[component.name], self.origin[component.name]
+
+    def clashes(self) -> Iterator[tuple[Plugin, PluginError]]:
+        """Yield every plugin that shares a name with another, and what is to be said of it."""
+        for name, several in self.brought.items():
+            said = (
+                f"the {self.kind} {name!r} comes from two plugins: "
+                f"{', and '.join(map(str, several))}; uninstall one, or name it in {DENY}"
             )
-        self.classes[component.name] = component
-        self.origin[component.name] = plugin
+            yield from ((p, PluginError(said)) for p in several if len(several) > 1)
 
     def __iter__(self) -> Iterator[type[T]]:
         """Iterate over the components in order of name."""

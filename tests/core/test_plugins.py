@@ -142,15 +142,20 @@ def test_everything_that_comes_with_porttool_is_healthy(registry):
     assert {p.distribution for p in registry.plugins} == {"porttool"}
 
 
-def test_a_name_that_is_taken_names_both(install):
+def test_two_plugins_with_a_component_of_one_name_are_both_set_aside(install, capsys):
     text = HEAD + "api_version = 1\n" + ONE.format(name="gpt2", body="pass")
     registry = install(stranger=text)
-    with pytest.raises(PluginError) as caught:
-        _ = registry.converters
-    said = str(caught.value)
+    assert status(registry, "stranger") == status(registry, "gpt2")
+    said = str(status(registry, "gpt2"))
     assert "the converter 'gpt2' comes from two plugins: gpt2 of porttool " in said
     assert "stranger of unknown" in said
     assert "PORTTOOL_DISABLE_PLUGINS" in said
+    assert "gpt2" not in registry.converters.classes
+    assert "santacoder" in registry.converters.classes  # nothing else breaks
+    with pytest.raises(UsageError, match=r"'gpt2'.*comes from two plugins"):
+        registry.converters.get("gpt2")
+    assert cli.invoke(["plugins", "list"]) == 0
+    assert "two plugins" in " ".join(capsys.readouterr().out.split())
 
 
 def test_two_entry_points_of_one_name_are_both_set_aside(install, tmp_path, monkeypatch):
