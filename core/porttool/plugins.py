@@ -191,8 +191,8 @@ class Registry:
                 continue
             for component in (c for c in found if issubclass(c, base)):
                 catalog.add(component, by_name[impl.plugin_name])
-        for plugin, error in catalog.clashes():
-            self._set_aside(plugin.name, error)
+        for plugin, reason in catalog.clashes():
+            self._set_aside(plugin.name, reason)
         return catalog
 
     def _set_aside(self, name: str, error: BaseException) -> None:

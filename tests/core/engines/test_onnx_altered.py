@@ -166,7 +166,9 @@ def test_records_of_another_builder(engine, no_session, change, message):
 
 def test_a_kind_that_nobody_runs(engine):
     edit(engine, kind="x" * 5000)
-    with pytest.raises(UsageError, match=r"engine, built by porttool [0-9.]+: there is no runner named 'xx") as caught:
+    with pytest.raises(
+        UsageError, match=r"engine, built by porttool [0-9.]+: there is no runner named 'xx"
+    ) as caught:
         load(engine)
     assert len(str(caught.value)) < 2000
 
