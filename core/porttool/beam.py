@@ -64,7 +64,7 @@ def search_batch(
         BeamGroup(i, p, list(range(i * n, (i + 1) * n)), [[] for _ in range(n)], first_scores(n))
         for i, p in enumerate(prompts)
     ]
-    logits = runner.step(Step.prefill(prompts, [g.slots[0] for g in groups]))
+    logits = runner.prefill(prompts, [g.slots[0] for g in groups])
     runner.copy_slots(
         [g.slots[0] for g in groups for _ in g.slots], [s for g in groups for s in g.slots]
     )

@@ -190,7 +190,7 @@ class Loop:
 
     def prefill(self, rows: list[Row]) -> None:
         """Feed the prompts of joining rows and take what follows."""
-        logits = self.runner.step(Step.prefill([r.prompt for r in rows], [r.slot for r in rows]))
+        logits = self.runner.prefill([r.prompt for r in rows], [r.slot for r in rows])
         if not self.greedy and self.sampler is None:
             self.sampler = Sampler(self.sampling, self.eos, self.runner.n_slots, logits)
         for row in rows:

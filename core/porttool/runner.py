@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from porttool.engine import Engine
     from porttool.nn import Step
     from porttool.plugins import Registry
+
+_log = logging.getLogger(__name__)
 
 Choose = Callable[["Tensor", int], "Tensor"]
 """From logits [n, vocab_size] to the next tokens [n], both on the device; see `Runner.decode`."""
@@ -67,6 +70,7 @@ class Runner(Component):
         self.config = engine.manifest.config
         self.n_slots = engine.manifest.limits.max_batch_size
         self.max_len = engine.manifest.limits.max_len
+        self._told_of_overflow = False
 
     @abstractmethod
     def step(self, step: Step, *, all_positions: bool = False) -> Tensor:
@@ -76,6 +80,25 @@ class Runner(Component):
         [n, width, vocab_size]; rows past their length are undefined. The tensors of `step` are on
         the CPU; the result is on the runner's device.
         """
+
+    def prefill(self, prompts: list[list[int]], slots: list[int]) -> Tensor:
+        """Feed whole prompts to slots; return logits [n, vocab_size] of their last tokens.
+
+        That some are NaN or infinite is told once, through this module's logger: what is chosen by
+        them means nothing.
+        """
+        from porttool.nn import Step
+
+        logits = self.step(Step.prefill(prompts, slots))
+        if not self._told_of_overflow and not bool(logits.isfinite().all()):
+            self._told_of_overflow = True
+            _log.warning(
+                "%s: logits are NaN or infinite, and what follows them means nothing; numbers "
+                "beyond what %s holds are the likeliest cause: build in another type, and see "
+                "what `porttool verify` says",
+                self.engine.path, self.engine.manifest.dtype,
+            )  # fmt: skip
+        return logits
 
     @abstractmethod
     def copy_slots(self, source: list[int], target: list[int]) -> None:

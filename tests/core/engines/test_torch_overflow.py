@@ -7,7 +7,8 @@ import torch
 
 import drawn
 from drawn import prompts, step_of
-from porttool.config import Limits
+from porttool.config import Limits, Sampling
+from porttool.generate import generate
 from porttool.plugins import load_registry
 from porttool.runner import load_runner
 
@@ -66,3 +67,16 @@ def test_padding_that_overflows_is_not_seen(engine, options):
     expected = runner.step(step)
     step.tokens[0, 3:] = 205
     torch.testing.assert_close(runner.step(step), expected)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generating_from_no_numbers_is_told_once(engine, caplog, beams):
+    runner = load_runner(engine, load_registry(), {"device": "cpu"})
+    sampling = Sampling(max_new_tokens=2, num_beams=beams)
+    generate(runner, [[1, 2, 3]], sampling, eos=())
+    assert not caplog.messages
+    for _ in range(2):
+        generate(runner, [[205] * 30, [1]], sampling, eos=())
+    (message,) = caplog.messages
+    assert message.startswith(f"{runner.engine.path}: logits are NaN or infinite")
+    assert "beyond what float16 holds" in message
