@@ -33,12 +33,15 @@ def resolve_source(source: str | None, hub_id: str | None) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return true for `owner/name` that cannot be a path by mistake."""
+    """Return true for `owner/name` or `owner/name@revision` that cannot be a path by mistake."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
 def fetch(hub_id: str) -> Path:
-    """Download a repository's weights, configs and tokenizer into the hub's cache."""
+    """Download a repository's weights, configs and tokenizer into the hub's cache.
+
+    Behind an `@` the id may name a branch, a tag or a commit.
+    """
     require_extra("hub", "huggingface_hub")
     try:
         from huggingface_hub import snapshot_download
@@ -46,13 +49,17 @@ def fetch(hub_id: str) -> Path:
             GatedRepoError,
             HFValidationError,
             RepositoryNotFoundError,
+            RevisionNotFoundError,
         )
     except ImportError as error:
         raise MissingExtra("hub", "huggingface_hub") from error
+    name, _, told = hub_id.partition("@")
+    revision = told or None
     try:
+        spare = unneeded(name, revision)
         return Path(
             snapshot_download(
-                hub_id, allow_patterns=list(PATTERNS), ignore_patterns=unneeded(hub_id)
+                name, revision=revision, allow_patterns=list(PATTERNS), ignore_patterns=spare
             )
         )
     except HFValidationError as error:  # more likely a path that is mistyped
@@ -67,6 +74,8 @@ def fetch(hub_id: str) -> Path:
         )
         if isinstance(error, RepositoryNotFoundError):
             cure = "if the name is right, it is private: log in with `hf auth login`"
+        if isinstance(error, RevisionNotFoundError):
+            cure = f"{revision!r} is no branch, tag or commit of it"
         if isinstance(error, GatedRepoError):  # which is one of the former, too
             cure = "accept its terms on its page there, and log in with `hf auth login`"
         raise SourceError(
@@ -82,13 +91,13 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return (OSError, *(error for error in client if issubclass(error, Exception)))
 
 
-def unneeded(hub_id: str) -> list[str]:
+def unneeded(hub_id: str, revision: str | None) -> list[str]:
     """Return patterns of a repository's files that would not be read, of weights above all.
 
     Many hold the same weights twice.
     """
     below = "*/*"
-    names = files_of(hub_id)
+    names = files_of(hub_id, revision)
     weights = next((name for name in WEIGHTS if name in names), None)
     if weights:
         return [below, "*.nemo", "*.bin" if ".safetensors" in weights else "*.safetensors"]
@@ -101,14 +110,15 @@ def unneeded(hub_id: str) -> list[str]:
     return [below]
 
 
-def files_of(hub_id: str) -> set[str]:
+def files_of(hub_id: str, revision: str | None) -> set[str]:
     """Return the names of a repository's files; where the hub is out of reach, of those fetched."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:
-        return {file.rfilename for file in HfApi().model_info(hub_id).siblings or ()}
+        found = HfApi().model_info(hub_id, revision=revision)
+        return {file.rfilename for file in found.siblings or ()}
     except hub_errors():
-        config = try_to_load_from_cache(hub_id, "config.json")
+        config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
         return (
             {file.name for file in Path(config).parent.iterdir()}
             if isinstance(config, str)

@@ -7,7 +7,12 @@ from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 
 from porttool import hub
@@ -60,7 +65,20 @@ def test_of_weights_that_are_there_twice_those_are_fetched_that_are_read(
     publish(monkeypatch, names)
     hub.fetch("owner/name")
     asked = snapshot.call_args.kwargs
+    assert asked.pop("revision") is None
     assert set(filter_repo_objects(names, **asked)) == TOKENIZER | needed
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_revision_is_asked_for_wherever_files_are(monkeypatch, snapshot, tmp_path, cached):
+    publish(monkeypatch, {"config.json", "model.safetensors"})
+    info, found = huggingface_hub.HfApi.model_info, Mock(return_value=str(tmp_path / "config.json"))
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+    info.side_effect = transport_error() if cached else None
+    hub.resolve_source("owner/name@v1.0", None)
+    assert snapshot.call_args.args == ("owner/name",)
+    for asked in (snapshot, info, *([found] if cached else [])):
+        assert asked.call_args.kwargs["revision"] == "v1.0"
 
 
 def test_without_the_hub_what_was_fetched_counts(monkeypatch, snapshot, tmp_path):
@@ -92,6 +110,7 @@ def test_of_several_archives_none_is_fetched(monkeypatch, snapshot):
         (transport_error(), "(timed out); run it again where there is a connection, what was "),
         (refusal(GatedRepoError), "(403 Client Error.); accept its terms on its page there, and"),
         (refusal(RepositoryNotFoundError), "if the name is right, it is private: log in with"),
+        (refusal(RevisionNotFoundError), "'v1.0' is no branch, tag or commit of it"),
         (OSError(""), "(OSError); run it again where there is a connection"),
     ],
 )
@@ -99,5 +118,5 @@ def test_what_the_hub_does_not_give(monkeypatch, snapshot, error, said):
     publish(monkeypatch, {"config.json"})
     snapshot.side_effect = error
     with pytest.raises(SourceError) as caught:
-        hub.fetch("owner/name")
+        hub.fetch("owner/name@v1.0")
     assert said in str(caught.value)

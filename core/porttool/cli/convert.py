@@ -54,8 +54,9 @@ def command(
 ) -> None:
     """Turn SOURCE into a checkpoint, or into a prompt table.
 
-    SOURCE is a folder, a file or a hub id, by default the family's own weights on the hub. The
-    family is recognised; --model insists on one. What a killed run left is taken up again.
+    SOURCE is a folder, a file or a hub id (OWNER/NAME, or OWNER/NAME@REVISION), by default the
+    family's own weights on the hub. The family is recognised; --model insists on one. What a
+    killed run left is taken up again.
     """
     from porttool.api import convert, convert_prompts
     from porttool.hub import resolve_source
