@@ -75,11 +75,11 @@ def checkpoint(folder: Path, config: ModelConfig, tensors: dict[str, torch.Tenso
     return Checkpoint.open(folder)
 
 
-def overflowing(folder: Path) -> Checkpoint:
-    """Write a checkpoint where token 205 has a value in layer 0 that is beyond float16."""
+def overflowing(folder: Path, token: int = 205) -> Checkpoint:
+    """Write a checkpoint where a token has a value in layer 0 that is beyond float16."""
     config = shape("gpt2")
     tensors = weights(config)
-    tensors["embedding.weight"][:, 0] = 100 * torch.eye(config.vocab_size)[205]
+    tensors["embedding.weight"][:, 0] = 100 * torch.eye(config.vocab_size)[token]
     tensors["layers.0.norm1.weight"][0] = 1
     tensors["layers.0.attention.qkv.weight"][-1, 0] = 2e4  # of 7 or so deviations
     return checkpoint(folder, config, tensors)

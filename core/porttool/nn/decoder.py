@@ -41,11 +41,14 @@ class Step:
 
     @classmethod
     def prefill(cls, prompts: list[list[int]], slots: list[int] | None = None) -> Step:
-        """Build the first step of prompts of any lengths."""
+        """Build the first step of prompts of any lengths.
+
+        A shorter one is padded with its own last token: a graph that computes padding then meets
+        no number, infinity above all, that the row itself has not.
+        """
         lengths = [len(p) for p in prompts]
-        tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = torch.tensor(prompt)
+        width = max(lengths)
+        tokens = torch.tensor([[*p, *p[-1:] * (width - len(p))] for p in prompts])
         where = list(range(len(prompts))) if slots is None else slots
         return cls(torch.tensor(where), tokens, torch.zeros(len(prompts), dtype=torch.int64),
                    torch.tensor(lengths))  # fmt: skip

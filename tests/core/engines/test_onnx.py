@@ -120,6 +120,18 @@ def test_what_overflowed_in_a_row_stays_with_it(tmp_path, cache):
 
 
 @pytest.mark.parametrize("cache", CACHES)
+def test_a_prompt_is_padded_with_nothing_that_is_not_its_own(tmp_path, cache):
+    """Token 0 has a value beyond float16, and the graph computes what it is padded with."""
+    engine = drawn.engine(
+        drawn.overflowing(tmp_path / "checkpoint", 0), tmp_path / "engine", kind="onnx",
+        options={"cache": cache}, limits=LIMITS, dtype="float16",
+    )  # fmt: skip
+    runner = load_runner(engine, load_registry(), {"device": "cpu"})
+    together = runner.prefill([[1] * 9, [2, 3]], [0, 1])
+    torch.testing.assert_close(together[1:], runner.prefill([[2, 3]], [2]))
+
+
+@pytest.mark.parametrize("cache", CACHES)
 def test_prompt_table(tmp_path, cache):
     pair = Pair(tmp_path, cache=cache)
     table = torch.randn(3, pair.config.d_model, generator=torch.Generator().manual_seed(1))
