@@ -205,6 +205,11 @@ def test_sentencepiece_models(tmp_path, kind):
     ends = tokenizer.encode(f"猫である{roles['eos_token']}")
     assert tokenizer.decode(ends) == "猫である"
     assert tokenizer.decode(ends[-1:]) == ""
+    if tokenizer.unknown == 0:  # a text that only one side does not know still counts
+        encode = tokenizer.encode
+        tokenizer.encode = lambda text: [0] if text == "猫である" else encode(text)
+        found = compare_tokenizers(tokenizer, tmp_path, ["猫である"], 10**6)
+        assert (found.passed, found.detail) == (False, "for example '猫である'")
 
 
 @pytest.mark.parametrize(
@@ -277,6 +282,16 @@ def test_tokenizer_json_counts_as_it_is(tmp_path):
     shifted.save(str(tmp_path / "other" / "tokenizer.json"))
     ours = load_tokenizer(tmp_path)
     assert compare_tokenizers(ours, tmp_path / "other", ["the mayor"], 100).passed is False
+
+
+def test_a_setting_beside_tokenizer_json_holds(tmp_path, bpe):
+    """Only another way of dividing texts lets the file count as it is."""
+    shutil.copy(bpe / "tokenizer.json", tmp_path)
+    write(tmp_path, {"config.json": {"model_type": "gpt2"}})
+    heedless = load_tokenizer(tmp_path)
+    write(tmp_path, {"tokenizer_config.json": {"add_prefix_space": True}})
+    assert compare_tokenizers(heedless, tmp_path, TEXTS, 325).passed is False
+    assert compare_tokenizers(load_tokenizer(tmp_path), tmp_path, TEXTS, 325).passed is True
 
 
 def test_texts_whose_ids_have_no_row_are_not_compared(tmp_path, bpe):

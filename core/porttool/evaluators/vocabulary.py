@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,8 @@ def compare_tokenizers(
     """Decode every id and encode what it stands for, and texts, on both sides.
 
     transformers 5 makes a GPT2Tokenizer of a tokenizer.json whatever that says of dividing texts;
-    then the file as it is counts, too. Returns why not where transformers has no tokenizer.
+    where that is in another way the file as it is counts, too. Returns why not where transformers
+    has no tokenizer.
     """
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -59,10 +61,22 @@ def compare_tokenizers(
         plain = PreTrainedTokenizerFast.from_pretrained(
             source, local_files_only=True, trust_remote_code=False
         )
+        if divides(theirs) == divides(plain):  # settings beside the file hold, then
+            return verdict
         again = judge_tokenizer(tokenizer, plain, texts, vocab_size)
     kind = type(theirs).__name__
     detail = f"beside tokenizer.json as it is, of which transformers' {kind} makes another"
     return again.model_copy(update={"detail": detail}) if again.passed else verdict
+
+
+def divides(theirs: Any) -> list[str]:
+    """Return the kinds of steps in which a tokenizer of transformers divides a text into words.
+
+    None of one that is written in Python, which has no such steps.
+    """
+    backend = getattr(theirs, "backend_tokenizer", None)
+    step = (json.loads(backend.to_str())["pre_tokenizer"] if backend else None) or {}
+    return [part["type"] for part in step.get("pretokenizers", [step] if step else [])]
 
 
 def judge_tokenizer(
@@ -73,14 +87,17 @@ def judge_tokenizer(
     spelt = {i: decode([i]) for i in comparable_ids(tokenizer, theirs) if i < vocab_size}
     wrong_ids = [i for i, text in spelt.items() if tokenizer.decode([i]) != text]
     drawn = (*added_texts(tokenizer, theirs), *spelt.values(), *joined(spelt.values()))
-    cases = comparable_texts(tokenizer, (*texts, CHARACTERS, *drawn))
+    cases = list(dict.fromkeys((*texts, CHARACTERS, *drawn)))
     try:
         found = theirs(cases, add_special_tokens=False).input_ids
     except Exception as error:  # the tokenizers library raises nothing narrower
         said = f"transformers' {type(theirs).__name__} cannot encode every text"
         raise SourceError(f"{said}: {error}") from error
-    wanted = dict(zip(cases, found, strict=True))
-    wanted = {text: ids for text, ids in wanted.items() if max(ids, default=0) < vocab_size}
+    wanted = {
+        text: ids
+        for text, ids in zip(cases, found, strict=True)
+        if max(ids, default=0) < vocab_size and not unknown_to_both(tokenizer, theirs, text, ids)
+    }
     wrong = [
         text
         for text, ids in wanted.items()
@@ -110,15 +127,16 @@ def comparable_ids(tokenizer: Tokenizer, theirs: Any) -> Iterable[int]:
     return (i for i in ids if i != theirs.unk_token_id)
 
 
-def comparable_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
-    """Return the texts that mean something on both sides, each once.
+def unknown_to_both(tokenizer: Tokenizer, theirs: Any, text: str, ids: Sequence[int]) -> bool:
+    """Whether a text holds what sentencepiece does not know: transformers' T5 ends the text there.
 
-    What sentencepiece does not know has other ids in transformers' T5, the end of text.
+    ids: the other side's.
     """
-    different = list(dict.fromkeys(texts))
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        return different
-    return [text for text in different if tokenizer.unknown not in tokenizer.encode(text)]
+    return (
+        isinstance(tokenizer, SentencePieceTokenizer)
+        and not {theirs.unk_token_id, theirs.eos_token_id}.isdisjoint(ids)
+        and tokenizer.unknown in tokenizer.encode(text)
+    )
 
 
 def added_texts(tokenizer: Tokenizer, theirs: Any) -> Iterable[str]:
