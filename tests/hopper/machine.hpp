@@ -109,6 +109,10 @@ struct Chance {  // numbers drawn at random (xorshift64*, Vigna 2016; <random> i
 struct Tile {  // of a product that was enqueued
     float* sum;
     u32 w, x;
+    uint4 held = {};  // in place of w
+    int columns = 0;  // of one with a factor that is held, else 0
+    bool turned = false, added = true;
+    u32 apart = 0;
 };
 
 struct Fiber {
@@ -212,6 +216,7 @@ inline void barrier_expect(u32 barrier, u32 bytes) {
 inline void barrier_wait(u32 barrier, u32 parity) {
     wait_until([&] { return barrier_at(barrier).phase != parity; });
 }
+inline float two_to(float power) { return std::exp2(power); }
 inline void arrive_bytes(u32 barrier, u32 bytes) {
     Barrier& b = barrier_at(barrier);
     b.bytes -= bytes, b.complete();
@@ -257,6 +262,7 @@ inline void meet_all(int name, int threads) {
     meeting.arrive(threads), ++moved;
     wait_until([&] { return meeting.generation != generation; });
 }
+inline void meet_some(int name, int members) { meet_all(name, members); }
 template <int NAME, int MEMBERS>
 void meet() {
     meet_all(NAME, MEMBERS);
@@ -282,6 +288,25 @@ inline float __shfl_down_sync(u32, float value, int step) {
 inline int __shfl_xor_sync(u32 all, int value, int step) {
     return __float_as_uint(__shfl_xor_sync(all, __uint_as_float(value), step));
 }
+inline u32 __shfl_xor_sync(u32 all, u32 value, int step) {
+    return __float_as_uint(__shfl_xor_sync(all, __uint_as_float(value), step));
+}
+inline int __any_sync(u32 all, int some) {
+    for (int step = 16; step; step /= 2) some |= __shfl_xor_sync(all, some, step);
+    return some;
+}
+inline int __shfl_sync(u32 all, int value, int from) {
+    return __float_as_uint(__shfl_sync(all, __uint_as_float(value), from));
+}
+inline u32 __shfl_sync(u32 all, u32 value, int from) {
+    return __float_as_uint(__shfl_sync(all, __uint_as_float(value), from));
+}
+inline u32 __ballot_sync(u32 all, bool here) {
+    u32 bits = u32(here) << running->thread % 32;
+    for (int step = 16; step; step /= 2) bits |= __shfl_xor_sync(all, bits, step);
+    return bits;
+}
+inline int __popc(u32 bits) { return __builtin_popcount(bits); }
 inline int __reduce_max_sync(u32 all, int v) {
     for (int step = 16; step; step /= 2) v = max(v, __shfl_xor_sync(all, v, step));
     return v;

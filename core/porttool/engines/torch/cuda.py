@@ -12,7 +12,7 @@ from torch import Tensor
 from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_chains import ClusterChain, StreamChain, WideChain, graph_sizes
 from porttool.engines.torch.cuda_compile import CompilerUnavailable
-from porttool.engines.torch.cuda_fallback import usable
+from porttool.engines.torch.cuda_fallback import prompt_attention, usable
 from porttool.engines.torch.cuda_launch import Model, embed
 from porttool.engines.torch.cuda_limits import (
     overlaps,
@@ -75,10 +75,12 @@ class CudaDecoder(DeviceDecoder):
         require_memory(config, dtype, limits, device, given=weights)
         shape = (config.n_layer, self.n_slots, config.n_kv_head, self.max_len, config.head_dim)
         cache = DeviceCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+        prompts, said = prompt_attention(config, cache, device)
+        self.description += said
         self.model = Model(
             config, pack_weights(config, weights, dtype, device), cache,
             *rotary_tables(config, self.max_len, device), chosen, dtype, overlaps(device),
-            shared_bytes(device),
+            shared_bytes(device), prompts,
         )  # fmt: skip
         # one step may carry several tokens of a slot, so that rows can outnumber slots
         self.rows = make_rows(max(self.n_slots, SMALL_ROWS), device)

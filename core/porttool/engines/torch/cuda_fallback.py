@@ -7,8 +7,15 @@ from dataclasses import replace
 import torch
 
 from porttool.config import ModelConfig
-from porttool.engines.torch import cuda_balanced, cuda_cluster, cuda_hopper
+from porttool.engines.torch import (
+    cuda_balanced,
+    cuda_cluster,
+    cuda_hopper,
+    cuda_prompt_attention,
+)
+from porttool.engines.torch.cuda_prompt_attention import PromptAttention
 from porttool.engines.torch.cuda_rule import default_tuning
+from porttool.engines.torch.cuda_state import DeviceCache
 from porttool.engines.torch.cuda_tuning import Tuning
 
 
@@ -32,6 +39,19 @@ def usable(
         said += f", no balanced attention: {reason}" if reason else ""
         said += "" if reason else ", balanced attention of several rows"
     return tuning, said
+
+
+def prompt_attention(
+    config: ModelConfig, cache: DeviceCache, device: str
+) -> tuple[PromptAttention | None, str]:
+    """Return the attention of prompts for Hopper GPUs where it runs, and what to say of it."""
+    dtype = cache.keys.dtype
+    if cuda_prompt_attention.unsuited(config, dtype, device):
+        return None, ""
+    reason = cuda_prompt_attention.refusal(config, dtype, device)
+    if reason:
+        return None, f", no Hopper attention of prompts: {reason}"
+    return PromptAttention(config, cache), ", Hopper attention of prompts"
 
 
 def _clusters_refused(

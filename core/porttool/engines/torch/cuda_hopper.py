@@ -30,6 +30,7 @@ _PARTS = {
     "cluster_attention": (
         "machine.cuh", "overlap.cuh", "cluster.cuh", "heads.cuh", "attend_group.cu",
     ),
+    "prompt_attention": ("machine.cuh", "overlap.cuh", "warpgroup.cuh", "attend_prompt.cu"),
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from porttool.config import ModelConfig
 from porttool.engines.torch.cuda_library import activated_product, product
+from porttool.engines.torch.cuda_prompt_attention import PromptAttention
 from porttool.engines.torch.cuda_state import Between, DeviceCache, Rows, Scratch
 from porttool.engines.torch.cuda_tuning import (
     AttentionTile,
@@ -63,6 +64,7 @@ class Model:
     dtype: torch.dtype
     chained: bool  # programmatic dependent launch; off under the interpreter
     shared: int  # bytes of shared memory that a program may take
+    prompts: PromptAttention | None = None  # for Hopper, where it runs
     between: dict[int, Between] = field(default_factory=dict)  # by rows of a tile
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -145,13 +145,15 @@ def prefill_layers(
     """
     c, v = model.config, _Views.of(model, n, buffers)
     before: Linear | None = None
+    attend = _attention(model, v.query, prompt, v.attended)
     for index, w in ranged(model.weights.layers, on_gpu=v.x.is_cuda):
         _norm(model, v.x, v.normed, before, w.qkv, v.normed)
         product(w.qkv, v.normed, v.qkv)
         append(model, prompt.rows, index, Projected(v.qkv), v.query, n)
         if index == c.n_layer - 1 and not every:
             prompt, v = _last_tokens(model, prompt, v)
-        _attend(model, index, v.query, prompt, v.attended)
+            attend = _attention(model, v.query, prompt, v.attended)
+        attend(index)
         product(w.out, v.attended, v.delta, biased=False)
         _norm(model, v.x, v.delta, w.out, w.up, v.normed)
         for rows, gates, hidden in v.mlp:
@@ -228,6 +230,13 @@ def project(normed: Tensor, weight: Tensor) -> Tensor:
     if normed.is_cuda and normed.dtype != torch.float32:
         return torch.mm(normed, weight.t(), out_dtype=torch.float32)
     return F.linear(normed.float(), weight.float())
+
+
+def _attention(model: Model, query: Tensor, prompt: Prompt, out: Tensor) -> Callable[[int], None]:
+    """Return what runs a layer's causal attention of packed queries over the cache."""
+    if model.prompts and model.prompts.suits(len(query)):
+        return model.prompts.bind(query, prompt, out)
+    return lambda layer: _attend(model, layer, query, prompt, out)
 
 
 def _attend(model: Model, layer: int, query: Tensor, prompt: Prompt, out: Tensor) -> None:

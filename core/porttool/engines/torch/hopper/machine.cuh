@@ -25,6 +25,10 @@ __device__ __forceinline__ void meet() {
     asm volatile("bar.sync %0, %1;" ::"n"(NAME), "n"(MEMBERS) : "memory");
 }
 
+__device__ __forceinline__ void meet_some(int name, int members) {
+    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(members) : "memory");
+}
+
 template <int NAME, int MEMBERS>
 __device__ __forceinline__ void pass() {
     asm volatile("bar.arrive %0, %1;" ::"n"(NAME), "n"(MEMBERS) : "memory");
@@ -78,6 +82,12 @@ __device__ __forceinline__ u32 narrow(float a, float b) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
 #endif
     return pair;
+}
+
+__device__ __forceinline__ float two_to(float power) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(power));
+    return value;
 }
 
 // Tensor cores: sum [16, 8] += a [16, 16] b [16, 8], 16-bit factors.

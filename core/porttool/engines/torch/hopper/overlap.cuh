@@ -53,14 +53,20 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, int inner
         : "memory");
 }
 
-// Boxes of 64 inner elements one after the other, from the chunk-th of a row.
-__device__ __forceinline__ void copy_chunks(u32 to, const TensorMap& map, int row, int chunk,
-                                            u32 barrier) {
+// A box of a tensor with three sides.
+__device__ __forceinline__ void copy_cube(u32 to, const TensorMap& map, int x, int y, int z,
+                                          u32 barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-        "l"(&map), "r"(0), "r"(row), "r"(chunk), "r"(barrier)
+        "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
         : "memory");
+}
+
+// Boxes of 64 inner elements one after the other, from the chunk-th of a row.
+__device__ __forceinline__ void copy_chunks(u32 to, const TensorMap& map, int row, int chunk,
+                                            u32 barrier) {
+    copy_cube(to, map, 0, row, chunk, barrier);
 }
 
 // Ordinary writes to this program's shared memory before it are seen by asynchronous copies after
