@@ -4,9 +4,9 @@
 
 float16, greedy, prompts of 512 random tokens, 64 new ones. Prefill is the wall-clock time until the
 first tokens are on the host, right behind other work ("busy": the two alternate) and after 0.7 s
-of pause; a decoded step is a 64th of what 65 tokens take more than one right before. vLLM runs with its
-defaults (compiled, CUDA graphs), but in this process, without its prefix cache, and reads token
-ids, so that neither side tokenizes. Medians. Two minutes a model.
+of pause; a decoded step is a 64th of what 65 tokens take more than one does right before. vLLM runs
+with its defaults (compiled, CUDA graphs), but in this process, without its prefix cache, and reads
+token ids, so that neither side tokenizes. Medians. Two minutes a model.
 """
 
 from __future__ import annotations
