@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from porttool.builder import BuildRequest, Rank
-from porttool.errors import MissingExtra, UsageError, require_extra
+from porttool.errors import UsageError, importing, require_extra
 
 if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
@@ -62,10 +62,8 @@ def export_model(
 def require_onnx() -> None:
     """Raise MissingExtra if the onnx package is not installed, or too old."""
     require_extra("onnx", "onnx")
-    try:
+    with importing("onnx", "onnx"):
         import onnx  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("onnx", "onnx") from error
 
 
 def require_single_rank(rank: Rank, kind: str) -> None:
