@@ -11,11 +11,22 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu"]
 Norm = Literal["layernorm", "layernorm1p", "rmsnorm"]
 Position = Literal["learned", "rotary"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+ITEMSIZE = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
+    "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Bytes of an element, by torch's name of its type."""
+
 HALF: tuple[Dtype, ...] = ("float16", "bfloat16")
 """Types of 16 bits, whose rounding hides small mistakes."""
 
 MAX_DIMENSION = 1 << 24
 """No dimension of a language model comes near this; a larger one is a damaged or hostile file."""
+
+
+def dtype_name(dtype: object) -> str:
+    """Return the name of one of torch's types, as `float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Closed(BaseModel):

@@ -25,11 +25,11 @@ from porttool.component import Component, explain
 from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, SpecialTokens
 from porttool.errors import SourceError, naming
 from porttool.folder import pending_folder
+from porttool.memory import digest
 from porttool.progress import SILENT, Progress
 from porttool.shards import (
     MAX_SHARD_BYTES,
     TensorJob,
-    digest,
     plan_shards,
     work_key,
     write_shards,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from porttool.checkpoint import Manifest, PluginRecord, SourceRecord, read_manifest
 from porttool.component import Component
-from porttool.config import Dtype, ModelConfig, PromptTableConfig
+from porttool.config import Dtype, ModelConfig, PromptTableConfig, dtype_name
 from porttool.converter import widest
 from porttool.errors import CheckpointError, SourceError, UsageError, naming
 from porttool.folder import FileRecord, pending_folder, verify_files
@@ -245,7 +245,7 @@ def write_table(
         tasks=tuple(tables),
         lengths=tuple(len(table) for table in tables.values()),
         d_model=next(iter(widths.values())),
-        dtype=dtype or widest({str(t.dtype).removeprefix("torch.") for t in tables.values()}),
+        dtype=dtype or widest({dtype_name(t.dtype) for t in tables.values()}),
     )
     manifest = PromptTableManifest(
         porttool_version=version("porttool"),
@@ -275,7 +275,7 @@ def check_table(source: Path, task: str, table: Tensor) -> None:
     if table.ndim != 2 or not table.numel() or not table.is_floating_point():
         raise SourceError(
             f"{source}: the table of {task!r} should be numbers [virtual tokens, width], it is "
-            f"{str(table.dtype).removeprefix('torch.')} {list(table.shape)}"
+            f"{dtype_name(table.dtype)} {list(table.shape)}"
         )
     if not table.any():
         raise SourceError(

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool.checkpoint import Checkpoint
-from porttool.config import Dtype, ModelConfig
+from porttool.config import ITEMSIZE, Dtype, ModelConfig
 from porttool.errors import UsageError
 from porttool.fastertransformer.config_file import CONFIG, NAMES, OwnSection, format_config
 from porttool.fastertransformer.layout import BinFile, bin_files, check_parallel
 from porttool.folder import FileRecord, PendingFolder, pending_folder, sync
+from porttool.memory import as_bytes
 from porttool.progress import SILENT, Progress
-from porttool.shards import as_bytes, write_all
-from porttool.sources.safetensors_file import CODES, DTYPES
+from porttool.shards import write_all
 from porttool.standing import require_space
 from porttool.weights import cast
 
@@ -50,7 +50,7 @@ def export(
     target = place_of(output, tp)
     names = checkpoint.names()
     shapes = {name: checkpoint.file_of(name).infos()[name].shape for name in names}
-    sizes = {name: math.prod(shape) * DTYPES[CODES[kind]][1] for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * ITEMSIZE[kind] for name, shape in shapes.items()}
     require_space(target, sum(sizes.values()))
     key = hashlib.sha256(f"{checkpoint.digest}{text}".encode()).hexdigest()
     with pending_folder(
