@@ -8,7 +8,6 @@ bounded; a memory map would count every page that was touched.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -20,6 +19,7 @@ from porttool.config import ITEMSIZE
 from porttool.errors import SourceError
 from porttool.folder import FileRecord, Stamp
 from porttool.memory import as_bytes, empty
+from porttool.sources.json_file import parse_json
 from porttool.sources.places import refuse_pointer
 from porttool.weights import TensorInfo, TensorSource
 
@@ -127,11 +127,12 @@ def stamp_of(path: Path) -> Stamp:
 
 def _begin(entry: Any) -> int:
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    return offsets[0] if isinstance(offsets, list) and offsets and _is_size(offsets[0]) else -1
+    return offsets[0] if isinstance(offsets, list) and offsets and is_size(offsets[0]) else -1
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+def is_size(value: object) -> bool:
+    """Tell a possible dimension or place in a file."""
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -144,7 +145,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
                 refuse_pointer(path)
                 raise SourceError(f"{path}: not a safetensors file, or its header length lies")
             text = file.read(length)
-            header = json.loads(text, object_pairs_hook=unique_pairs)
+            header = parse_json(text)
     except FileNotFoundError as error:
         raise SourceError(f"{path}: the file is missing") from error
     except (ValueError, RecursionError) as error:
@@ -152,14 +153,6 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(header, dict):
         raise SourceError(f"{path}: the safetensors header is not an object")
     return header, prefix + text
-
-
-def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object of its pairs; ValueError for a name that is there twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result
 
 
 def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
@@ -175,7 +168,7 @@ def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
         shape, (begin, end) = entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"{path}: the header entry of {name} is malformed") from error
-    if not (isinstance(shape, list) and all(map(_is_size, [*shape, begin, end]))):
+    if not (isinstance(shape, list) and all(map(is_size, [*shape, begin, end]))):
         raise SourceError(f"{path}: the header entry of {name} has impossible numbers")
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if end - begin != nbytes:
