@@ -99,15 +99,15 @@ def convert_prompts(
     registry = registry or load_registry()
     with naming(source):
         converter = choose_table_converter(registry, source, model, options)
-    if converter is None:
-        return None
-    if output is None:
-        raise UsageError("say with --output where the prompt table is to go")
-    record = registry.record(registry.tables, converter.name)
-    return convert_table(
-        converter, source, output, plugin=record, dtype=dtype, replace=force,
-        allow_nonfinite=allow_nonfinite, progress=progress,
-    )  # fmt: skip
+        if converter is None:
+            return None
+        if output is None:
+            raise UsageError("say with --output where the prompt table is to go")
+        record = registry.record(registry.tables, converter.name)
+        return convert_table(
+            converter, source, output, plugin=record, dtype=dtype, replace=force,
+            allow_nonfinite=allow_nonfinite, progress=progress,
+        )  # fmt: skip
 
 
 def build(

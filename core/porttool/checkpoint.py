@@ -49,9 +49,12 @@ class Manifest(Closed):
 
     seal: str = ""
 
-    def sealed(self) -> str:
-        """Return the text to write: any bit that changes in it later is found when it is read."""
-        text = self.model_copy(update={"seal": ""}).model_dump_json(indent=1)
+    def sealed(self, **late: Any) -> str:
+        """Return the text to write, with fields that are known only now.
+
+        Any bit that changes in it later is found when it is read.
+        """
+        text = self.model_copy(update={**late, "seal": ""}).model_dump_json(indent=1)
         return text.replace(UNSEALED.decode(), f'"seal": "{seal_of(text.encode())}"', 1)
 
 

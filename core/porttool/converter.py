@@ -230,8 +230,7 @@ def convert(
             for name, data in files.items():
                 folder.add_bytes(f"{TOKENIZER}/{name}", data)
             files_read.require_unchanged()
-            finished = manifest.model_copy(update={"files": dict(sorted(folder.files.items()))})
-            folder.finish(MANIFEST, finished.sealed())
+            folder.finish(MANIFEST, manifest.sealed(files=dict(sorted(folder.files.items()))))
             progress.finish()
     return Checkpoint.open(output, verify=False)
 

@@ -233,8 +233,7 @@ def drawn_checkpoint(
         progress.start("random weights", n_bytes)
         workers = min(8, cpu_count() or 1)
         write_shards(folder, shards, workers=workers, progress=progress)
-        finished = manifest.model_copy(update={"files": dict(folder.files)})
-        folder.finish(MANIFEST, finished.sealed())
+        folder.finish(MANIFEST, manifest.sealed(files=folder.files))
         progress.finish()
     try:
         yield Checkpoint.open(target, verify=False)

@@ -22,7 +22,7 @@ from porttool.checkpoint import Manifest, PluginRecord, SourceRecord, read_manif
 from porttool.component import Component
 from porttool.config import Dtype, ModelConfig, PromptTableConfig, dtype_name
 from porttool.converter import widest
-from porttool.errors import CheckpointError, SourceError, UsageError, naming
+from porttool.errors import CheckpointError, SourceError, UsageError
 from porttool.folder import FileRecord, pending_folder, verify_files
 from porttool.progress import SILENT, Progress
 from porttool.shards import TensorJob, plan_shards, write_shards
@@ -197,34 +197,6 @@ def convert_table(
 
     Raises SourceError for tables that cannot be used, by task.
     """
-    with naming(source):
-        return write_table(
-            converter, source, output, plugin=plugin, dtype=dtype, replace=replace,
-            allow_nonfinite=allow_nonfinite, progress=progress,
-        )  # fmt: skip
-
-
-def read_tables(
-    converter: TableConverter, source: Path, progress: Progress
-) -> Mapping[str, Tensor]:
-    """Return every task's rows [length, d_model]; say what a compressed source costs."""
-    if source.is_file() and is_gzip(source):
-        progress.note(f"{source.name} is compressed: one pass finds its tables, one reads them")
-    return converter.open(source)
-
-
-def write_table(
-    converter: TableConverter,
-    source: Path,
-    output: Path,
-    *,
-    plugin: PluginRecord,
-    dtype: Dtype | None,
-    replace: bool,
-    allow_nonfinite: bool,
-    progress: Progress,
-) -> PromptTable:
-    """Read every task's table, check it, and write them all."""
     require_outside(source, output)
     require_free(output, MANIFEST, replace=replace, sources=[source])
     files_read = SourceFiles.of(source)
@@ -265,9 +237,17 @@ def write_table(
     ) as folder:
         write_shards(folder, plan_shards([job], TENSOR), workers=1, progress=SILENT)
         files_read.require_unchanged()
-        finished = manifest.model_copy(update={"files": folder.files})
-        folder.finish(MANIFEST, finished.sealed())
+        folder.finish(MANIFEST, manifest.sealed(files=folder.files))
     return PromptTable.open(output)
+
+
+def read_tables(
+    converter: TableConverter, source: Path, progress: Progress
+) -> Mapping[str, Tensor]:
+    """Return every task's rows [length, d_model]; say what a compressed source costs."""
+    if source.is_file() and is_gzip(source):
+        progress.note(f"{source.name} is compressed: one pass finds its tables, one reads them")
+    return converter.open(source)
 
 
 def check_table(source: Path, task: str, table: Tensor) -> None:

@@ -98,7 +98,7 @@ def test_other_types_and_configs_make_the_round_trip(tmp_path, dtype, tokenizer_
 
 def test_a_gate_goes_into_a_file_of_its_own(tmp_path):
     """Gate rows in the plain file, linear rows in the second, bit for bit there and back."""
-    from porttool.fastertransformer.config_file import OwnSection, format_config
+    from porttool.fastertransformer.config_file import FolderConfig, format_config
     from porttool.fastertransformer.layout import bin_files
 
     config = ModelConfig(
@@ -112,7 +112,7 @@ def test_a_gate_goes_into_a_file_of_its_own(tmp_path):
     assert second.name(1) == "model.layers.0.mlp.dense_h_to_4h.gate.weight.1.bin"
     assert [(r.local, r.canonical) for r in second.regions(1, 2)] == [(slice(0, 3), slice(9, 12))]
     assert up[9:12].equal(torch.cat([up[r.canonical] for r in second.regions(1, 2)]))
-    own = OwnSection(config=config, tokens={}, dtype="float32", tensor_parallel=1)
+    own = FolderConfig(config=config, tokens={}, dtype="float32", tensor_parallel=1)
     assert "activation_function = swiglu" in format_config(own)
     assert "rotary_pct = 0.5" in format_config(own)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from porttool.checkpoint import Checkpoint
 from porttool.config import ITEMSIZE, Dtype, ModelConfig
 from porttool.errors import UsageError
-from porttool.fastertransformer.config_file import CONFIG, NAMES, OwnSection, format_config
+from porttool.fastertransformer.config_file import CONFIG, NAMES, FolderConfig, format_config
 from porttool.fastertransformer.layout import BinFile, bin_files, check_parallel
 from porttool.folder import FileRecord, PendingFolder, pending_folder, sync
 from porttool.memory import as_bytes
@@ -40,7 +40,7 @@ def export(
     check_parallel(checkpoint.config, tp)
     manifest = checkpoint.manifest
     kind = dtype or manifest.dtype
-    own = OwnSection(
+    own = FolderConfig(
         config=plain_norm(checkpoint.config),
         tokens=manifest.tokens,
         dtype=kind,
