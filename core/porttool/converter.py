@@ -136,7 +136,7 @@ class Refinement(Converter):
     It may come from another plugin than the one that it refines, which core finds by name.
     """
 
-    refines: ClassVar[str | None]
+    refines: ClassVar[str]
 
     def __init__(self, base: Converter, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(options)

@@ -48,10 +48,15 @@ def require_complete(component: type[Component]) -> None:
 
 
 def undeclared(component: type[Component]) -> Iterator[str]:
-    """Yield the class variables that a base declares and nobody gives a value."""
-    for base in component.__mro__:
+    """Yield the class variables that a base declares and nobody gives a value.
+
+    None is a value for those who say so themselves, and none for a base that declares it anew.
+    """
+    for i, base in enumerate(component.__mro__):
         for name, annotation in inspect.get_annotations(base).items():
-            if "ClassVar" in str(annotation) and not hasattr(component, name):
+            given = any(name in vars(finer) for finer in component.__mro__[: i + 1])
+            absent = not given and getattr(component, name, None) is None
+            if absent and "ClassVar" in str(annotation):
                 yield name
 
 
