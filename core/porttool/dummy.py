@@ -183,7 +183,6 @@ def dummy_checkpoint(
     seed: int = 0,
     force: bool = False,
     workspace: Workspace | None = None,
-    registry: Registry | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Checkpoint]:
     """Draw a checkpoint for `api.build` to read; it is taken away when the context ends.
@@ -195,7 +194,7 @@ def dummy_checkpoint(
         raise UsageError("name the engine's folder with --output, or a model with --model")
     target = output or (workspace or Workspace.choose(None)).engine(str(model))
     require_free(target, ENGINE, replace=force)
-    base = find_shape(registry or load_registry(), model, config)
+    base = find_shape(load_registry(), model, config)
     shape = dummy_config(base, knobs or Knobs())
     with drawn_checkpoint(shape, target, dtype=dtype, seed=seed, family=model or DUMMY,
                           progress=progress) as drawn:  # fmt: skip
