@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -193,8 +194,6 @@ set_option = click.option(
 
 def as_settings(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """Turn --set pairs into options; a value that reads as JSON is taken as that."""
-    import json
-
     settings: dict[str, Any] = {}
     for name, value in pairs:
         try:

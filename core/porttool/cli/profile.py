@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,8 +87,6 @@ def command(
 
 def run_under(tool: str, output: Path, *, as_json: bool) -> None:
     """Run this very command line again, without --under, inside a tool; tell its counters."""
-    import sys
-
     from porttool.profiling.tools import run_tool, tool_command
 
     arguments = sys.argv[1:]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from porttool.builder import Rank
 from porttool.config import ModelConfig, dtype_name
 from porttool.evaluator import Verdict
+from porttool.evaluators.stages import relative_error
 from porttool.progress import Progress
 from porttool.sharding import shard
 from porttool.sources.safetensors_file import SafetensorsFile
@@ -184,12 +185,7 @@ def rough_difference(found: Tensor, wanted: Tensor) -> str:
             f"{wild[0]} of {found.numel()} values NaN or infinite in the engine, {wild[1]} in the "
             "source"
         )
-    return f"off by {relative_difference(found, wanted):.2%} of its norm"
-
-
-def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted||."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return f"off by {relative_error(found, wanted):.2%} of its norm"
 
 
 def describe_difference(name: str, found: Tensor, wanted: Tensor, derivation: Derivation) -> str:

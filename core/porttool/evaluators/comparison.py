@@ -96,6 +96,11 @@ class Comparison:
         pairs = zip(self.articles, *sides, strict=True)
         return len({a.text for a, *c in pairs if any(each.text.strip() for each in c)})
 
+    def means(self, kind: str) -> list[str]:
+        """Each side's mean as text, a dash for a side that is not there."""
+        sides = (self.engine_scores, self.reference_scores)
+        return [f"{sum(side[kind]) / len(side[kind]):.2f}" if side else "-" for side in sides]
+
     def differences(self, kind: str) -> list[float]:
         """Engine minus reference, article by article."""
         pairs = zip(self.engine_scores[kind], self.reference_scores[kind], strict=True)
@@ -239,15 +244,11 @@ def rouge_table(comparison: Comparison, unit: str) -> Table:
     """Return each kind's mean on both sides and the difference between its bounds."""
     rows = []
     for kind in KINDS:
-        means = [
-            f"{sum(scores[kind]) / len(scores[kind]):.2f}" if scores else "-"
-            for scores in (comparison.engine_scores, comparison.reference_scores)
-        ]
         between = ("-", "-", "-")
         if comparison.both:
             d = comparison.estimate(comparison.differences(kind))
             between = (f"{d.mean:+.2f}", f"{d.low:+.2f}", f"{d.high:+.2f}")
-        rows.append((kind, *means, *between))
+        rows.append((kind, *comparison.means(kind), *between))
     level = f"{comparison.bounds.confidence:.0%}"
     columns = ("", "engine", "Hugging Face", "difference", f"{level} low", f"{level} high")
     return Table(title=f"ROUGE F, {len(comparison.articles)} {unit}", columns=columns,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -201,8 +201,6 @@ def climb_table(port: Port, runner: Runner, findings: Findings) -> VirtualTokens
 
 def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:
     """Compare teacher-forced logits in prefill, in decode, and with several tokens a step."""
-    from dataclasses import asdict
-
     from porttool.evaluators.logits import judge_logits, measure
 
     progress.start("logits", 3, unit="passes")
@@ -227,8 +225,6 @@ def climb_reach(
     probe: Probe, options: ParityOptions, findings: Findings, progress: Progress
 ) -> None:
     """Compare logits as far on as the engine goes; say where they part if only that is wrong."""
-    from dataclasses import asdict
-
     if probe.reach is None:
         if not options.long_contexts:
             findings.notes.append("long contexts are not compared: long_contexts is false")
@@ -266,8 +262,6 @@ def climb_tokens(probe: Probe, findings: Findings) -> None:
 
 def climb_arithmetic(probe: Probe, derivation: Derivation, findings: Findings) -> None:
     """Compute in float32 what a half-precision engine's config says; a wider engine did so."""
-    from dataclasses import asdict
-
     from porttool.evaluators.arithmetic import check_arithmetic, shapes_of
 
     if probe.runner.engine.manifest.dtype not in HALF:

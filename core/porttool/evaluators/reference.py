@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.config import Dtype
@@ -205,8 +206,6 @@ def median_seconds(
     run: Callable[[Sequence[int]], Any], prompts: Sequence[Sequence[int]], most: int = 5
 ) -> float:
     """Median seconds of a call over the first prompts, after one call that does not count."""
-    from statistics import median
-
     run(prompts[0])
     times = []
     for prompt in prompts[:most]:

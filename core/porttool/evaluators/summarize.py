@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from porttool.config import HALF
 from porttool.errors import UsageError, require_extra
 from porttool.evaluator import REPORT, Evaluator, Port, Report, Verdict, evaluate, telling
 from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
 from porttool.evaluators.results import (
+    Side,
     SideResult,
     Task,
     counterpart_of_engine,
@@ -245,7 +246,7 @@ def run_sides(
     return engine, reference
 
 
-def saved_side(output: Path, side: Literal["engine", "reference"], task: Task) -> SideResult | None:
+def saved_side(output: Path, side: Side, task: Task) -> SideResult | None:
     """Return a saved result of the same task, or None if nothing was saved."""
     saved = load_result(output, side)
     if saved is not None:
