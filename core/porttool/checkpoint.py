@@ -47,6 +47,8 @@ UNSEALED = b'"seal": ""'
 class Manifest(Closed):
     """What a folder is. `seal` is the SHA-256 of the manifest's own text with the seal empty."""
 
+    format: str
+    format_version: Literal[1] = 1
     seal: str = ""
 
     def sealed(self, **late: Any) -> str:
@@ -86,14 +88,11 @@ class SourceRecord(Closed):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class CheckpointManifest(Manifest):
-    """Everything about a checkpoint but its tensors."""
+class ModelManifest(Manifest):
+    """What a checkpoint and the engines that are built from it say of their model."""
 
-    format: Literal["porttool-checkpoint"] = "porttool-checkpoint"
-    format_version: Literal[1] = 1
     porttool_version: str
     family: str
-    plugin: PluginRecord
     source: SourceRecord
     config: ModelConfig
     tokens: SpecialTokens
@@ -101,8 +100,15 @@ class CheckpointManifest(Manifest):
     infill: InfillTokens | None = None
     dtype: Dtype
     dummy: bool = False
-    tensors: dict[str, tuple[int, ...]]
     files: dict[str, FileRecord]
+
+
+class CheckpointManifest(ModelManifest):
+    """Everything about a checkpoint but its tensors."""
+
+    format: Literal["porttool-checkpoint"] = "porttool-checkpoint"
+    plugin: PluginRecord
+    tensors: dict[str, tuple[int, ...]]
 
 
 class Checkpoint:

@@ -46,7 +46,6 @@ class PromptTableManifest(Manifest):
     """Everything about a prompt table but its rows."""
 
     format: Literal["porttool-prompt-table"] = "porttool-prompt-table"
-    format_version: Literal[1] = 1
     porttool_version: str
     family: str
     plugin: PluginRecord
