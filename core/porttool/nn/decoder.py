@@ -159,6 +159,19 @@ def n_parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in canonical_shapes(config).values())
 
 
+def randomise(
+    tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator | None = None
+) -> Tensor:
+    """Fill a canonical tensor with random numbers and return it; the scales of norms are about 1.
+
+    Their deviation is less where a sum has many terms: activations stay finite in 16 bits.
+    """
+    deviation = 0.02 if tensor.ndim == 1 else min(0.02, tensor.shape[-1] ** -0.5)
+    tensor.normal_(0, deviation, generator=generator)
+    scales = "norm" in name and name.endswith("weight") and config.norm != "layernorm1p"
+    return tensor.add_(1) if scales else tensor
+
+
 def require_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse an engine's weights that are not those of its config, in name or shape."""
     wanted = canonical_shapes(config)
