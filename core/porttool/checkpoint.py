@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from porttool.component import explain
 from porttool.config import (
@@ -35,6 +35,7 @@ from porttool.errors import (
     intact,
 )
 from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
+from porttool.sources.places import SourceFiles
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.standing import KINDS, MAX_MANIFEST, kind_of, partial_folder
 
@@ -86,6 +87,12 @@ class SourceRecord(Closed):
     path: str
     fingerprint: str
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, files: SourceFiles, options: BaseModel) -> Self:
+        """Describe a source, given its files as they are and what its converter was told."""
+        told = options.model_dump(mode="json", exclude_none=True)
+        return cls(path=str(files.source.absolute()), fingerprint=files.fingerprint, options=told)
 
 
 class ModelManifest(Manifest):

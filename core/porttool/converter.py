@@ -197,11 +197,7 @@ def convert(
     """
     require_free(output, MANIFEST, replace=replace, sources=[source_path])
     files_read = SourceFiles.of(source_path)
-    record = SourceRecord(
-        path=str(source_path.absolute()),
-        fingerprint=files_read.fingerprint,
-        options=converter.options.model_dump(mode="json", exclude_none=True),
-    )
+    record = SourceRecord.of(files_read, converter.options)
     with (
         scratch_folder(source_path, output) as scratch,
         naming(source_path),

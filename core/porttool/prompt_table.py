@@ -10,7 +10,6 @@ through them.
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -25,7 +24,7 @@ from porttool.converter import widest
 from porttool.errors import CheckpointError, SourceError, UsageError
 from porttool.folder import FileRecord, pending_folder, verify_files
 from porttool.progress import SILENT, Progress
-from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.shards import TensorJob, plan_shards, work_key, write_shards
 from porttool.sources.archive import is_gzip
 from porttool.sources.places import SourceFiles, require_outside
 from porttool.sources.safetensors_file import SafetensorsFile
@@ -199,11 +198,6 @@ def convert_table(
     require_outside(source, output)
     require_free(output, MANIFEST, replace=replace, sources=[source])
     files_read = SourceFiles.of(source)
-    record = SourceRecord(
-        path=str(source.absolute()),
-        fingerprint=files_read.fingerprint,
-        options=converter.options.model_dump(mode="json", exclude_none=True),
-    )
     tables = read_tables(converter, source, progress)
     for task, table in tables.items():
         check_table(source, task, table)
@@ -222,7 +216,7 @@ def convert_table(
         porttool_version=version("porttool"),
         family=converter.family,
         plugin=plugin,
-        source=record,
+        source=SourceRecord.of(files_read, converter.options),
         config=config,
         files={},
     )
@@ -230,11 +224,12 @@ def convert_table(
     job = TensorJob(
         TENSOR, shape, config.dtype, 0, partial(joined, tables, config.dtype, allow_nonfinite)
     )
-    key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+    shards = plan_shards([job], TENSOR)
+    key = work_key(manifest.model_dump_json(), shards)
     with pending_folder(
         output, key, manifest=MANIFEST, replace=replace, sources=[source]
     ) as folder:
-        write_shards(folder, plan_shards([job], TENSOR), workers=1, progress=SILENT)
+        write_shards(folder, shards, workers=1, progress=SILENT)
         files_read.require_unchanged()
         folder.finish(MANIFEST, manifest.sealed(files=folder.files))
     return PromptTable.open(output)

@@ -14,6 +14,7 @@ from porttool.cli.options import (
     FOLDER,
     OUTPUT,
     ModelCommand,
+    Settings,
     as_settings,
     json_option,
     model_options,
@@ -56,7 +57,7 @@ def command(
     new_tokens: int,
     under: str | None,
     ranges_only: bool,
-    settings: tuple[tuple[str, str], ...],
+    settings: Settings,
     as_json: bool,
 ) -> None:
     """Show where the time of a prefill and its decoding goes.
