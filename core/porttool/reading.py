@@ -14,6 +14,7 @@ from porttool.converter import validated
 from porttool.errors import SourceError
 from porttool.fastertransformer import open_folder
 from porttool.gpt2_layout import (
+    GATED,
     gpt2_config,
     gpt2_weight_map,
     openai_name,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from porttool.weights import Via as Via
 
 __all__ = [
-    "CONFIG", "WEIGHTS", "Archive", "InfillTokens", "NemoModel", "Norm", "Options",
+    "CONFIG", "GATED", "WEIGHTS", "Archive", "InfillTokens", "NemoModel", "Norm", "Options",
     "PathOption", "Position", "Progress", "Renamed", "SourceError", "SpecialTokens",
     "TableConverter", "TensorBundle", "TensorSource", "accounted_keys", "as_is",
     "check_special_ids", "concat", "find_bundle", "flatten", "fused_order", "gpt2_config",
