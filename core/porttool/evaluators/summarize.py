@@ -207,24 +207,11 @@ def run_sides(
     options: SummarizeOptions, port: Port, work: Assignment, output: Path, progress: Progress
 ) -> tuple[SideResult | None, SideResult | None]:
     """Return engine and reference, each run now or else as saved; saved ones are checked first."""
-    saved_engine = None if port.runner else saved_side(output, "engine", work.task)
-    saved_reference = None if port.source else saved_side(output, "reference", work.task)
-    if saved_engine:
-        require_same_engine(saved_engine, port, result_file(output, "engine"))
-    if saved_reference:
-        kept = result_file(output, "reference")
-        require_same_model(saved_reference, port, kept)
-        if port.compare and port.engine:
-            there = Path(port.engine.source.path).exists()
-            why = "is no Hugging Face folder" if there else "is gone"
-            progress.note(f"what the engine was converted from {why}: {kept} is compared")
-    if saved_reference and options.reference_dtype not in (None, saved_reference.dtype):
-        raise UsageError(
-            f"{result_file(output, 'reference')} was made in {saved_reference.dtype}, not "
-            f"{options.reference_dtype}; leave reference_dtype out, or run the reference again"
-        )
-    reference, engine = saved_reference, saved_engine
-    if port.source is not None:
+    engine = None if port.runner else saved_engine(port, work.task, output)
+    reference = None
+    if port.source is None:
+        reference = saved_reference(options, port, work.task, output, progress)
+    else:
         made = make_reference(options, port, port.source, work, output, progress)
         reference = made.model_copy(update={"counterpart": counterpart_of_reference(port)})
         reference.save(output)
@@ -244,6 +231,34 @@ def run_sides(
         engine = done.model_copy(update={"counterpart": counterpart_of_engine(port)})
         engine.save(output)
     return engine, reference
+
+
+def saved_engine(port: Port, task: Task, output: Path) -> SideResult | None:
+    """Return the engine's kept result, which has to belong to the reference that runs."""
+    saved = saved_side(output, "engine", task)
+    if saved is not None:
+        require_same_engine(saved, port, result_file(output, "engine"))
+    return saved
+
+
+def saved_reference(
+    options: SummarizeOptions, port: Port, task: Task, output: Path, progress: Progress
+) -> SideResult | None:
+    """Return the reference's kept result, which has to be of the engine's model."""
+    saved, kept = saved_side(output, "reference", task), result_file(output, "reference")
+    if saved is None:
+        return None
+    require_same_model(saved, port, kept)
+    if port.compare and port.engine:
+        there = Path(port.engine.source.path).exists()
+        why = "is no Hugging Face folder" if there else "is gone"
+        progress.note(f"what the engine was converted from {why}: {kept} is compared")
+    if options.reference_dtype not in (None, saved.dtype):
+        raise UsageError(
+            f"{kept} was made in {saved.dtype}, not {options.reference_dtype}; leave "
+            "reference_dtype out, or run the reference again"
+        )
+    return saved
 
 
 def saved_side(output: Path, side: Side, task: Task) -> SideResult | None:
