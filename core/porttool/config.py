@@ -107,9 +107,15 @@ class ModelConfig(Closed):
         return int(self.head_dim * self.rotary_fraction)
 
     @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of queries, of keys and of values in the fused projection."""
+        kv = self.n_kv_head * self.head_dim
+        return self.n_head * self.head_dim, kv, kv
+
+    @property
     def qkv_dim(self) -> int:
         """Rows of the fused query, key and value projection."""
-        return (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        return sum(self.qkv_rows)
 
     @property
     def up_dim(self) -> int:

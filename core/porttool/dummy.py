@@ -188,7 +188,7 @@ def dummy_checkpoint(
     """
     if output is None and model is None:
         raise UsageError("name the engine's folder with --output, or a model with --model")
-    target = output or (workspace or Workspace.choose(None)).engine(str(model))
+    target = output or (workspace or Workspace.choose()).engine(str(model))
     require_free(target, ENGINE, replace=force)
     base = find_shape(load_registry(), model, config)
     shape = dummy_config(base, knobs or Knobs())

@@ -252,8 +252,7 @@ def choose_converter(
     A converter that another match refines steps back. None or several left is a UsageError that
     says which families do match.
     """
-    names = named_converters(registry, model) if model else list(registry.converters.classes)
-    left = registry.recognisers(source, names)
+    left = registry.recognisers(source, named_converters(registry, model) if model else None)
     if len(left) == 1:
         if model:  # else every family was asked already
             require_own_source(registry, source, left[0])
