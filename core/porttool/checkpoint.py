@@ -212,12 +212,16 @@ class Checkpoint:
             stamp = Stamp.of(source.stat())
         self._require_same(name, stamp)
 
+    @property
+    def tokenizer_files(self) -> list[str]:
+        """Names of the tokenizer's files: those of the manifest, and no others."""
+        return [name for name in self.manifest.files if name.startswith(f"{TOKENIZER}/")]
+
     def copy_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer's files, those of the manifest and no others, below a folder."""
-        for name in self.manifest.files:
-            if name.startswith(f"{TOKENIZER}/"):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                self.copy_file(name, folder / name)
+        """Copy the tokenizer's files below a folder."""
+        for name in self.tokenizer_files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(name, folder / name)
 
     @property
     def tokenizer(self) -> Path:

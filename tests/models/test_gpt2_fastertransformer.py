@@ -15,7 +15,7 @@ from fastertransformer_writer import arrays, write_folder, write_ini
 from porttool.cli import invoke as run_cli
 from porttool.config import ModelConfig
 from porttool.converter import Source
-from porttool.errors import PorttoolError, SourceError, UsageError
+from porttool.errors import CheckpointError, PorttoolError, SourceError, UsageError
 from porttool.fastertransformer import export, open_folder, writing
 from porttool.plugins import choose_converter
 
@@ -89,6 +89,21 @@ def test_other_types_and_configs_make_the_round_trip(tmp_path, dtype, tokenizer_
     assert (second.config, second.manifest.dtype) == (first.config, dtype)
     assert second.manifest.files == first.manifest.files
     assert (second.tokenizer / "tokenizer.json").is_file()
+
+
+def test_the_tokenizer_that_is_exported_is_the_checkpoints(tmp_path, tokenizer_folder):
+    source = tiny.write_source(tmp_path / "source", tiny.gpt2(vocab_size=320))
+    shutil.copytree(tokenizer_folder, source, dirs_exist_ok=True)
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint")
+    (checkpoint.tokenizer / "notes.txt").write_text("of nobody's manifest")
+    folder = export(checkpoint, tmp_path / "exported")
+    assert (folder / "tokenizer.json").is_file()
+    assert not (folder / "notes.txt").exists()
+    with (checkpoint.tokenizer / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: has \d+ bytes, the manifest says"):
+        export(checkpoint, tmp_path / "again")
+    assert not (tmp_path / "again" / "1-gpu").exists()
 
 
 def test_a_gate_goes_into_a_file_of_its_own(tmp_path):

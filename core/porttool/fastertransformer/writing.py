@@ -63,7 +63,9 @@ def export(
                 tensor = cast(name, read(checkpoint, name), kind)
                 write_tensor(folder, files, tensor, tp)
             progress.advance(sizes[name])
-        copy_tokenizer(folder, checkpoint)
+        for file in checkpoint.tokenizer_files:  # beside the arrays, as TensorRT-LLM has them
+            folder.add_bytes(Path(file).name, (checkpoint.path / file).read_bytes())
+        checkpoint.require_unchanged()
         folder.finish(CONFIG, text)
         progress.finish()
     return target
@@ -124,10 +126,3 @@ def write_tensor(
                 sync(target)
             digest = hashlib.sha256(data).hexdigest()
             folder.add_file(file.name(rank), FileRecord(bytes=len(data), sha256=digest))
-
-
-def copy_tokenizer(folder: PendingFolder, checkpoint: Checkpoint) -> None:
-    """Put the tokenizer's files beside the arrays, as TensorRT-LLM does."""
-    if checkpoint.tokenizer.is_dir():
-        for file in sorted(checkpoint.tokenizer.iterdir()):
-            folder.add_bytes(file.name, file.read_bytes())
