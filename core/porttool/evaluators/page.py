@@ -97,12 +97,8 @@ def read_parity(path: Path, *, named: bool) -> Report | None:
 
 def heading(report: Report) -> str:
     """Return the title, the two sides and the outcome."""
-    failed = sum(v.passed is not True for v in report.verdicts)
-    text = (
-        f"all {len(report.verdicts)} checks pass"
-        if report.passed
-        else f"{failed} of {len(report.verdicts)} checks failed"
-    )
+    n, failed = len(report.verdicts), len(report.failed)
+    text = f"{failed} of {n} checks failed" if failed else f"all {n} checks pass"
     if not report.verdicts:
         text = "nothing was compared"
     kind = "yes" if report.passed else "no"

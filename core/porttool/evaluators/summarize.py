@@ -96,7 +96,7 @@ class SummarizeEvaluator(Evaluator):
             notes += [f"{place} is not of this engine, and not shown"] if engine else []
             parity = None
         if parity and not parity.passed:
-            failed = ", ".join(v.name for v in parity.verdicts if v.passed is not True)
+            failed = ", ".join(v.name for v in parity.failed)
             notes.append(f"verify says no to this engine, whatever stands here: {failed} ({place})")
         report = Report(
             evaluator=self.name,
