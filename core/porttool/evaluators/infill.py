@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -71,6 +71,7 @@ class InfillEvaluator(Evaluator):
 
     name = "infill"
     Options = InfillOptions
+    options: InfillOptions
 
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Run the sides that are there, take the other from `output`, and report."""
@@ -82,7 +83,7 @@ class InfillEvaluator(Evaluator):
             tables_of,
         )
 
-        options = cast("InfillOptions", self.options)
+        options = self.options
         require_extra("eval", "rouge_score")
         require_sides(port, output, self.name)
         problems = load_problems(options.dataset, options.kind, options.max_problems)

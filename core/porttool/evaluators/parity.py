@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
@@ -85,6 +85,7 @@ class ParityEvaluator(Evaluator):
 
     name = "parity"
     Options = ParityOptions
+    options: ParityOptions
 
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Climb the ladder; both sides and the source's converter are needed."""
@@ -93,7 +94,7 @@ class ParityEvaluator(Evaluator):
         from porttool.evaluators.probe import Probe
         from porttool.evaluators.transformers_folder import require_same_shape
 
-        options = cast("ParityOptions", self.options)
+        options = self.options
         if port.runner is None or port.source is None:
             raise UsageError(missing_side(port, "verify"))
         require_same_shape(port.source, port.runner.config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from porttool.config import HALF
 from porttool.errors import UsageError, require_extra
@@ -66,6 +66,7 @@ class SummarizeEvaluator(Evaluator):
 
     name = "summarize"
     Options = SummarizeOptions
+    options: SummarizeOptions
 
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Run the sides that are there, take the other from `output`, and report."""
@@ -74,7 +75,7 @@ class SummarizeEvaluator(Evaluator):
         from porttool.evaluators.page import read_parity, write_page
         from porttool.evaluators.transformers_folder import require_same_shape
 
-        options = cast("SummarizeOptions", self.options)
+        options = self.options
         require_extra("eval", "matplotlib", "rouge_score")
         require_sides(port, output, self.name)
         if port.runner is not None and port.source is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.component import Options
@@ -55,6 +55,7 @@ class OnnxBuilder(Builder):
 
     name = "onnx"
     Options = OnnxOptions
+    options: OnnxOptions
 
     def build_rank(
         self,
@@ -67,7 +68,7 @@ class OnnxBuilder(Builder):
     ) -> Mapping[str, Any]:
         """Export the model; the session's options go into the manifest."""
         require_single_rank(rank, self.name)
-        options = cast("OnnxOptions", self.options)
+        options = self.options
         made = export_model(checkpoint, request, out, form=options.cache, progress=progress)
         record = GraphRecord(
             graph=MODEL,

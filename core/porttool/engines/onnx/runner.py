@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeInt
 
@@ -44,6 +44,7 @@ class OnnxRunner(Runner):
 
     name = "onnx"
     Options = OnnxRunnerOptions
+    options: OnnxRunnerOptions
     traces = True
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
@@ -54,7 +55,7 @@ class OnnxRunner(Runner):
         from porttool.engines.onnx.stored_graph import read_graph
         from porttool.engines.onnx.weights import stored_weights
 
-        asked = cast("OnnxRunnerOptions", self.options)
+        asked = self.options
         self._record = GraphRecord.of(engine)
         optimization = self._record.session.optimization
         self._settings = SessionSettings(

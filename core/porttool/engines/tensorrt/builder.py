@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.engines.onnx.export import export_model, require_single_rank
@@ -47,6 +47,7 @@ class TensorrtBuilder(Builder):
 
     name = "tensorrt"
     Options = TensorrtOptions
+    options: TensorrtOptions
 
     def build_rank(
         self,
@@ -59,7 +60,7 @@ class TensorrtBuilder(Builder):
     ) -> Mapping[str, Any]:
         """Export, check and build; what the runner must check goes into the manifest."""
         require_single_rank(rank, self.name)
-        options = cast("TensorrtOptions", self.options)
+        options = self.options
         version = require_tensorrt()
         gpu = Gpu.current()
         profiles = make_profiles(
@@ -88,7 +89,7 @@ class TensorrtBuilder(Builder):
         from porttool.engines.tensorrt.limits import require_supported, tensor_shapes
         from porttool.engines.tensorrt.plan import PlanJob, build_plan
 
-        options = cast("TensorrtOptions", self.options)
+        options = self.options
         require_supported(model, parse_version(version))
         timings = options.timing_cache and cache_file(
             options.timing_cache, version=version, gpu=gpu.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.component import Options
 from porttool.errors import EngineError, MissingExtra, UsageError
@@ -43,6 +43,7 @@ class TorchRunner(Runner):
 
     name = "torch"
     Options = TorchOptions
+    options: TorchOptions
     traces = True
     hashes_weights = True
 
@@ -53,7 +54,7 @@ class TorchRunner(Runner):
                 f"{engine.path} is built for {engine.manifest.world_size} ranks; "
                 "build it with --tp 1 to run it in one process"
             )
-        self.device = choose_device(cast("TorchOptions", self.options).device)
+        self.device = choose_device(self.options.device)
         self._decoder = self._make_decoder()
         self._table: Tensor | None = None
 
@@ -120,8 +121,7 @@ class TorchRunner(Runner):
         )
 
     def _make_decoder(self) -> DeviceDecoder:
-        options = cast("TorchOptions", self.options)
-        if options.canonical:
+        if self.options.canonical:
             return self._canonical()
         import torch
 
@@ -136,7 +136,7 @@ class TorchRunner(Runner):
             load_weights(self.engine),
             dtype=getattr(torch, manifest.dtype),
             limits=manifest.limits,
-            native=options.compiled,
+            native=self.options.compiled,
         )
 
     def _cuda(self) -> DeviceDecoder:
@@ -157,8 +157,7 @@ class TorchRunner(Runner):
             decoder = self._canonical()
             decoder.description += f" (not the Triton kernels: {reason})"
             return decoder
-        asked = cast("TorchOptions", self.options)
-        tiles = tiles_at_load(self.engine, self.device, asked.retune, _log.warning)
+        tiles = tiles_at_load(self.engine, self.device, self.options.retune, _log.warning)
         return CudaDecoder(
             manifest.config,
             load_weights(self.engine, self.device),
@@ -166,7 +165,7 @@ class TorchRunner(Runner):
             limits=manifest.limits,
             device=self.device,
             tuning=tiles.tuning.as_dict() if tiles.tuning else None,
-            graphs=asked.graphs,
+            graphs=self.options.graphs,
         )
 
 
