@@ -44,7 +44,7 @@ class Verdict(Closed):
 
     @property
     def word(self) -> str:
-        """The outcome in a word, as every report has it."""
+        """The outcome in a word; what could not be compared fails."""
         return "pass" if self.passed else "FAIL"
 
 

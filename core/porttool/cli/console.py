@@ -66,7 +66,7 @@ def write(text: str, *, beside: bool = False) -> None:
 
 def say_json(value: Any, *, indent: int | None = 1) -> None:
     """Print a value for machines; without an indent it takes one line."""
-    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
+    say(json.dumps(value, indent=indent))
 
 
 _noted: set[str] = set()

@@ -80,6 +80,11 @@ class Comparison:
     bounds: Bounds
 
     @property
+    def sides(self) -> list[SideResult]:
+        """The sides that are there."""
+        return [side for side in (self.engine, self.reference) if side]
+
+    @property
     def both(self) -> bool:
         """True when there are two sides to compare."""
         return self.engine is not None and self.reference is not None
@@ -87,13 +92,12 @@ class Comparison:
     @property
     def tolerance(self) -> Tolerance:
         """What the types of the sides allow."""
-        return self.bounds.tolerance(*(s for s in (self.engine, self.reference) if s))
+        return self.bounds.tolerance(*self.sides)
 
     @property
     def n_worded(self) -> int:
         """Different texts that a side has more than blanks for: the others show nothing."""
-        sides = [s.continuations for s in (self.engine, self.reference) if s]
-        pairs = zip(self.articles, *sides, strict=True)
+        pairs = zip(self.articles, *(s.continuations for s in self.sides), strict=True)
         return len({a.text for a, *c in pairs if any(each.text.strip() for each in c)})
 
     def means(self, kind: str) -> list[str]:
@@ -276,11 +280,7 @@ def speed_table(comparison: Comparison, unit: str) -> Table:
 def measurements_of(comparison: Comparison) -> Mapping[str, Any]:
     """Return the numbers behind the verdicts, article by article, as JSON."""
     return {
-        "speed": {
-            side.side: side.speed.model_dump()
-            for side in (comparison.engine, comparison.reference)
-            if side is not None
-        },
+        "speed": {side.side: side.speed.model_dump() for side in comparison.sides},
         "rouge": {"engine": comparison.engine_scores, "reference": comparison.reference_scores},
         "articles": [article_entry(comparison, i) for i in range(len(comparison.articles))],
     }
@@ -290,9 +290,8 @@ def article_entry(comparison: Comparison, index: int) -> dict[str, Any]:
     """Return one article's record, texts and agreement."""
     article = comparison.articles[index]
     entry: dict[str, Any] = {**article.record.model_dump(), "highlights": article.highlights}
-    for side in (comparison.engine, comparison.reference):
-        if side is not None:
-            entry[side.side] = side.continuations[index].text
+    for side in comparison.sides:
+        entry[side.side] = side.continuations[index].text
     if comparison.agreements:
         found = comparison.agreements[index]
         finite = found.gap if found.gap is not None and found.gap < float("inf") else None

@@ -111,7 +111,8 @@ def heading(report: Report) -> str:
 def verdict_table(verdicts: Iterable[Verdict]) -> str:
     """Return verdicts as a table."""
     rows = "".join(
-        f'<tr><td class="{"yes" if v.passed else "no"}">{outcome(v)}</td>'
+        f'<tr><td class="{"yes" if v.passed else "no"}">'
+        f"{'untested' if v.passed is None else v.word}</td>"
         f"<td>{escape(v.name)}</td><td class=number>{escape(v.found)}</td>"
         f"<td class=number>{escape(v.bound)}</td><td>{escape(v.detail)}</td></tr>"
         for v in verdicts
@@ -120,11 +121,6 @@ def verdict_table(verdicts: Iterable[Verdict]) -> str:
         "<div class=scroll><table><thead><tr><th></th><th>check</th><th class=number>found</th>"
         f"<th class=number>bound</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
-
-
-def outcome(verdict: Verdict) -> str:
-    """Return a verdict in one word."""
-    return {True: "pass", False: "FAIL", None: "untested"}[verdict.passed]
 
 
 def html_table(table: Table) -> str:

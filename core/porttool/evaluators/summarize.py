@@ -189,9 +189,8 @@ def outcome_notes(comparison: Comparison, output: Path) -> list[str]:
     from porttool.evaluators.comparison import power_note
 
     notes = []
-    for side in (comparison.engine, comparison.reference):
-        empty = sum(not c.text.strip() for c in side.continuations) if side else 0
-        if side and empty:
+    for side in comparison.sides:
+        if empty := sum(not c.text.strip() for c in side.continuations):
             notes.append(f"{side.side}: {empty} of {len(comparison.articles)} summaries are empty")
     if comparison.both:
         found = comparison.estimate(comparison.differences("rouge1"))
