@@ -18,6 +18,7 @@ from porttool.config import (
     PromptTemplate,
     refuse_idle,
 )
+from porttool.device import Device
 from porttool.errors import UsageError
 from porttool.evaluator import Port
 from porttool.evaluators.results import Decoding, Task
@@ -67,7 +68,7 @@ class SummarizeOptions(Options):
     batch_size: PositiveInt = 8
 
     reference_dtype: Dtype | None = None
-    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+    reference_device: Device = "auto"
     yardstick: bool = True
 
     margin: Points | None = None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from porttool.component import Options
 from porttool.config import Dtype, InfillTokens
+from porttool.device import Device
 from porttool.errors import require_extra
 from porttool.evaluator import Evaluator, Port, Report, Table, Verdict
 from porttool.evaluators.assignment import (
@@ -51,7 +52,7 @@ class InfillOptions(Options):
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 8
     reference_dtype: Dtype | None = None
-    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+    reference_device: Device = "auto"
     margin: Points | None = None
     min_agreement: float | None = Field(default=None, gt=0, le=1)
     max_drift: PositiveFloat | None = None

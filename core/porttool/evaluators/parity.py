@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
 from porttool.component import Options
 from porttool.config import HALF
+from porttool.device import Device
 from porttool.errors import UsageError
 from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate, missing_side
 from porttool.progress import SILENT, Progress
@@ -40,7 +41,7 @@ class ParityOptions(Options):
     prompt_len: PositiveInt = 48
     new_tokens: PositiveInt = 16
     seed: int = 0
-    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+    reference_device: Device = "auto"
     yardstick: bool = True
     long_contexts: bool = True
     diagnose: bool = True

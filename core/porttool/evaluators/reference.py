@@ -7,16 +7,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from porttool.config import Dtype
+from porttool.device import Device, choose_device
 from porttool.evaluators.results import Candidate, Continuation, Decoding
 from porttool.evaluators.transformers_folder import load_model, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-Device = Literal["auto", "cpu", "cuda"]
 
 N_CANDIDATES = 10
 """Alternatives kept of every step, to tell a tie with any of them from a real difference."""
@@ -48,8 +47,7 @@ class ReferenceModel:
 
         from porttool.evaluators.virtual import extend_embedding
 
-        has_gpu = torch.cuda.is_available()
-        self.device = ("cuda" if has_gpu else "cpu") if device == "auto" else device
+        self.device = choose_device(device)
         self.dtype = dtype
         self.folder = folder
         self._model = load_model(folder, getattr(torch, dtype)).to(self.device)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool.config import Dtype, Sampling
+from porttool.device import Device
 from porttool.evaluators.agreement import drift_of
 from porttool.evaluators.logits import feed, make_step
 from porttool.evaluators.reference import (
-    Device,
     ReferenceModel,
     fingerprint_model,
     median_seconds,

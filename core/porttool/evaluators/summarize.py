@@ -29,7 +29,6 @@ from porttool.progress import SILENT, Progress
 if TYPE_CHECKING:
     from porttool.converter import Converter
     from porttool.evaluators.comparison import Bounds, Comparison
-    from porttool.evaluators.reference import Device
     from porttool.runner import Runner
     from porttool.text import Tokenizer
 
@@ -281,8 +280,7 @@ def make_reference(
     from porttool.evaluators.reference import ReferenceModel
     from porttool.evaluators.sides import begin_reference, measure_rounding, run_reference
 
-    device: Device = options.reference_device
-    dtype = options.reference_dtype or "float32"
+    device, dtype = options.reference_device, options.reference_dtype or "float32"
     model = ReferenceModel(source, dtype=dtype, device=device)
     done = begin_reference(model, work.task, batch_size=options.batch_size, output=output)
     with done.told_when_stopped():

@@ -11,7 +11,8 @@ from porttool.errors import UsageError, importing, require_extra
 
 if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
-    from porttool.engines.onnx.blocks import Form, GraphSpec
+    from porttool.engines.onnx.blocks import GraphSpec
+    from porttool.engines.onnx.record import Form
     from porttool.progress import Progress
 
 MODEL: Final = "model.onnx"

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt
 
 from porttool.component import Options
+from porttool.device import Device
 from porttool.engines.onnx.builder import GraphRecord
 from porttool.engines.onnx.export import require_onnx
 from porttool.engines.onnx.session import SessionSettings, choose_device, known_gap, make_session
@@ -33,7 +34,7 @@ class OnnxRunnerOptions(Options):
     compute all logits for greedy tokens on a CPU, too, as where there is no compiler.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     threads: NonNegativeInt = 0
     tf32: bool = False
     compiled: bool = True

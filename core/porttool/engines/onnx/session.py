@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from porttool.device import Device
 from porttool.errors import EngineError, UsageError, importing, require_extra
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -40,7 +41,7 @@ def require_onnxruntime() -> Any:
     return onnxruntime
 
 
-def choose_device(wanted: str) -> str:
+def choose_device(wanted: Device) -> str:
     """Return cpu or cuda; auto takes the GPU where both ONNX Runtime and torch see one.
 
     Raises UsageError if the GPU was asked for and ONNX Runtime has no provider for it.

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.component import Options
-from porttool.errors import EngineError, MissingExtra, UsageError
+from porttool.device import Device, choose_device
+from porttool.errors import EngineError, MissingExtra
 from porttool.runner import Choose, Runner
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class TorchOptions(Options):
     GPU's kernels one by one, for profilers that shall see every layer as a range.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     canonical: bool = False
     compiled: bool = True
     retune: bool | Literal["auto"] = "auto"
@@ -167,13 +168,3 @@ class TorchRunner(Runner):
             tuning=tiles.tuning.as_dict() if tiles.tuning else None,
             graphs=self.options.graphs,
         )
-
-
-def choose_device(wanted: str) -> str:
-    """Return cpu or cuda; a GPU that was asked for and is not there is a UsageError."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UsageError("device cuda was asked for, but torch sees no GPU; use device cpu")
-    return ("cuda" if available else "cpu") if wanted == "auto" else wanted
