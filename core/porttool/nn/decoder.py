@@ -53,6 +53,12 @@ class Step:
         return cls(torch.tensor(where), tokens, torch.zeros(len(prompts), dtype=torch.int64),
                    torch.tensor(lengths))  # fmt: skip
 
+    @classmethod
+    def decode(cls, tokens: list[int], slots: list[int], starts: list[int]) -> Step:
+        """Build a step of one token a row."""
+        ones = torch.ones(len(tokens), dtype=torch.int64)
+        return cls(torch.tensor(slots), torch.tensor(tokens)[:, None], torch.tensor(starts), ones)
+
     @property
     def positions(self) -> Tensor:
         """Position of every token, padding included: [n, width]."""

@@ -121,9 +121,8 @@ def run_steps(runner: Runner, shape: ProfileShape) -> None:
 
 def decode(runner: Runner, shape: ProfileShape, i: int) -> int:
     """Decode behind i tokens that were decoded before; return how many a row it made."""
-    ones = torch.ones(shape.batch, dtype=torch.int64)
-    slots = torch.arange(shape.batch)
-    step = Step(slots, 0 * ones[:, None], (shape.prompt + i) * ones, ones)
+    n = shape.batch
+    step = Step.decode([0] * n, list(range(n)), [shape.prompt + i] * n)
     if runner.decodes_on_device:
         return runner.decode(step, shape.new - i).shape[1]
     runner.step(step)
