@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import tiny
 from damage_matrix import Outcome
 from porttool.checkpoint import Checkpoint
 from porttool.cli import invoke
+from scripts import imported
 
 ASKED = {
     "scrambled layer", "swapped norms", "other gelu", "shifted positions", "wrong rotary fraction",
@@ -81,9 +81,7 @@ def test_a_table_needs_its_source_and_room(tmp_path, capsys):
 
 def test_the_page_shows_what_was_recorded():
     root = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("bench_damage", root / "bench" / "damage.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = imported("bench/damage.py")
     recorded = json.loads((root / "bench" / "results" / "damage.json").read_bytes())
     page = (root / "docs" / "reliability.md").read_text()
     assert all(table in page for table in bench.tables(recorded).strip().split("\n\n"))

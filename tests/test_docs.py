@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 import re
@@ -16,6 +15,7 @@ import pytest
 
 import drawn
 from porttool import hookspecs
+from scripts import imported
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -153,11 +153,8 @@ def test_every_check_of_the_kit_is_documented():
 
 
 def test_the_command_line_page_is_what_help_says():
-    spec = importlib.util.spec_from_file_location("make_cli", DOCS / "make_cli.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     found = (DOCS / "cli.md").read_text()
-    assert found == module.cli_page(), "run: python docs/make_cli.py"
+    assert found == imported("docs/make_cli.py").cli_page(), "run: python docs/make_cli.py"
 
 
 @pytest.mark.parametrize("group", [(), ("plugins",)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import shutil
 import signal
@@ -29,6 +28,7 @@ from faults.works import WORKS, Place, digests, judge_left, partial_of, taken_fo
 from porttool.checkpoint import Checkpoint
 from porttool.engine import Engine
 from porttool.errors import CheckpointError
+from scripts import imported
 
 CONVERT, TORCH = WORKS["convert"], WORKS["build torch"]
 
@@ -175,9 +175,7 @@ def test_the_judge_sees_what_is_not_whole(place):
 
 def test_the_page_shows_what_was_recorded():
     root = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("bench_faults", root / "bench" / "faults.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = imported("bench/faults.py")
     recorded = json.loads((root / "bench" / "results" / "faults.json").read_bytes())["kinds"]
     cases = {kind: found["cases"] for kind, found in recorded.items()}
     assert bench.tables(cases) in (root / "docs" / "reliability.md").read_text()

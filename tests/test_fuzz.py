@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ from fuzzing import judge as judging
 from fuzzing.containers import CONTAINERS, Damage
 from fuzzing.judge import Judge, Watch
 from porttool.errors import SourceError
+from scripts import imported
 
 SCRIPT = Path(__file__).parent.parent / "bench" / "fuzz.py"
 RESULTS = SCRIPT.parent / "results" / "fuzz.json"
@@ -176,10 +176,7 @@ for index in range(int(sys.argv[1]), int(sys.argv[1]) + int(sys.argv[2])):
 
 
 def driver():
-    spec = importlib.util.spec_from_file_location("fuzz", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return imported("bench/fuzz.py")
 
 
 def test_the_driver_survives_its_workers():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from mmap import mmap
 from pathlib import Path
@@ -11,6 +10,7 @@ from random import Random
 import pytest
 
 import soaking
+from scripts import imported
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
@@ -53,9 +53,7 @@ def test_every_kind_of_sampling_is_drawn():
 
 def test_the_page_shows_what_was_recorded():
     root = Path(__file__).parents[1]
-    spec = importlib.util.spec_from_file_location("bench_soak", root / "bench" / "soak.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = imported("bench/soak.py")
     engines = json.loads((root / "bench" / "results" / "soak.json").read_bytes())["engines"]
     assert bench.table(engines) in (root / "docs" / "reliability.md").read_text()
     assert list(engines) == ["torch", "onnx"]

@@ -10,7 +10,7 @@ import numpy as np
 from porttool.sources.crc32c import crc32c, masked
 from porttool.sources.tf_bundle import DTYPES, MAGIC
 
-NUMBERS = {name: number for number, (name, _) in DTYPES.items()}
+NUMBERS = {name: number for number, name in DTYPES.items()}
 
 
 def varint(value: int) -> bytes:

@@ -24,6 +24,7 @@ SHAPE: dict[str, Any] = {
     "vocab_size": 67, "n_positions": 48, "n_embd": 24, "n_layer": 3, "n_head": 3,
     "bos_token_id": 66, "eos_token_id": 66, "pad_token_id": 65,
 }  # fmt: skip
+ATOL = 1e-9
 PROMPTS = [[5, 9, 2], [7], [1, 60, 33, 4, 8, 19, 2], [3, 3, 3, 3]]
 
 
@@ -137,12 +138,16 @@ def loaded(engine: Path, registry: Registry) -> Runner:
     return load_runner(opened, registry, {"device": "cpu", "canonical": True})
 
 
+def in_float64(checkpoint: Checkpoint, folder: Path, **options: Any) -> Runner:
+    """Build a checkpoint as a float64 engine in a folder, and load that as `loaded` does."""
+    engine = built(checkpoint, folder / "engine", dtype="float64", **options)
+    return loaded(engine.path, load_registry())
+
+
 def ported(folder: Path, model: torch.nn.Module, form: Form | None = None) -> Runner:
     """Take a model all the way: source, checkpoint, float64 engine, runner."""
     source = write_source(folder / "source", model, form)
-    checkpoint = converted(source, folder / "checkpoint")
-    engine = built(checkpoint, folder / "engine", dtype="float64")
-    return loaded(engine.path, load_registry())
+    return in_float64(converted(source, folder / "checkpoint"), folder)
 
 
 def full_logits(runner: Runner, prompt: list[int]) -> torch.Tensor:
@@ -156,6 +161,13 @@ def reference_logits(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
     """Logits [len(prompt), vocab_size] as transformers computes them."""
     with torch.inference_mode():
         return model(input_ids=torch.tensor([prompt])).logits[0]
+
+
+def assert_same(runner: Runner, model: torch.nn.Module, prompts: list[list[int]] = PROMPTS) -> None:
+    """Hold an engine's logits of prompts to those of transformers, in float64."""
+    for prompt in prompts:
+        expected = reference_logits(model, prompt)
+        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=ATOL, rtol=0)
 
 
 def train_tokenizer(folder: Path) -> None:

@@ -69,7 +69,7 @@ def convert(
                     f"{path} looks like {finer.family}, whose instruction template is lost when it "
                     f"is converted as {converter.family}: --model {finer.family} keeps it"
                 )
-    target = output or (workspace or Workspace.choose(None)).checkpoint(converter.family)
+    target = output or (workspace or Workspace.choose()).checkpoint(converter.family)
     return convert_source(
         converter,
         path,
@@ -99,15 +99,15 @@ def convert_prompts(
     registry = registry or load_registry()
     with naming(source):
         converter = choose_table_converter(registry, source, model, options)
-    if converter is None:
-        return None
-    if output is None:
-        raise UsageError("say with --output where the prompt table is to go")
-    record = registry.record(registry.tables, converter.name)
-    return convert_table(
-        converter, source, output, plugin=record, dtype=dtype, replace=force,
-        allow_nonfinite=allow_nonfinite, progress=progress,
-    )  # fmt: skip
+        if converter is None:
+            return None
+        if output is None:
+            raise UsageError("say with --output where the prompt table is to go")
+        record = registry.record(registry.tables, converter.name)
+        return convert_table(
+            converter, source, output, plugin=record, dtype=dtype, replace=force,
+            allow_nonfinite=allow_nonfinite, progress=progress,
+        )  # fmt: skip
 
 
 def build(
@@ -134,7 +134,7 @@ def build(
     A checkpoint that is given opened is taken as it is.
     """
     registry = registry or load_registry()
-    space = workspace or Workspace.choose(None)
+    space = workspace or Workspace.choose()
     builder = registry.builders.get(engine)(options)
     if model is None and (checkpoint is None or output is None):
         raise UsageError("name the checkpoint and --output, or a model with --model")
@@ -195,7 +195,7 @@ def load(
 ) -> LoadedEngine:
     """Open, verify and load an engine of a path or of a model."""
     registry = registry or load_registry()
-    path = (workspace or Workspace.choose(None)).find_engine(engine, model)
+    path = (workspace or Workspace.choose()).find_engine(engine, model)
     runner = load_verified(path, registry, options)
     opened = runner.engine
     folder = tokenizer or opened.tokenizer
@@ -236,7 +236,7 @@ def evaluate(
     from porttool.evaluator import evaluate as run_evaluator
 
     registry = registry or load_registry()
-    space = workspace or Workspace.choose(None)
+    space = workspace or Workspace.choose()
     evaluator = registry.evaluators.get(name)(options)
     needed = test_engine or hf_model is None or output is None
     subject = find_subject(space, engine, model, needed=needed)

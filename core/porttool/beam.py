@@ -125,12 +125,11 @@ def rank(
 
 def next_step(groups: list[BeamGroup]) -> Step:
     """Feed the last token of every beam."""
-    rows = [(g, b) for g in groups for b in range(len(g.slots))]
-    return Step(
-        torch.tensor([g.slots[b] for g, b in rows]),
-        torch.tensor([g.tokens[b][-1:] for g, b in rows]),
-        torch.tensor([len(g.prompt) + len(g.tokens[b]) - 1 for g, b in rows]),
-        torch.ones(len(rows), dtype=torch.int64),
+    beams = [(g, tokens) for g in groups for tokens in g.tokens]
+    return Step.decode(
+        [tokens[-1] for _, tokens in beams],
+        [slot for g in groups for slot in g.slots],
+        [len(g.prompt) + len(tokens) - 1 for g, tokens in beams],
     )
 
 

@@ -1,4 +1,4 @@
-"""The contract of a builder, and the driver that turns a checkpoint into an engine."""
+"""The contract of a builder, which turns a checkpoint into an engine."""
 
 from __future__ import annotations
 

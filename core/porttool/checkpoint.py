@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from porttool.component import explain
 from porttool.config import (
@@ -35,6 +35,7 @@ from porttool.errors import (
     intact,
 )
 from porttool.folder import FileRecord, Stamp, find_files, hash_file, verify_files
+from porttool.sources.places import SourceFiles
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.standing import KINDS, MAX_MANIFEST, kind_of, partial_folder
 
@@ -47,11 +48,16 @@ UNSEALED = b'"seal": ""'
 class Manifest(Closed):
     """What a folder is. `seal` is the SHA-256 of the manifest's own text with the seal empty."""
 
+    format: str
+    format_version: Literal[1] = 1
     seal: str = ""
 
-    def sealed(self) -> str:
-        """Return the text to write: any bit that changes in it later is found when it is read."""
-        text = self.model_copy(update={"seal": ""}).model_dump_json(indent=1)
+    def sealed(self, **late: Any) -> str:
+        """Return the text to write, with fields that are known only now.
+
+        Any bit that changes in it later is found when it is read.
+        """
+        text = self.model_copy(update={**late, "seal": ""}).model_dump_json(indent=1)
         return text.replace(UNSEALED.decode(), f'"seal": "{seal_of(text.encode())}"', 1)
 
 
@@ -82,15 +88,18 @@ class SourceRecord(Closed):
     fingerprint: str
     options: dict[str, Any] = Field(default_factory=dict)
 
+    @classmethod
+    def of(cls, files: SourceFiles, options: BaseModel) -> Self:
+        """Describe a source, given its files as they are and what its converter was told."""
+        told = options.model_dump(mode="json", exclude_none=True)
+        return cls(path=str(files.source.absolute()), fingerprint=files.fingerprint, options=told)
 
-class CheckpointManifest(Manifest):
-    """Everything about a checkpoint but its tensors."""
 
-    format: Literal["porttool-checkpoint"] = "porttool-checkpoint"
-    format_version: Literal[1] = 1
+class ModelManifest(Manifest):
+    """What a checkpoint and the engines that are built from it say of their model."""
+
     porttool_version: str
     family: str
-    plugin: PluginRecord
     source: SourceRecord
     config: ModelConfig
     tokens: SpecialTokens
@@ -98,8 +107,15 @@ class CheckpointManifest(Manifest):
     infill: InfillTokens | None = None
     dtype: Dtype
     dummy: bool = False
-    tensors: dict[str, tuple[int, ...]]
     files: dict[str, FileRecord]
+
+
+class CheckpointManifest(ModelManifest):
+    """Everything about a checkpoint but its tensors."""
+
+    format: Literal["porttool-checkpoint"] = "porttool-checkpoint"
+    plugin: PluginRecord
+    tensors: dict[str, tuple[int, ...]]
 
 
 class Checkpoint:
@@ -196,12 +212,16 @@ class Checkpoint:
             stamp = Stamp.of(source.stat())
         self._require_same(name, stamp)
 
+    @property
+    def tokenizer_files(self) -> list[str]:
+        """Names of the tokenizer's files: those of the manifest, and no others."""
+        return [name for name in self.manifest.files if name.startswith(f"{TOKENIZER}/")]
+
     def copy_tokenizer(self, folder: Path) -> None:
-        """Copy the tokenizer's files, those of the manifest and no others, below a folder."""
-        for name in self.manifest.files:
-            if name.startswith(f"{TOKENIZER}/"):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                self.copy_file(name, folder / name)
+        """Copy the tokenizer's files below a folder."""
+        for name in self.tokenizer_files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(name, folder / name)
 
     @property
     def tokenizer(self) -> Path:

@@ -35,8 +35,8 @@ PathOption = Annotated[Path, AfterValidator(Path.absolute)]
 class Component(ABC):
     """A named thing that a plugin provides; what it can be told is its `Options`.
 
-    `name` is unique among the components of a kind. A subclass narrows `Options` by a nested
-    class of that name.
+    `name` is unique among the components of a kind. A subclass that can be told something sets
+    `Options` to its own class, and annotates `options` with it.
     """
 
     name: ClassVar[str]

@@ -11,11 +11,22 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu"]
 Norm = Literal["layernorm", "layernorm1p", "rmsnorm"]
 Position = Literal["learned", "rotary"]
 Dtype = Literal["float64", "float32", "float16", "bfloat16"]
+ITEMSIZE = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
+    "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Bytes of an element, by torch's name of its type."""
+
 HALF: tuple[Dtype, ...] = ("float16", "bfloat16")
 """Types of 16 bits, whose rounding hides small mistakes."""
 
 MAX_DIMENSION = 1 << 24
 """No dimension of a language model comes near this; a larger one is a damaged or hostile file."""
+
+
+def dtype_name(dtype: object) -> str:
+    """Return the name of one of torch's types, as `float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Closed(BaseModel):
@@ -96,9 +107,15 @@ class ModelConfig(Closed):
         return int(self.head_dim * self.rotary_fraction)
 
     @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of queries, of keys and of values in the fused projection."""
+        kv = self.n_kv_head * self.head_dim
+        return self.n_head * self.head_dim, kv, kv
+
+    @property
     def qkv_dim(self) -> int:
         """Rows of the fused query, key and value projection."""
-        return (self.n_head + 2 * self.n_kv_head) * self.head_dim
+        return sum(self.qkv_rows)
 
     @property
     def up_dim(self) -> int:

@@ -25,11 +25,11 @@ from porttool.component import Component, explain
 from porttool.config import Dtype, InfillTokens, ModelConfig, PromptTemplate, SpecialTokens
 from porttool.errors import SourceError, naming
 from porttool.folder import pending_folder
+from porttool.memory import digest
 from porttool.progress import SILENT, Progress
 from porttool.shards import (
     MAX_SHARD_BYTES,
     TensorJob,
-    digest,
     plan_shards,
     work_key,
     write_shards,
@@ -136,7 +136,7 @@ class Refinement(Converter):
     It may come from another plugin than the one that it refines, which core finds by name.
     """
 
-    refines: ClassVar[str | None]
+    refines: ClassVar[str]
 
     def __init__(self, base: Converter, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(options)
@@ -197,11 +197,7 @@ def convert(
     """
     require_free(output, MANIFEST, replace=replace, sources=[source_path])
     files_read = SourceFiles.of(source_path)
-    record = SourceRecord(
-        path=str(source_path.absolute()),
-        fingerprint=files_read.fingerprint,
-        options=converter.options.model_dump(mode="json", exclude_none=True),
-    )
+    record = SourceRecord.of(files_read, converter.options)
     with (
         scratch_folder(source_path, output) as scratch,
         naming(source_path),
@@ -230,8 +226,7 @@ def convert(
             for name, data in files.items():
                 folder.add_bytes(f"{TOKENIZER}/{name}", data)
             files_read.require_unchanged()
-            finished = manifest.model_copy(update={"files": dict(sorted(folder.files.items()))})
-            folder.finish(MANIFEST, finished.sealed())
+            folder.finish(MANIFEST, manifest.sealed(files=dict(sorted(folder.files.items()))))
             progress.finish()
     return Checkpoint.open(output, verify=False)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from importlib.metadata import version
 from os import cpu_count
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DUMMY = "dummy"
-DEVIATION = 0.02
-"""Of every weight, less where a sum has many terms: activations stay finite in 16 bits."""
-
 PLAIN: dict[str, Activation] = {**ACTIVATIONS, "gelu_tanh": "gelu_tanh", "squared-relu": "relu2"}
 
 
@@ -172,7 +169,6 @@ def read_shape(registry: Registry, path: Path, model: str | None) -> ModelConfig
             raise
 
 
-@contextmanager
 def dummy_checkpoint(
     output: Path | None = None,
     *,
@@ -183,9 +179,8 @@ def dummy_checkpoint(
     seed: int = 0,
     force: bool = False,
     workspace: Workspace | None = None,
-    registry: Registry | None = None,
     progress: Progress = SILENT,
-) -> Iterator[Checkpoint]:
+) -> AbstractContextManager[Checkpoint]:
     """Draw a checkpoint for `api.build` to read; it is taken away when the context ends.
 
     The shape is that of a config file or of a family's published model, changed by knobs. Raises
@@ -193,13 +188,13 @@ def dummy_checkpoint(
     """
     if output is None and model is None:
         raise UsageError("name the engine's folder with --output, or a model with --model")
-    target = output or (workspace or Workspace.choose(None)).engine(str(model))
+    target = output or (workspace or Workspace.choose()).engine(str(model))
     require_free(target, ENGINE, replace=force)
-    base = find_shape(registry or load_registry(), model, config)
+    base = find_shape(load_registry(), model, config)
     shape = dummy_config(base, knobs or Knobs())
-    with drawn_checkpoint(shape, target, dtype=dtype, seed=seed, family=model or DUMMY,
-                          progress=progress) as drawn:  # fmt: skip
-        yield drawn
+    return drawn_checkpoint(
+        shape, target, dtype=dtype, seed=seed, family=model or DUMMY, progress=progress
+    )
 
 
 @contextmanager
@@ -233,8 +228,7 @@ def drawn_checkpoint(
         progress.start("random weights", n_bytes)
         workers = min(8, cpu_count() or 1)
         write_shards(folder, shards, workers=workers, progress=progress)
-        finished = manifest.model_copy(update={"files": dict(folder.files)})
-        folder.finish(MANIFEST, finished.sealed())
+        folder.finish(MANIFEST, manifest.sealed(files=folder.files))
         progress.finish()
     try:
         yield Checkpoint.open(target, verify=False)
@@ -267,14 +261,12 @@ def describe(
 
 
 def draw(name: str, shape: tuple[int, ...], dtype: Dtype, seed: int, config: ModelConfig) -> Tensor:
-    """Draw one canonical tensor from a normal distribution of its own; norms scale by about 1."""
+    """Draw one canonical tensor, whose numbers depend on its name and the seed alone."""
     import torch
 
     from porttool.memory import empty
+    from porttool.nn import randomise
 
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    deviation = DEVIATION if len(shape) == 1 else min(DEVIATION, shape[-1] ** -0.5)
-    tensor = empty(shape, getattr(torch, dtype)).normal_(0, deviation, generator=generator)
-    scales = "norm" in name and name.endswith("weight") and config.norm != "layernorm1p"
-    return tensor.add_(1) if scales else tensor
+    return randomise(empty(shape, getattr(torch, dtype)), name, config, generator)

@@ -21,19 +21,11 @@ from porttool.builder import Builder, BuildRequest, Rank
 from porttool.checkpoint import (
     TOKENIZER,
     Checkpoint,
-    Manifest,
+    ModelManifest,
     PluginRecord,
-    SourceRecord,
     read_manifest,
 )
-from porttool.config import (
-    Dtype,
-    InfillTokens,
-    Limits,
-    ModelConfig,
-    PromptTemplate,
-    SpecialTokens,
-)
+from porttool.config import Dtype, Limits, ModelConfig
 from porttool.errors import PluginError, UsageError, require_kind
 from porttool.folder import FileRecord, hash_file, pending_folder, verify_files
 from porttool.progress import SILENT, Progress
@@ -47,28 +39,17 @@ PROMPT_ROWS = "max_prompt_embedding_table_size"
 DEFAULT_OUTPUT_LEN = 100
 
 
-class EngineManifest(Manifest):
+class EngineManifest(ModelManifest):
     """Everything about an engine but its weights. `built` is the builder's own record."""
 
     format: Literal["porttool-engine"] = "porttool-engine"
-    format_version: Literal[1] = 1
-    porttool_version: str
     kind: str
-    family: str
     builder: PluginRecord
     converter: PluginRecord
     checkpoint_digest: str
-    source: SourceRecord
-    config: ModelConfig
-    tokens: SpecialTokens
-    prompt: PromptTemplate | None
-    infill: InfillTokens | None = None
-    dtype: Dtype
     limits: Limits
     world_size: int
-    dummy: bool
     built: tuple[dict[str, Any], ...]
-    files: dict[str, FileRecord]
 
 
 class Engine:

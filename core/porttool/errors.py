@@ -160,6 +160,15 @@ class MissingExtra(PorttoolError):
         )
 
 
+@contextmanager
+def importing(extra: str, package: str) -> Iterator[None]:
+    """Turn an import of an extra's package that fails into MissingExtra."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(extra, package) from error
+
+
 def require_extra(extra: str, *packages: str) -> None:
     """Raise MissingExtra before any work is done if a package of an extra is absent or too old.
 

@@ -42,6 +42,11 @@ class Verdict(Closed):
     bound: str
     detail: str = ""
 
+    @property
+    def word(self) -> str:
+        """The outcome in a word; what could not be compared fails."""
+        return "pass" if self.passed else "FAIL"
+
 
 class Table(Closed):
     """Rows of text under column heads, for whoever shows a report."""
@@ -63,18 +68,22 @@ class Report(Closed):
     measurements: dict[str, Any] = Field(default_factory=dict)
 
     @property
+    def failed(self) -> list[Verdict]:
+        """The verdicts that are not yes."""
+        return [v for v in self.verdicts if not v.passed]
+
+    @property
     def passed(self) -> bool:
         """True only if something was checked and every verdict is yes."""
-        return bool(self.verdicts) and all(v.passed is True for v in self.verdicts)
+        return bool(self.verdicts) and not self.failed
 
     def require_pass(self) -> None:
         """Raise CheckFailed naming every verdict that is not yes, or that there is none."""
         if self.passed:
             return
-        failed = [v for v in self.verdicts if v.passed is not True]
         what = "; ".join(
             f"{v.name}: {v.found}, bound {v.bound}" + (f" ({v.detail})" if v.detail else "")
-            for v in failed
+            for v in self.failed
         )
         raise CheckFailed(f"{self.evaluator}: {what or 'nothing was compared'}")
 
@@ -171,8 +180,8 @@ def telling(report: Report, progress: Progress) -> Iterator[None]:
         yield
     except PorttoolError:
         for verdict in report.verdicts:
-            said = "pass" if verdict.passed is True else "FAIL"
-            progress.note(f"{said}: {verdict.name}: {verdict.found}, bound {verdict.bound}")
+            said = f"{verdict.name}: {verdict.found}, bound {verdict.bound}"
+            progress.note(f"{verdict.word}: {said}")
         raise
 
 

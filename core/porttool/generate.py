@@ -203,11 +203,8 @@ class Loop:
 
     def advance(self, rows: list[Row]) -> None:
         """Feed each row's last token and take what follows."""
-        step = Step(
-            torch.tensor([r.slot for r in rows]),
-            torch.tensor([r.tokens[-1:] for r in rows]),
-            torch.tensor([r.cached for r in rows]),
-            torch.ones(len(rows), dtype=torch.int64),
+        step = Step.decode(
+            [r.tokens[-1] for r in rows], [r.slot for r in rows], [r.cached for r in rows]
         )
         room = min(self.sampling.max_new_tokens - len(r.tokens) for r in rows)
         choices = self.choices(rows)

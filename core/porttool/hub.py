@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from porttool.errors import MissingExtra, SourceError, UsageError, require_extra
+from porttool.errors import SourceError, UsageError, importing, require_extra
 from porttool.huggingface import WEIGHTS
 from porttool.standing import kind_of, require_text_name
 
@@ -43,7 +43,7 @@ def fetch(hub_id: str) -> Path:
     Behind an `@` the id may name a branch, a tag or a commit.
     """
     require_extra("hub", "huggingface_hub")
-    try:
+    with importing("hub", "huggingface_hub"):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
@@ -51,8 +51,6 @@ def fetch(hub_id: str) -> Path:
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
-    except ImportError as error:
-        raise MissingExtra("hub", "huggingface_hub") from error
     name, _, told = hub_id.partition("@")
     revision = told or None
     try:

@@ -1,4 +1,4 @@
-"""Memory for large tensors: in huge pages where the system has them, gone as soon as it is free.
+"""Memory of tensors: large ones in huge pages where there are such, gone as soon as it is free.
 
 Fresh memory is handed out page by page; with pages of 4 KB that takes longer than reading and
 writing what they hold (Linux, Documentation/admin-guide/mm/transhuge.rst).
@@ -10,6 +10,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,3 +49,15 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def packed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a contiguous copy of a tensor in a type."""
     return empty(tensor.shape, dtype).copy_(tensor)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """View the memory of a contiguous tensor on the CPU as bytes."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor's elements, to compare some that are never held together."""
+    return sha256(as_bytes(tensor.contiguous())).digest()

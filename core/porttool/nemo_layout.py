@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,6 @@ from porttool.errors import SourceError
 from porttool.huggingface import SourceConfig
 from porttool.sources.megatron_names import join_ranks
 from porttool.sources.nemo import CONFIG, NemoFiles, locate_model, read_nemo_config
-from porttool.sources.nemo_tokenizer import read_tokenizer
 from porttool.sources.tokenizer_files import special_tokens
 from porttool.weights import as_is, interleaved_qkv
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 UNUSED = ("*_extra_state", "*rotary_pos_emb.inv_freq")
 """State of kernels, and the rotary frequencies, which follow from the config."""
+
+BPE_FILES = {"vocab_file": "vocab.json", "merge_file": "merges.txt"}
+"""Keys of the YAML's tokenizer → the names that the files have elsewhere."""
 
 
 class NemoModel:
@@ -78,3 +81,15 @@ class NemoModel:
                 f"{info.file} only {info.shape[0]} rows; they do not belong together"
             )
         return self._n_tokens or info.shape[0]
+
+
+def read_tokenizer(files: NemoFiles, tokenizer: Mapping[str, object]) -> dict[str, bytes]:
+    """Return a tokenizer's files, of sentencepiece or of byte pairs, under their usual names.
+
+    A tokenizer that the YAML names by a hub id is not in the archive: then there is none.
+    """
+    model = files.artifact(tokenizer.get("model") or tokenizer.get("tokenizer_model"))
+    if model is not None:
+        return {"tokenizer.model": model}
+    found = {new: files.artifact(tokenizer.get(key)) for key, new in BPE_FILES.items()}
+    return {new: data for new, data in found.items() if data is not None}

@@ -89,7 +89,7 @@ class Registry:
 
         found = self.converters.get(name)
         if issubclass(found, Refinement):
-            return found(self.converter(str(found.refines)), options)
+            return found(self.converter(found.refines), options)
         return found(options)
 
     def recognisers(self, source: Path, names: Iterable[str] | None = None) -> list[Converter]:
@@ -134,7 +134,7 @@ class Registry:
                 raise error  # nobody could read it: that is the source's fault
             self._set_aside(plugin.name, error)
 
-    def set_aside(self) -> str:
+    def hint(self) -> str:
         """Return a hint at the plugins that are not used, and why; empty if there is none."""
         said = "; ".join(f"{p} ({p.error})" for p in self.plugins if p.error)
         return (f"; plugins set aside: {said}" if said else "") + left_out(self.plugins)
@@ -158,7 +158,7 @@ class Registry:
             absent = f"not installed; install {made.distribution}=={made.version}"
             raise PluginError(
                 f"{what} {made.component!r} of {made.distribution} {made.version}, which is "
-                f"{'not in use' if there else absent}{self.set_aside()}"
+                f"{'not in use' if there else absent}{self.hint()}"
             )
         if (now := self.record(catalog, made.component)) != made:
             raise PluginError(
@@ -180,7 +180,7 @@ class Registry:
 
     def _collect(self, kind: str, base: Any, *others: Any) -> Catalog[Any]:
         """Collect the classes of `base` from a hook that may yield the others too."""
-        catalog: Catalog[Any] = Catalog(kind, hint=self.set_aside)
+        catalog: Catalog[Any] = Catalog(kind, hint=self.hint)
         by_name = {plugin.name: plugin for plugin in self.plugins}
         hook = getattr(self._manager.hook, f"porttool_{kind}s")
         for impl in sorted(hook.get_hookimpls(), key=lambda i: str(i.plugin_name)):
@@ -252,8 +252,7 @@ def choose_converter(
     A converter that another match refines steps back. None or several left is a UsageError that
     says which families do match.
     """
-    names = named_converters(registry, model) if model else list(registry.converters.classes)
-    left = registry.recognisers(source, names)
+    left = registry.recognisers(source, named_converters(registry, model) if model else None)
     if len(left) == 1:
         if model:  # else every family was asked already
             require_own_source(registry, source, left[0])
@@ -267,7 +266,7 @@ def choose_converter(
         hints = hints_at(source, registry.readers)
         raise UsageError(
             f"{source}: no installed family recognises this{hints}; "
-            f"`porttool plugins list` shows what each reads{registry.set_aside()}"
+            f"`porttool plugins list` shows what each reads{registry.hint()}"
         )
     own = model.partition("/")[0]
     others = {c.name if c.family == own else c.family for c in registry.readers(source)}

@@ -10,7 +10,6 @@ through them.
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,12 +19,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from porttool.checkpoint import Manifest, PluginRecord, SourceRecord, read_manifest
 from porttool.component import Component
-from porttool.config import Dtype, ModelConfig, PromptTableConfig
+from porttool.config import Dtype, ModelConfig, PromptTableConfig, dtype_name
 from porttool.converter import widest
-from porttool.errors import CheckpointError, SourceError, UsageError, naming
+from porttool.errors import CheckpointError, SourceError, UsageError
 from porttool.folder import FileRecord, pending_folder, verify_files
 from porttool.progress import SILENT, Progress
-from porttool.shards import TensorJob, plan_shards, write_shards
+from porttool.shards import TensorJob, plan_shards, work_key, write_shards
 from porttool.sources.archive import is_gzip
 from porttool.sources.places import SourceFiles, require_outside
 from porttool.sources.safetensors_file import SafetensorsFile
@@ -46,7 +45,6 @@ class PromptTableManifest(Manifest):
     """Everything about a prompt table but its rows."""
 
     format: Literal["porttool-prompt-table"] = "porttool-prompt-table"
-    format_version: Literal[1] = 1
     porttool_version: str
     family: str
     plugin: PluginRecord
@@ -197,42 +195,9 @@ def convert_table(
 
     Raises SourceError for tables that cannot be used, by task.
     """
-    with naming(source):
-        return write_table(
-            converter, source, output, plugin=plugin, dtype=dtype, replace=replace,
-            allow_nonfinite=allow_nonfinite, progress=progress,
-        )  # fmt: skip
-
-
-def read_tables(
-    converter: TableConverter, source: Path, progress: Progress
-) -> Mapping[str, Tensor]:
-    """Return every task's rows [length, d_model]; say what a compressed source costs."""
-    if source.is_file() and is_gzip(source):
-        progress.note(f"{source.name} is compressed: one pass finds its tables, one reads them")
-    return converter.open(source)
-
-
-def write_table(
-    converter: TableConverter,
-    source: Path,
-    output: Path,
-    *,
-    plugin: PluginRecord,
-    dtype: Dtype | None,
-    replace: bool,
-    allow_nonfinite: bool,
-    progress: Progress,
-) -> PromptTable:
-    """Read every task's table, check it, and write them all."""
     require_outside(source, output)
     require_free(output, MANIFEST, replace=replace, sources=[source])
     files_read = SourceFiles.of(source)
-    record = SourceRecord(
-        path=str(source.absolute()),
-        fingerprint=files_read.fingerprint,
-        options=converter.options.model_dump(mode="json", exclude_none=True),
-    )
     tables = read_tables(converter, source, progress)
     for task, table in tables.items():
         check_table(source, task, table)
@@ -245,13 +210,13 @@ def write_table(
         tasks=tuple(tables),
         lengths=tuple(len(table) for table in tables.values()),
         d_model=next(iter(widths.values())),
-        dtype=dtype or widest({str(t.dtype).removeprefix("torch.") for t in tables.values()}),
+        dtype=dtype or widest({dtype_name(t.dtype) for t in tables.values()}),
     )
     manifest = PromptTableManifest(
         porttool_version=version("porttool"),
         family=converter.family,
         plugin=plugin,
-        source=record,
+        source=SourceRecord.of(files_read, converter.options),
         config=config,
         files={},
     )
@@ -259,15 +224,24 @@ def write_table(
     job = TensorJob(
         TENSOR, shape, config.dtype, 0, partial(joined, tables, config.dtype, allow_nonfinite)
     )
-    key = hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+    shards = plan_shards([job], TENSOR)
+    key = work_key(manifest.model_dump_json(), shards)
     with pending_folder(
         output, key, manifest=MANIFEST, replace=replace, sources=[source]
     ) as folder:
-        write_shards(folder, plan_shards([job], TENSOR), workers=1, progress=SILENT)
+        write_shards(folder, shards, workers=1, progress=SILENT)
         files_read.require_unchanged()
-        finished = manifest.model_copy(update={"files": folder.files})
-        folder.finish(MANIFEST, finished.sealed())
+        folder.finish(MANIFEST, manifest.sealed(files=folder.files))
     return PromptTable.open(output)
+
+
+def read_tables(
+    converter: TableConverter, source: Path, progress: Progress
+) -> Mapping[str, Tensor]:
+    """Return every task's rows [length, d_model]; say what a compressed source costs."""
+    if source.is_file() and is_gzip(source):
+        progress.note(f"{source.name} is compressed: one pass finds its tables, one reads them")
+    return converter.open(source)
 
 
 def check_table(source: Path, task: str, table: Tensor) -> None:
@@ -275,7 +249,7 @@ def check_table(source: Path, task: str, table: Tensor) -> None:
     if table.ndim != 2 or not table.numel() or not table.is_floating_point():
         raise SourceError(
             f"{source}: the table of {task!r} should be numbers [virtual tokens, width], it is "
-            f"{str(table.dtype).removeprefix('torch.')} {list(table.shape)}"
+            f"{dtype_name(table.dtype)} {list(table.shape)}"
         )
     if not table.any():
         raise SourceError(

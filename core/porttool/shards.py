@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from porttool.config import Dtype
+from porttool.config import ITEMSIZE, Dtype
 from porttool.folder import JOURNAL, FileRecord, PendingFolder, sync
+from porttool.memory import as_bytes
 from porttool.progress import Progress
-from porttool.sources.safetensors_file import CODES, DTYPES
+from porttool.sources.safetensors_file import CODES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ class TensorJob:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return math.prod(self.shape) * DTYPES[CODES[self.dtype]][1]
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
 
     @property
     def cost(self) -> int:
@@ -204,18 +205,6 @@ def write_tensors(
             progress.advance(job.nbytes)
             del tensor, data, hashed
     return FileRecord(bytes=size, sha256=digest.hexdigest())
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """View a contiguous tensor's memory as bytes."""
-    import torch
-
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def digest(tensor: Tensor) -> bytes:
-    """Return the SHA-256 of a tensor's elements, to compare two that are never held together."""
-    return hashlib.sha256(as_bytes(tensor.contiguous())).digest()
 
 
 def write_all(file: IO[bytes], data: memoryview) -> None:

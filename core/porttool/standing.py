@@ -163,6 +163,28 @@ def require_free(
             )
 
 
+def require_writable(*files: Path | None) -> None:
+    """Refuse a result's place that cannot be, before anything is measured.
+
+    Nor may it be in a finished folder of ours, whose files are sealed, or be another result's.
+    """
+    given = [file for file in files if file is not None]
+    for i, file in enumerate(given):
+        if file.is_dir():  # "" is one, which a variable of the shell stands for that is not set
+            raise UsageError(f"{file} is a folder: name a file for the result")
+        folder = file.absolute().parent
+        again = any(file.resolve() == other.resolve() for other in given[:i])
+        if again and (file.is_file() or not file.exists()):  # /dev/null takes any number
+            raise UsageError(f"{file} is named for two results, of which one would be lost")
+        for above in file.resolve().parents:
+            if kind := finished_kind(above):
+                raise UsageError(f"{file} lies in {above}, which is {kind}: choose another place")
+        if not folder.is_dir():
+            raise UsageError(f"{file}: there is no folder {folder}")
+        if not os.access(file if file.exists() else folder, os.W_OK):
+            raise UsageError(f"{file} cannot be written: choose another place")
+
+
 def partial_folder(target: Path) -> Path:
     """Return where a folder is written until it is whole: beside its place, hidden."""
     place = target if target.name.strip(".") else target.resolve()

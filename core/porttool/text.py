@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from unicodedata import normalize
 
-from porttool.errors import CheckpointError, MissingExtra, UsageError
+from porttool.errors import CheckpointError, UsageError, importing
 from porttool.sources.tokenizer_files import (
     BYTE_PAIRS,
     KINDS,
@@ -84,10 +84,8 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     def __init__(self, path: Path) -> None:
-        try:
+        with importing("gpt-next", "sentencepiece"):
             from sentencepiece import SentencePieceProcessor
-        except ImportError as error:
-            raise MissingExtra("gpt-next", "sentencepiece") from error
         self._inner = guarded(path, lambda file: SentencePieceProcessor(model_file=str(file)))
         self._of_sw3 = tokenizer_class(path.parent) == SW3
         self.unknown = int(self._inner.unk_id())

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from porttool import hookspecs
+from porttool.catalog import Plugin
 from porttool.errors import PluginError, UsageError
 
 if TYPE_CHECKING:
@@ -48,10 +49,15 @@ def require_complete(component: type[Component]) -> None:
 
 
 def undeclared(component: type[Component]) -> Iterator[str]:
-    """Yield the class variables that a base declares and nobody gives a value."""
-    for base in component.__mro__:
+    """Yield the class variables that a base declares and nobody gives a value.
+
+    None is a value for those who say so themselves, and none for a base that declares it anew.
+    """
+    for i, base in enumerate(component.__mro__):
         for name, annotation in inspect.get_annotations(base).items():
-            if "ClassVar" in str(annotation) and not hasattr(component, name):
+            given = any(name in vars(finer) for finer in component.__mro__[: i + 1])
+            absent = not given and getattr(component, name, None) is None
+            if absent and "ClassVar" in str(annotation):
                 yield name
 
 
@@ -134,19 +140,13 @@ def require_new(
 
 def blamed(error: BaseException, entries: Iterable[EntryPoint]) -> str | None:
     """Say which plugin of another distribution an error passed through, and where; else None."""
-    packages = {e.module.partition(".")[0]: e for e in entries if origin(e) != "porttool"}
+    plugins = {entry.module.partition(".")[0]: Plugin.of(entry) for entry in entries}
     frames = zip(walk_tb(error.__traceback__), extract_tb(error.__traceback__), strict=True)
     for (frame, _), place in reversed(list(frames)):
-        entry = packages.get(str(frame.f_globals.get("__name__")).partition(".")[0])
-        if entry is not None:
-            version = entry.dist.version if entry.dist else "unknown"
+        plugin = plugins.get(str(frame.f_globals.get("__name__")).partition(".")[0])
+        if plugin is not None and plugin.distribution != "porttool":
             return (
-                f"the plugin {entry.name!r} of {origin(entry)} {version} failed in "
+                f"the plugin {plugin.name!r} of {plugin.source} failed in "
                 f"{place.name}, {place.filename}:{place.lineno}"
             )
     return None
-
-
-def origin(entry: EntryPoint) -> str:
-    """Return the name of an entry point's distribution."""
-    return entry.dist.name if entry.dist else "unknown"

@@ -110,9 +110,15 @@ class WeightMap:
 _LAYER = re.compile(r"^layers\.(\d+)\.")
 
 
+def template_of(name: str) -> tuple[str, str]:
+    """Return a canonical name with `{i}` for its layer, and that layer, "" outside of all."""
+    layer = _LAYER.match(name)
+    return _LAYER.sub("layers.{i}.", name), layer[1] if layer else ""
+
+
 def identity_rules(names: Iterable[str]) -> dict[str, Take]:
     """Return rules for tensors that are under canonical names already, as they are stored."""
-    return {template: take(template) for template in {_LAYER.sub("layers.{i}.", n) for n in names}}
+    return {template: take(template) for template, _ in map(template_of, names)}
 
 
 def resolve_rules(
@@ -123,16 +129,15 @@ def resolve_rules(
     Raises SourceError naming missing source tensors and those that no rule knows.
     """
     require_kind(weight_map, WeightMap, "weight_map")
-    templates = {name: _LAYER.sub("layers.{i}.", name) for name in wanted}
-    if unruled := sorted(set(templates.values()) - weight_map.rules.keys()):
-        idle = sorted(weight_map.rules.keys() - set(templates.values()))
+    places = {name: template_of(name) for name in wanted}
+    templates = {template for template, _ in places.values()}
+    if unruled := sorted(templates - weight_map.rules.keys()):
+        idle = sorted(weight_map.rules.keys() - templates)
         close = get_close_matches(unruled[0], idle, n=1)
         hint = f"; there is one for {close[0]!r}, which no tensor has" if close else ""
-        raise SourceError(f"the family has no weight rule for {quoted(unruled)}{hint}")
-    resolved: dict[str, Take] = {}
-    for name, template in templates.items():
-        layer = _LAYER.match(name)
-        resolved[name] = weight_map.rules[template].at(layer[1] if layer else "")
+        quoted = listing([repr(name) for name in unruled])
+        raise SourceError(f"the family has no weight rule for {quoted}{hint}")
+    resolved = {name: weight_map.rules[t].at(layer) for name, (t, layer) in places.items()}
     used = {n for rule in resolved.values() for n in rule.names}
     missing = sorted(used - present.keys())
     extra = sorted(
@@ -158,11 +163,6 @@ def listing(names: Sequence[str], most: int = 6) -> str:
     """Return names as text, the first few and a count of the rest."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(f"{name:.200}" for name in names[:most]) + rest
-
-
-def quoted(names: Sequence[str]) -> str:
-    """Return names as `listing` does, each in quotes."""
-    return listing([repr(name) for name in names])
 
 
 def map_tensor(

@@ -21,7 +21,7 @@ class Workspace:
     root: Path
 
     @classmethod
-    def choose(cls, workdir: Path | None) -> Workspace:
+    def choose(cls, workdir: Path | None = None) -> Workspace:
         """Return the workspace that options and environment name."""
         return cls(workdir or Path(os.environ.get(VARIABLE) or DEFAULT))
 

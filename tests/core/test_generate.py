@@ -89,10 +89,9 @@ def test_all_that_the_engine_takes_and_gives(runner):
 
 
 def test_a_step_to_the_last_place_of_the_cache_and_one_beyond(runner):
-    slot, tokens, one = torch.tensor([0]), torch.tensor([[1]]), torch.tensor([1])
-    runner.step(Step(slot, tokens, torch.tensor([runner.max_len - 1]), one))
+    runner.step(Step.decode([1], [0], [runner.max_len - 1]))
     with pytest.raises(UsageError, match=f"reach {runner.max_len + 1} tokens, but the engine hold"):
-        runner.step(Step(slot, tokens, torch.tensor([runner.max_len]), one))
+        runner.step(Step.decode([1], [0], [runner.max_len]))
 
 
 def test_an_end_token_takes_its_logprob_and_logits_with_it(runner, greedy):

@@ -88,6 +88,10 @@ BROKEN = {
     "abstract": (HEAD + "api_version = 1\nclass C(Converter):\n    name = 'c'\n    family = 'c'\n"
                  "@hookimpl\ndef porttool_converters(): return [C]",
                  "C lacks matches, open"),
+    "refines nothing": (HEAD + "api_version = 1\nfrom porttool import Refinement\n"
+                        "class C(Refinement):\n    name = family = 'c'\n"
+                        "    def recognises(self, config): return True\n"
+                        "@hookimpl\ndef porttool_converters(): return [C]", "C has no refines"),
     "no name": (HEAD + "api_version = 1\nclass C(Converter):\n    pass\n"
                 "@hookimpl\ndef porttool_converters(): return [C]", "C has no family, name"),
 }  # fmt: skip

@@ -44,10 +44,10 @@ from porttool.config import Sampling
 from porttool.engine import Engine
 from porttool.folder import hash_file
 from porttool.generate import generate
+from porttool.memory import digest
 from porttool.nn import Step
 from porttool.prompt_table import PromptTable
 from porttool.runner import load_runner, load_verified
-from porttool.shards import digest
 from porttool.token_files import read_tokens
 
 Values = dict[str, str]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 import tiny
 from porttool.cli import invoke
 from porttool.errors import SourceError, UsageError
 from porttool.plugins import choose_converter
 from porttool.text import fill_template
-from tiny import full_logits, reference_logits
 
 CAMEL = {
     "activation_function": "gelu", "n_positions": 2048, "vocab_size": 50258, "n_embd": 8,
@@ -48,11 +46,8 @@ def test_logits_and_manifest(tmp_path, camel, camel_source):
     assert (manifest.tokens.eos, manifest.tokens.pad) == ((50256,), 50257)
     assert (manifest.config.activation, manifest.config.n_positions) == ("gelu", 2048)
     limits = tiny.choose_limits(checkpoint.config, max_batch_size=1, max_input_len=20)
-    engine = tiny.built(checkpoint, tmp_path / "engine", dtype="float64", limits=limits)
-    runner = tiny.loaded(engine.path, tiny.load_registry())
-    prompt = [50257, 50256, 17, 4, 40000]
-    expected = reference_logits(camel, prompt)
-    torch.testing.assert_close(full_logits(runner, prompt), expected, atol=1e-9, rtol=0)
+    runner = tiny.in_float64(checkpoint, tmp_path, limits=limits)
+    tiny.assert_same(runner, camel, [[50257, 50256, 17, 4, 40000]])
 
 
 def test_the_template_travels_with_the_checkpoint(tmp_path, camel_source):

@@ -10,9 +10,8 @@ import torch
 import tiny
 from porttool.errors import SourceError
 from porttool.plugins import choose_converter, load_registry
-from tiny import PROMPTS, Form, full_logits, reference_logits
+from tiny import PROMPTS, Form, assert_same, full_logits, reference_logits
 
-ATOL = 1e-9
 VARIANTS = {
     "plain": {},
     "n_inner": {"n_inner": 56},
@@ -48,12 +47,6 @@ FORMS = {
     "bfloat16": Form(dtype=torch.bfloat16),
     "bfloat16_bin": Form(file="pytorch_model.bin", dtype=torch.bfloat16),
 }
-
-
-def assert_same(runner, model, atol=ATOL):
-    for prompt in PROMPTS:
-        expected = reference_logits(model, prompt)
-        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -93,11 +86,7 @@ def test_save_pretrained_in_shards(tmp_path, reference, safe):
     reference.double()
     assert (tmp_path / "source" / "model.safetensors.index.json").is_file()
     checkpoint = tiny.converted(tmp_path / "source", tmp_path / "checkpoint")
-    runner = tiny.loaded(
-        tiny.built(checkpoint, tmp_path / "engine", dtype="float64").path,
-        tiny.load_registry(),
-    )
-    assert_same(runner, reference)
+    assert_same(tiny.in_float64(checkpoint, tmp_path), reference)
 
 
 def test_special_ids_and_generation_config(tmp_path, reference):
@@ -116,8 +105,7 @@ def test_config_of_2019(tmp_path, reference):
     old = {**{k: values[k] for k in keep}, "n_ctx": 48, "initializer_range": 0.02}
     (source / "config.json").write_text(json.dumps(old))
     checkpoint = tiny.converted(source, tmp_path / "checkpoint")
-    engine = tiny.built(checkpoint, tmp_path / "engine", dtype="float64")
-    assert_same(tiny.loaded(engine.path, tiny.load_registry()), reference)
+    assert_same(tiny.in_float64(checkpoint, tmp_path), reference)
 
 
 @pytest.mark.parametrize(

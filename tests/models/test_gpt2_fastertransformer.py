@@ -15,10 +15,9 @@ from fastertransformer_writer import arrays, write_folder, write_ini
 from porttool.cli import invoke as run_cli
 from porttool.config import ModelConfig
 from porttool.converter import Source
-from porttool.errors import PorttoolError, SourceError, UsageError
+from porttool.errors import CheckpointError, PorttoolError, SourceError, UsageError
 from porttool.fastertransformer import export, open_folder, writing
 from porttool.plugins import choose_converter
-from tiny import PROMPTS, full_logits, reference_logits
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +58,7 @@ def test_logits_equal_transformers(tmp_path, model, tp, registry):
     source = write_folder(tmp_path / "c-model" / f"{tp}-gpu", model, tp).parent
     assert choose_converter(registry, source).name == "gpt2/fastertransformer"
     checkpoint = tiny.converted(source, tmp_path / "checkpoint")
-    engine = tiny.built(checkpoint, tmp_path / "engine", dtype="float64")
-    runner = tiny.loaded(engine.path, registry)
-    for prompt in PROMPTS:
-        expected = reference_logits(model, prompt)
-        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=1e-9, rtol=0)
+    tiny.assert_same(tiny.in_float64(checkpoint, tmp_path), model)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -96,9 +91,24 @@ def test_other_types_and_configs_make_the_round_trip(tmp_path, dtype, tokenizer_
     assert (second.tokenizer / "tokenizer.json").is_file()
 
 
+def test_the_tokenizer_that_is_exported_is_the_checkpoints(tmp_path, tokenizer_folder):
+    source = tiny.write_source(tmp_path / "source", tiny.gpt2(vocab_size=320))
+    shutil.copytree(tokenizer_folder, source, dirs_exist_ok=True)
+    checkpoint = tiny.converted(source, tmp_path / "checkpoint")
+    (checkpoint.tokenizer / "notes.txt").write_text("of nobody's manifest")
+    folder = export(checkpoint, tmp_path / "exported")
+    assert (folder / "tokenizer.json").is_file()
+    assert not (folder / "notes.txt").exists()
+    with (checkpoint.tokenizer / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: has \d+ bytes, the manifest says"):
+        export(checkpoint, tmp_path / "again")
+    assert not (tmp_path / "again" / "1-gpu").exists()
+
+
 def test_a_gate_goes_into_a_file_of_its_own(tmp_path):
     """Gate rows in the plain file, linear rows in the second, bit for bit there and back."""
-    from porttool.fastertransformer.config_file import OwnSection, format_config
+    from porttool.fastertransformer.config_file import FolderConfig, format_config
     from porttool.fastertransformer.layout import bin_files
 
     config = ModelConfig(
@@ -112,12 +122,12 @@ def test_a_gate_goes_into_a_file_of_its_own(tmp_path):
     assert second.name(1) == "model.layers.0.mlp.dense_h_to_4h.gate.weight.1.bin"
     assert [(r.local, r.canonical) for r in second.regions(1, 2)] == [(slice(0, 3), slice(9, 12))]
     assert up[9:12].equal(torch.cat([up[r.canonical] for r in second.regions(1, 2)]))
-    own = OwnSection(config=config, tokens={}, dtype="float32", tensor_parallel=1)
+    own = FolderConfig(config=config, tokens={}, dtype="float32", tensor_parallel=1)
     assert "activation_function = swiglu" in format_config(own)
     assert "rotary_pct = 0.5" in format_config(own)
 
 
-def test_fastertransformer_keys_are_understood(tmp_path, mha, registry):
+def test_fastertransformer_keys_are_understood(tmp_path, mha):
     folder = write_folder(tmp_path / "2-gpu", mha, 2)
     write_ini(folder, {
         "model_name": "gpt2", "head_num": 4, "size_per_head": 8, "inter_size": 128,

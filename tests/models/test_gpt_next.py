@@ -23,7 +23,7 @@ from porttool.errors import PorttoolError
 from porttool.plugins import choose_converter
 from porttool.progress import Progress
 from porttool.sources.nemo import read_nemo_config
-from tiny import full_logits, reference_logits
+from tiny import full_logits
 
 ATOL = 1e-9
 PROMPTS = [[5, 9, 2], [7], [1, 50, 33, 4, 8, 19, 2]]
@@ -62,10 +62,8 @@ def made(**changes: Any) -> dict[str, Any]:
     return {k: v for k, v in merged.items() if v is not None or k in keep}
 
 
-def loaded(source: Path, folder: Path, registry):
-    checkpoint = tiny.converted(source, folder / "checkpoint")
-    engine = tiny.built(checkpoint, folder / "engine", dtype="float64")
-    return tiny.loaded(engine.path, registry)
+def loaded(source: Path, folder: Path):
+    return tiny.in_float64(tiny.converted(source, folder / "checkpoint"), folder)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -73,10 +71,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_every_variant(tmp_path, registry, changes):
+def test_every_variant(tmp_path, changes):
     values = made(**changes)
     tensors = nemo.draw(values)
-    runner = loaded(nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
+    runner = loaded(nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path)
     for prompt in PROMPTS:
         expected = nemo.forward(values, tensors, prompt)
         torch.testing.assert_close(full_logits(runner, prompt), expected, atol=ATOL, rtol=0)
@@ -90,11 +88,8 @@ def test_the_gelus_differ():
     assert moved.abs().max() > 1e-6
 
 
-def assert_same_as(model: torch.nn.Module, source: Path, folder: Path, registry) -> None:
-    runner = loaded(source, folder, registry)
-    for prompt in PROMPTS:
-        expected = reference_logits(model, prompt)
-        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=ATOL, rtol=0)
+def assert_same_as(model: torch.nn.Module, source: Path, folder: Path) -> None:
+    tiny.assert_same(loaded(source, folder), model, PROMPTS)
 
 
 WRITTEN = {
@@ -117,22 +112,22 @@ def test_keys_of_later_versions(tmp_path):
 
 
 @pytest.mark.parametrize("groups", [None, 2])
-def test_gpt_2b_against_stablelm(tmp_path, registry, groups):
+def test_gpt_2b_against_stablelm(tmp_path, groups):
     values = made(num_query_groups=groups)
     tensors = nemo.draw(values)
     source = nemo.write(tmp_path / "a.nemo", values, tensors)
-    assert_same_as(nemo_reference.stablelm(values, tensors), source, tmp_path, registry)
+    assert_same_as(nemo_reference.stablelm(values, tensors), source, tmp_path)
 
 
-def test_squared_relu_against_nemotron(tmp_path, registry):
+def test_squared_relu_against_nemotron(tmp_path):
     values = made(activation="squared-relu")
     tensors = nemo.draw(values)
     source = nemo.write(tmp_path / "a.nemo", values, tensors)
-    assert_same_as(nemo_reference.nemotron(values, tensors), source, tmp_path, registry)
+    assert_same_as(nemo_reference.nemotron(values, tensors), source, tmp_path)
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_plain_nemo_against_gpt2(tmp_path, registry, fused):
+def test_plain_nemo_against_gpt2(tmp_path, fused):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     values = made(**PLAIN, bias_activation_fusion=fused)
@@ -160,7 +155,7 @@ def test_plain_nemo_against_gpt2(tmp_path, registry, fused):
                 matrix = tensor.t() if tensor.dim() == 2 else tensor
                 theirs[f"transformer.h.{i}.{new}.{part}"] = matrix
     model = nemo_reference.filled(GPT2LMHeadModel(config), theirs)
-    assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path, registry)
+    assert_same_as(model, nemo.write(tmp_path / "a.nemo", values, tensors), tmp_path)
 
 
 FORMS = [

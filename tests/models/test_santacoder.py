@@ -14,7 +14,6 @@ from porttool.cli import invoke as porttool
 from porttool.errors import SourceError, UsageError
 from porttool.plugins import choose_converter
 from porttool.text import load_tokenizer
-from tiny import PROMPTS, full_logits, reference_logits
 from tiny_coder import SIZES, UNDERSCORES, bigcode, write_coder
 
 ATOL = 1e-9
@@ -82,27 +81,24 @@ def original(folder: Path, model: torch.nn.Module, **changes) -> Path:
     return folder
 
 
-def assert_ported(source: Path, folder: Path, model: torch.nn.Module, registry) -> None:
+def assert_ported(source: Path, folder: Path, model: torch.nn.Module) -> None:
     checkpoint = tiny.converted(source, folder / "checkpoint")
     assert checkpoint.manifest.family == "santacoder"
-    engine = tiny.built(checkpoint, folder / "engine", dtype="float64")
-    runner = tiny.loaded(engine.path, registry)
+    runner = tiny.in_float64(checkpoint, folder)
     assert runner.config.n_kv_head == model.config.num_key_value_heads
-    for prompt in PROMPTS:
-        expected = reference_logits(model, prompt)
-        torch.testing.assert_close(full_logits(runner, prompt), expected, atol=ATOL, rtol=0)
+    tiny.assert_same(runner, model)
 
 
 @pytest.mark.parametrize("multi_query", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
 @pytest.mark.parametrize("n_inner", [None, 40])
-def test_bigcode(tmp_path, registry, multi_query, activation, n_inner):
+def test_bigcode(tmp_path, multi_query, activation, n_inner):
     model = bigcode(multi_query=multi_query, activation_function=activation, n_inner=n_inner)
     source = tiny.write_source(tmp_path / "source", model)
-    assert_ported(source, tmp_path, model, registry)
+    assert_ported(source, tmp_path, model)
 
 
-def test_bigcode_with_the_keys_of_its_runner(tmp_path, registry):
+def test_bigcode_with_the_keys_of_its_runner(tmp_path):
     """Keys that old configs carry and the model does not heed, whatever they say."""
     model = bigcode(tie_word_embeddings=False, scale_attn_weights=False)
     source = tiny.edit_config(
@@ -112,17 +108,17 @@ def test_bigcode_with_the_keys_of_its_runner(tmp_path, registry):
         attention_softmax_in_fp32=False, scale_attention_softmax_in_fp32=False,
         scale_attn_by_inverse_layer_idx=True,
     )  # fmt: skip
-    assert_ported(source, tmp_path, model, registry)
+    assert_ported(source, tmp_path, model)
 
 
-def test_bigcode_before_transformers_had_it(tmp_path, registry):
+def test_bigcode_before_transformers_had_it(tmp_path):
     """bigcode/santacoder-fast-inference says attention_type in place of multi_query."""
     model = bigcode()
     source = tiny.edit_config(
         tiny.write_source(tmp_path / "source", model),
         multi_query=None, num_key_value_heads=None, attention_type=2, fused_softmax=True,
     )  # fmt: skip
-    assert_ported(source, tmp_path, model, registry)
+    assert_ported(source, tmp_path, model)
     for kind in (1, 3):
         tiny.edit_config(source, attention_type=kind)
         with pytest.raises(SourceError, match=f"'attention_type' is {kind}; porttool knows 2"):
@@ -131,13 +127,13 @@ def test_bigcode_before_transformers_had_it(tmp_path, registry):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "santacoder"])
 @pytest.mark.parametrize("head_type", ["multiquery", "multihead"])
-def test_original_santacoder(tmp_path, registry, head_type, model_type):
+def test_original_santacoder(tmp_path, head_type, model_type):
     multi_query = head_type == "multiquery"
     model = bigcode(multi_query=multi_query, n_inner=40)
     source = original(
         tmp_path / "source", model, attention_head_type=head_type, model_type=model_type
     )
-    assert_ported(source, tmp_path, model, registry)
+    assert_ported(source, tmp_path, model)
 
 
 @pytest.mark.parametrize("declared", [50256, None, 60])
@@ -169,7 +165,7 @@ def test_wrong_end_ids_without_a_tokenizer_are_refused(tmp_path):
         ({"<|endoftext|>": 0, "<fim_prefix>": 1}, None),
     ],
 )
-def test_infill_tokens_are_the_tokenizers(tmp_path, registry, added, prompt):
+def test_infill_tokens_are_the_tokenizers(tmp_path, added, prompt):
     source = tiny.write_source(tmp_path / "source", bigcode())
     write_tokenizer(source, added)
     checkpoint = tiny.converted(source, tmp_path / "checkpoint")
@@ -184,7 +180,7 @@ def test_gpt2_stays_gpt2(registry, source):
         choose_converter(registry, source, "santacoder")
 
 
-def test_foreign_code_is_refused_by_name(tmp_path, registry):
+def test_foreign_code_is_refused_by_name(tmp_path):
     source = original(
         tmp_path / "source", bigcode(n_inner=40), auto_map={"AutoConfig": "other--evil.Config"}
     )
@@ -223,7 +219,7 @@ def test_the_commands_verify(tmp_path, coder, capsys):
     assert porttool([*verify, "--runner-set", "device", "cpu"]) == 0, capsys.readouterr().err
 
 
-def test_run_fills_in_the_middle(tmp_path, coder, registry):
+def test_run_fills_in_the_middle(tmp_path, coder):
     engine = tiny.built(tiny.converted(coder, tmp_path / "checkpoint"), tmp_path / "engine")
     asked = ["run", str(engine.path), "--prefix", "def f(", "--suffix", "):\n", "--set", "device",
              "cpu", "--max-output-len", "5", "--output-csv", str(tmp_path / "out.csv")]  # fmt: skip

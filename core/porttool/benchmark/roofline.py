@@ -48,13 +48,11 @@ def peak_of(ceiling: Ceiling) -> Peak:
 @cache
 def prefill_cost(config: ModelConfig, cell: Cell, dtype: str) -> Cost:
     """Return what the prompts need."""
-    itemsize = getattr(torch, dtype).itemsize
-    return total_cost(config, StepSize.prefill(cell.batch_size, cell.input_len, itemsize))
+    return total_cost(config, StepSize.prefill(cell.batch_size, cell.input_len, dtype))
 
 
 @cache
 def decode_cost(config: ModelConfig, cell: Cell, dtype: str) -> Cost:
     """Return what one token of every row needs, in the middle of the output."""
-    itemsize = getattr(torch, dtype).itemsize
-    size = StepSize.decode(cell.batch_size, cell.input_len, cell.output_len, itemsize)
+    size = StepSize.decode(cell.batch_size, cell.input_len, cell.output_len, dtype)
     return total_cost(config, size)

@@ -14,7 +14,7 @@ from porttool.benchmark.results import BenchmarkResult, Cell, Method, require_fi
 from porttool.engine import Engine
 from porttool.errors import UsageError
 from porttool.evaluators.transformers_folder import require_same_shape
-from porttool.plugins import Registry, load_registry
+from porttool.plugins import load_registry
 from porttool.progress import SILENT, Progress
 from porttool.runner import load_verified
 
@@ -27,7 +27,6 @@ def bench(
     compiled: bool = True,
     method: Method | None = None,
     options: Mapping[str, Any] | None = None,
-    registry: Registry | None = None,
     progress: Progress = SILENT,
 ) -> BenchmarkResult:
     """Measure engines of one shape, and a Hugging Face folder beside them in the first's type.
@@ -35,7 +34,7 @@ def bench(
     `options` are the runners'. Raises UsageError, before anything is loaded, for a cell that an
     engine does not hold.
     """
-    registry = registry or load_registry()
+    registry = load_registry()
     engines = [Engine.open(path, verify=False) for path in paths]
     for engine in engines:
         require_fit(cells, engine.manifest.limits, str(engine.path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,13 @@ from porttool.cli.options import (
     explaining,
     json_option,
     model_options,
+    names_in,
     set_option,
     spelling,
     table_options,
 )
 from porttool.errors import UsageError, require_extra
-from porttool.standing import finished_kind, whole_file
+from porttool.standing import require_writable, whole_file
 
 if TYPE_CHECKING:
     from porttool.benchmark import BenchmarkResult
@@ -74,7 +74,7 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
     from porttool.workspace import Workspace
 
     asked = context.params
-    cells = grid(*(read_sizes(flag, asked) for flag, _ in GRID))
+    cells = grid(*(read_sizes(flag, asked[name]) for name, flag in names_in(GRID).items()))
     picture, json_file = asked["picture"], asked["output_json"]
     if str(json_file) == "-":
         raise UsageError("--output-json writes a file, name one; --json prints what was measured")
@@ -110,36 +110,13 @@ def command(context: click.Context, /, engines: tuple[Path, ...], **_: Any) -> N
         console.note(f"{picture}: the picture")
 
 
-def read_sizes(flag: str, asked: dict[str, Any]) -> tuple[int, ...]:
+def read_sizes(flag: str, text: str) -> tuple[int, ...]:
     """Return the numbers of a list; at least 1, of output at least 2: one between two tokens."""
-    text = asked[flag.removeprefix("--").replace("-", "_")]
     least = 2 if flag == "--output-len" else 1
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= least for part in parts):
         raise UsageError(f"{flag} {text!r}: give whole numbers from {least} on, as in 8,32")
     return tuple(dict.fromkeys(int(part) for part in parts))
-
-
-def require_writable(*files: Path | None) -> None:
-    """Refuse a result's place that cannot be, before anything is measured.
-
-    Nor may it be in a finished folder of ours, whose files are sealed, or be another result's.
-    """
-    given = [file for file in files if file is not None]
-    for i, file in enumerate(given):
-        if file.is_dir():  # "" is one, which a variable of the shell stands for that is not set
-            raise UsageError(f"{file} is a folder: name a file for the result")
-        folder = file.absolute().parent
-        again = any(file.resolve() == other.resolve() for other in given[:i])
-        if again and (file.is_file() or not file.exists()):  # /dev/null takes any number
-            raise UsageError(f"{file} is named for two results, of which one would be lost")
-        for above in file.resolve().parents:
-            if kind := finished_kind(above):
-                raise UsageError(f"{file} lies in {above}, which is {kind}: choose another place")
-        if not folder.is_dir():
-            raise UsageError(f"{file}: there is no folder {folder}")
-        if not os.access(file if file.exists() else folder, os.W_OK):
-            raise UsageError(f"{file} cannot be written: choose another place")
 
 
 def show(found: BenchmarkResult) -> None:

@@ -19,6 +19,7 @@ from porttool.cli.options import (
     explaining,
     json_option,
     model_options,
+    names_in,
     set_option,
     spelling,
     table_options,
@@ -128,7 +129,7 @@ def open_source(
     asked: dict[str, Any], checkpoint: Path | None, space: Workspace
 ) -> AbstractContextManager[Path | Checkpoint | None]:
     """Return what is built from: the checkpoint's path, or random weights while they are needed."""
-    given = [flag for flag, _ in DUMMY if asked[name_of(flag)] not in (None, False)]
+    given = [flag for name, flag in names_in(DUMMY).items() if asked[name] not in (None, False)]
     if not asked["dummy"]:
         if given:
             raise UsageError(f"{', '.join(given)}: only a --dummy build has a shape of its own")
@@ -137,8 +138,9 @@ def open_source(
         raise UsageError(f"--dummy draws the weights: leave the checkpoint {checkpoint} out")
     from porttool.dummy import Knobs, dummy_checkpoint
 
-    knobs = {name_of(flag): asked[name_of(flag)] for flag, _ in KNOBS if flag != "--no-bias"}
-    with spelling({name_of(flag): flag for flag, _ in KNOBS}), explaining():
+    flags = names_in(KNOBS)
+    knobs = {name: asked[name] for name in flags if name != "no_bias"}
+    with spelling(flags), explaining():
         shape = Knobs(**knobs, bias=False if asked["no_bias"] else None)
     return dummy_checkpoint(
         asked["output"],
@@ -151,8 +153,3 @@ def open_source(
         workspace=space,
         progress=console.ConsoleProgress(),
     )
-
-
-def name_of(flag: str) -> str:
-    """Return the parameter's name of an option."""
-    return flag.removeprefix("--").replace("-", "_")

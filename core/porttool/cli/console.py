@@ -66,7 +66,7 @@ def write(text: str, *, beside: bool = False) -> None:
 
 def say_json(value: Any, *, indent: int | None = 1) -> None:
     """Print a value for machines; without an indent it takes one line."""
-    sys.stdout.write(json.dumps(value, indent=indent) + "\n")
+    say(json.dumps(value, indent=indent))
 
 
 _noted: set[str] = set()
@@ -125,10 +125,7 @@ def is_number(text: str) -> bool:
 
 def show_report(report: Report) -> None:
     """Print a report's verdicts and how it ends."""
-    rows = [
-        ("FAIL" if v.passed is not True else "pass", v.name, v.found, v.bound, v.detail)
-        for v in report.verdicts
-    ]
+    rows = [(v.word, v.name, v.found, v.bound, v.detail) for v in report.verdicts]
     for found in report.tables:
         table(found.title, found.columns, found.rows)
     title = f"{report.evaluator}: {report.engine} beside {report.reference}"
@@ -136,8 +133,8 @@ def show_report(report: Report) -> None:
     for remark in report.notes:
         if remark not in _noted:
             say(remark)
-    failed = sum(v.passed is not True for v in report.verdicts)
-    say(f"{len(report.verdicts)} checks, {failed} failed" if rows else "nothing was checked")
+    count = f"{len(rows)} checks, {len(report.failed)} failed"
+    say(count if rows else "nothing was checked")
 
 
 _shown: list[Bars] = []

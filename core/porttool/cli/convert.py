@@ -12,10 +12,10 @@ from porttool.cli.options import (
     DTYPES,
     FOLDER,
     UNTOLD,
-    converter_options,
     flags_in,
     json_option,
     model_options,
+    options_of,
     set_option,
     spelling,
     table_options,
@@ -62,7 +62,7 @@ def command(
     from porttool.hub import resolve_source
     from porttool.workspace import Workspace
 
-    options = converter_options(told)
+    options = options_of(UNTOLD, told, told["settings"])
     found = None if source is None else resolve_source(source, None)
     table = found and convert_prompts(
         found,

@@ -13,7 +13,7 @@ from porttool.cli.options import (
     OptionTable,
     as_settings,
     flags_in,
-    names_in,
+    options_of,
     spelling,
 )
 from porttool.errors import UsageError
@@ -46,12 +46,6 @@ def choose_sides(params: Mapping[str, Any]) -> dict[str, Any]:
     return asked
 
 
-def options_of(table: OptionTable, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the evaluation's options that were given on the command line, --set included."""
-    given = {name: asked[name] for name in names_in(table) if asked[name] is not None}
-    return given | as_settings(asked["set"])
-
-
 def run_evaluation(
     name: str, engine: Path | None, table: OptionTable, asked: Mapping[str, Any]
 ) -> None:
@@ -73,7 +67,7 @@ def run_evaluation(
             test_hf=asked["test_hf"],
             tokenizer=asked["tokenizer"],
             prompt_table=asked.get("prompt_table"),
-            options=options_of(table, asked),
+            options=options_of(table, asked, asked["set"]),
             runner_options=as_settings(asked["runner_set"]),
             workspace=Workspace.choose(asked["workdir"]),
             progress=console.ConsoleProgress(),

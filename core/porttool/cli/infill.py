@@ -43,5 +43,4 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     Both get the same token ids. Exact match, edit similarity and ROUGE are compared problem by
     problem, tokens with an eye for ties, and log-probabilities directly.
     """
-    asked = choose_sides(context.params)
-    run_evaluation("infill", engine, OPTIONS, asked)
+    run_evaluation("infill", engine, OPTIONS, choose_sides(context.params))

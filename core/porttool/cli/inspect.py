@@ -14,9 +14,9 @@ from porttool.cli import console
 from porttool.cli.options import (
     UNTOLD,
     Place,
-    converter_options,
     flags_in,
     json_option,
+    options_of,
     set_option,
     spelling,
     table_options,
@@ -40,7 +40,7 @@ def command(context: click.Context, /, path: Path, as_json: bool, **_: Any) -> N
 
     A gzipped archive of a model is unpacked for it, into the system's temporary folder ($TMPDIR).
     """
-    found = examine(path, converter_options(context.params))
+    found = examine(path, options_of(UNTOLD, context.params, context.params["settings"]))
     if as_json:
         console.say_json(found)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -114,6 +115,9 @@ def model_options(command: F) -> F:
     return command
 
 
+Settings = tuple[tuple[str, str], ...]
+"""Names and values of `--set`."""
+
 OptionTable = tuple[tuple[str, dict[str, Any]], ...]
 """Flags with their click settings."""
 
@@ -173,10 +177,10 @@ UNTOLD: OptionTable = (
 """Options of converters that have flags of their own."""
 
 
-def converter_options(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a command was told for the converter."""
-    asked = {name: params[name] for name in names_in(UNTOLD) if params[name] is not None}
-    return asked | as_settings(params["settings"])
+def options_of(table: OptionTable, asked: Mapping[str, Any], pairs: Settings) -> dict[str, Any]:
+    """Return the options of a component that a command was given: of a table, and --set pairs."""
+    given = {name: asked[name] for name in names_in(table) if asked[name] is not None}
+    return given | as_settings(pairs)
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -191,10 +195,8 @@ set_option = click.option(
 )
 
 
-def as_settings(pairs: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+def as_settings(pairs: Settings) -> dict[str, Any]:
     """Turn --set pairs into options; a value that reads as JSON is taken as that."""
-    import json
-
     settings: dict[str, Any] = {}
     for name, value in pairs:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from porttool.cli.options import (
     FOLDER,
     OUTPUT,
     ModelCommand,
+    Settings,
     as_settings,
     json_option,
     model_options,
@@ -55,7 +57,7 @@ def command(
     new_tokens: int,
     under: str | None,
     ranges_only: bool,
-    settings: tuple[tuple[str, str], ...],
+    settings: Settings,
     as_json: bool,
 ) -> None:
     """Show where the time of a prefill and its decoding goes.
@@ -86,8 +88,6 @@ def command(
 
 def run_under(tool: str, output: Path, *, as_json: bool) -> None:
     """Run this very command line again, without --under, inside a tool; tell its counters."""
-    import sys
-
     from porttool.profiling.tools import run_tool, tool_command
 
     arguments = sys.argv[1:]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from porttool.cli import console
-from porttool.cli.bench import require_writable
 from porttool.cli.completions import Stream, write_results
 from porttool.cli.options import (
     FILE,
@@ -26,6 +25,7 @@ from porttool.cli.options import (
     table_options,
 )
 from porttool.errors import CheckpointError, UsageError
+from porttool.standing import require_writable
 
 if TYPE_CHECKING:
     from porttool.api import LoadedEngine

@@ -48,5 +48,4 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     ROUGE is compared article by article, tokens with an eye for ties, and log-probabilities
     directly. The two sides may run separately: first --test-hf, later --test-engine.
     """
-    asked = choose_sides(context.params)
-    run_evaluation("summarize", engine, OPTIONS, asked)
+    run_evaluation("summarize", engine, OPTIONS, choose_sides(context.params))

@@ -17,7 +17,6 @@ from porttool.cli.options import (
     table_options,
 )
 
-OPTIONS: OptionTable = ()
 TABLE: OptionTable = (
     ("--prompt-table", {"type": FOLDER,
                         "help": "Prompt table whose virtual tokens precede every prompt."}),
@@ -26,7 +25,7 @@ TABLE: OptionTable = (
 
 @click.command("verify", cls=ModelCommand)
 @click.argument("engine", type=FOLDER, required=False)
-@table_options(OPTIONS, TABLE, SHARED)
+@table_options(TABLE, SHARED)
 @model_options
 @json_option
 @click.pass_context
@@ -38,5 +37,4 @@ def command(context: click.Context, /, engine: Path | None, **_: Any) -> None:
     operation that differs, and why.
     """
     sides = {"test_engine": True, "test_hf": True, "check_accuracy": True}
-    asked = {**context.params, **sides}
-    run_evaluation("parity", engine, OPTIONS, asked)
+    run_evaluation("parity", engine, (), {**context.params, **sides})

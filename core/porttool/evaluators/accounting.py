@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool.builder import Rank
-from porttool.config import ModelConfig
+from porttool.config import ModelConfig, dtype_name
 from porttool.evaluator import Verdict
+from porttool.evaluators.stages import relative_error
 from porttool.progress import Progress
 from porttool.sharding import shard
 from porttool.sources.safetensors_file import SafetensorsFile
@@ -167,10 +168,10 @@ def compare_tensor(
     if found.shape != wanted.shape:
         return f"is {list(found.shape)}, should be {list(wanted.shape)}", ""
     if found.equal(wanted.to(found.dtype)):
-        return "", "" if found.itemsize >= wanted.itemsize else short(found.dtype)
+        return "", "" if found.itemsize >= wanted.itemsize else dtype_name(found.dtype)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         if found.equal(wanted.to(dtype).to(found.dtype)):
-            return "", short(dtype)
+            return "", dtype_name(dtype)
     if not closely:
         return rough_difference(found, wanted), ""
     return describe_difference(name, found, wanted, derivation), ""
@@ -184,17 +185,7 @@ def rough_difference(found: Tensor, wanted: Tensor) -> str:
             f"{wild[0]} of {found.numel()} values NaN or infinite in the engine, {wild[1]} in the "
             "source"
         )
-    return f"off by {relative_difference(found, wanted):.2%} of its norm"
-
-
-def relative_difference(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted||."""
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def short(dtype: object) -> str:
-    """Return a torch type's name without its module."""
-    return str(dtype).removeprefix("torch.")
+    return f"off by {relative_error(found, wanted):.2%} of its norm"
 
 
 def describe_difference(name: str, found: Tensor, wanted: Tensor, derivation: Derivation) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from porttool.config import Dtype
 from porttool.evaluators.results import Continuation
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Outcome = Literal["same", "tie", "different"]
 
@@ -104,6 +107,16 @@ def gap_at(
     if found:
         return step[0].logprob - found[0], False
     return step[0].logprob - step[-1].logprob, True
+
+
+def drift_of(logits: Tensor, found: Continuation) -> list[float]:
+    """|difference in log-probability| of a continuation's tokens and of logits at their places.
+
+    Logits are [len(tokens), vocab_size]; the continuation knows its own log-probabilities.
+    """
+    chosen = logits.log_softmax(-1)[range(len(found.tokens)), list(found.tokens)]
+    pairs = zip(chosen.tolist(), found.logprobs or (), strict=True)
+    return [abs(a - b) for a, b in pairs]
 
 
 def drift_before(

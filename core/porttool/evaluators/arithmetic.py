@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from porttool.config import Dtype, ModelConfig
 from porttool.evaluator import Verdict
-from porttool.evaluators.agreement import TOLERANCES
+from porttool.evaluators.agreement import TOLERANCES, drift_of
 from porttool.evaluators.hypotheses import small_mistakes
 from porttool.evaluators.logits import judge_logits, measure
 
@@ -156,15 +156,13 @@ def judge_chosen(
     """Hold what an engine's config makes of the reference's own tokens to the drift of float32."""
     import numpy as np
 
-    pairs = [(list(p), c) for p, c in zip(prompts, reference, strict=True) if c.tokens]
-    few = [(p, list(c.tokens), c.logprobs) for p, c in pairs[:N_ARTICLES] if c.logprobs]
+    pairs = [(p, c) for p, c in zip(prompts, reference, strict=True) if c.tokens]
+    few = [(p, c) for p, c in pairs[:N_ARTICLES] if c.logprobs]
     bound = TOLERANCES["float32"].drift
-    drift: list[float] = []
-    whole, before = [p + t for p, t, _ in few], [len(p) - 1 for p, _, _ in few]
+    whole, before = [[*p, *c.tokens] for p, c in few], [len(p) - 1 for p, _ in few]
     logits = source_logits(derivation, config, whole, first=before) if few else []
-    for row, (_, tokens, wanted) in zip(logits, few, strict=True):
-        chosen = row[:-1].log_softmax(-1)[range(len(tokens)), tokens]
-        drift += [abs(a - b) for a, b in zip(chosen.tolist(), wanted, strict=True)]
+    found = zip(logits, few, strict=True)
+    drift = [each for row, (_, c) in found for each in drift_of(row[:-1], c)]
     p99 = float(np.quantile(drift, 0.99)) if drift else 0.0
     return Verdict(
         name=NAME,

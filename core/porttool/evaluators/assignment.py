@@ -18,6 +18,7 @@ from porttool.config import (
     PromptTemplate,
     refuse_idle,
 )
+from porttool.device import Device
 from porttool.errors import UsageError
 from porttool.evaluator import Port
 from porttool.evaluators.results import Decoding, Task
@@ -67,7 +68,7 @@ class SummarizeOptions(Options):
     batch_size: PositiveInt = 8
 
     reference_dtype: Dtype | None = None
-    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+    reference_device: Device = "auto"
     yardstick: bool = True
 
     margin: Points | None = None
@@ -107,9 +108,7 @@ def assign(options: SummarizeOptions, port: Port) -> Assignment:
     from porttool.evaluators.prompts import Recipe, encode_articles
 
     require_fit(options, port)
-    tokenizer = port.tokenizer or (load_tokenizer(port.source) if port.source else None)
-    if tokenizer is None:
-        raise UsageError("the engine has no tokenizer; name a folder with --tokenizer")
+    tokenizer = tokenizer_of(port)
     articles = load_articles(request_of(options))
     recipe = Recipe(
         options.suffix, options.instruction, template_of(options, port), input_len(options, port)
@@ -124,6 +123,14 @@ def assign(options: SummarizeOptions, port: Port) -> Assignment:
     )
     task = Task.of(tuple(a.record for a in articles), prompts, decoding)
     return Assignment(articles, prompts, task, tokenizer)
+
+
+def tokenizer_of(port: Port) -> Tokenizer:
+    """Return the tokenizer that the prompts of both sides are encoded with."""
+    found = port.tokenizer or (load_tokenizer(port.source) if port.source else None)
+    if found is None:
+        raise UsageError("the engine has no tokenizer; name a folder with --tokenizer")
+    return found
 
 
 def request_of(options: SummarizeOptions) -> DatasetRequest:

@@ -80,6 +80,11 @@ class Comparison:
     bounds: Bounds
 
     @property
+    def sides(self) -> list[SideResult]:
+        """The sides that are there."""
+        return [side for side in (self.engine, self.reference) if side]
+
+    @property
     def both(self) -> bool:
         """True when there are two sides to compare."""
         return self.engine is not None and self.reference is not None
@@ -87,14 +92,18 @@ class Comparison:
     @property
     def tolerance(self) -> Tolerance:
         """What the types of the sides allow."""
-        return self.bounds.tolerance(*(s for s in (self.engine, self.reference) if s))
+        return self.bounds.tolerance(*self.sides)
 
     @property
     def n_worded(self) -> int:
         """Different texts that a side has more than blanks for: the others show nothing."""
-        sides = [s.continuations for s in (self.engine, self.reference) if s]
-        pairs = zip(self.articles, *sides, strict=True)
+        pairs = zip(self.articles, *(s.continuations for s in self.sides), strict=True)
         return len({a.text for a, *c in pairs if any(each.text.strip() for each in c)})
+
+    def means(self, kind: str) -> list[str]:
+        """Each side's mean as text, a dash for a side that is not there."""
+        sides = (self.engine_scores, self.reference_scores)
+        return [f"{sum(side[kind]) / len(side[kind]):.2f}" if side else "-" for side in sides]
 
     def differences(self, kind: str) -> list[float]:
         """Engine minus reference, article by article."""
@@ -239,15 +248,11 @@ def rouge_table(comparison: Comparison, unit: str) -> Table:
     """Return each kind's mean on both sides and the difference between its bounds."""
     rows = []
     for kind in KINDS:
-        means = [
-            f"{sum(scores[kind]) / len(scores[kind]):.2f}" if scores else "-"
-            for scores in (comparison.engine_scores, comparison.reference_scores)
-        ]
         between = ("-", "-", "-")
         if comparison.both:
             d = comparison.estimate(comparison.differences(kind))
             between = (f"{d.mean:+.2f}", f"{d.low:+.2f}", f"{d.high:+.2f}")
-        rows.append((kind, *means, *between))
+        rows.append((kind, *comparison.means(kind), *between))
     level = f"{comparison.bounds.confidence:.0%}"
     columns = ("", "engine", "Hugging Face", "difference", f"{level} low", f"{level} high")
     return Table(title=f"ROUGE F, {len(comparison.articles)} {unit}", columns=columns,
@@ -275,11 +280,7 @@ def speed_table(comparison: Comparison, unit: str) -> Table:
 def measurements_of(comparison: Comparison) -> Mapping[str, Any]:
     """Return the numbers behind the verdicts, article by article, as JSON."""
     return {
-        "speed": {
-            side.side: side.speed.model_dump()
-            for side in (comparison.engine, comparison.reference)
-            if side is not None
-        },
+        "speed": {side.side: side.speed.model_dump() for side in comparison.sides},
         "rouge": {"engine": comparison.engine_scores, "reference": comparison.reference_scores},
         "articles": [article_entry(comparison, i) for i in range(len(comparison.articles))],
     }
@@ -289,9 +290,8 @@ def article_entry(comparison: Comparison, index: int) -> dict[str, Any]:
     """Return one article's record, texts and agreement."""
     article = comparison.articles[index]
     entry: dict[str, Any] = {**article.record.model_dump(), "highlights": article.highlights}
-    for side in (comparison.engine, comparison.reference):
-        if side is not None:
-            entry[side.side] = side.continuations[index].text
+    for side in comparison.sides:
+        entry[side.side] = side.continuations[index].text
     if comparison.agreements:
         found = comparison.agreements[index]
         finite = found.gap if found.gap is not None and found.gap < float("inf") else None

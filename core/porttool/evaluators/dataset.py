@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from porttool.errors import MissingExtra, SourceError, UsageError, require_extra
+from porttool.errors import SourceError, UsageError, importing, require_extra
 from porttool.evaluator import write_whole
 from porttool.evaluators.results import ArticleRecord
 from porttool.weights import listing
@@ -251,10 +251,8 @@ def read_json_lines(path: Path) -> Rows:
 
 def read_parquet(files: Sequence[Path]) -> Rows:
     """Read parquet files, one after the other."""
-    try:
+    with importing("eval", "pyarrow"):
         from pyarrow import parquet  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtra("eval", "pyarrow") from error
     rows: list[dict[str, Any]] = []
     for file in files:
         try:
@@ -266,10 +264,8 @@ def read_parquet(files: Sequence[Path]) -> Rows:
 
 def open_saved(path: Path) -> Rows:
     """Open what datasets.save_to_disk wrote."""
-    try:
+    with importing("eval", "datasets"):
         from datasets import load_from_disk
-    except ImportError as error:
-        raise MissingExtra("eval", "datasets") from error
     try:
         rows: Rows = load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -283,11 +279,9 @@ def open_hub(request: DatasetRequest) -> Rows:
     Raises SourceError where it cannot be fetched.
     """
     require_extra("eval", "datasets")
-    try:
+    with importing("eval", "datasets"):
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise MissingExtra("eval", "datasets") from error
     try:
         rows: Rows = load_dataset(
             request.name, request.config, split=request.split, revision=request.revision

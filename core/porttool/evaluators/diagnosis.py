@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
@@ -165,8 +166,6 @@ def source_weights(derivation: Derivation) -> dict[str, Tensor]:
 
 def suspect(subject: Subject) -> str | None:
     """Return the one mistake that explains the logits, if there is such a one."""
-    import math
-
     derivation = subject.derivation
     if sum(math.prod(s) for s in derivation.shapes.values()) > MAX_PARAMETERS:
         return None

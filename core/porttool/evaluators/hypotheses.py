@@ -122,11 +122,10 @@ def shifted_keys(config: ModelConfig, by: int) -> Callable[[Weights], Weights]:
 
         from porttool.nn.attention import rotary_angles, rotate
 
-        query, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         result = dict(weights)
         for name, tensor in weights.items():
             if ".attention.qkv." in name:
-                q, k, v = tensor.double().split((query, kv, kv))
+                q, k, v = tensor.double().split(config.qkv_rows)
                 heads = k.reshape(1, config.n_kv_head, config.head_dim, -1).transpose(2, 3)
                 angles = rotary_angles(config, torch.tensor([[by]]), torch.float64)  # [1, 1, half]
                 turned = rotate(heads, angles).transpose(2, 3).reshape(k.shape)

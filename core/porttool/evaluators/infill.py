@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from porttool.component import Options
 from porttool.config import Dtype, InfillTokens
-from porttool.errors import UsageError, require_extra
+from porttool.device import Device
+from porttool.errors import require_extra
 from porttool.evaluator import Evaluator, Port, Report, Table, Verdict
 from porttool.evaluators.assignment import (
     Assignment,
@@ -20,6 +21,7 @@ from porttool.evaluators.assignment import (
     end_tokens,
     input_len,
     require_fit,
+    tokenizer_of,
 )
 from porttool.evaluators.programs import (
     MEASURES,
@@ -32,10 +34,9 @@ from porttool.evaluators.programs import (
 from porttool.evaluators.results import Decoding, SideResult, Task, require_sides
 from porttool.evaluators.summarize import bounds_of, run_sides
 from porttool.progress import SILENT, Progress
-from porttool.text import load_tokenizer
 
 if TYPE_CHECKING:
-    from porttool.evaluators.comparison import Comparison
+    from porttool.evaluators.comparison import Comparison, Scores
 
 
 class InfillOptions(Options):
@@ -51,7 +52,7 @@ class InfillOptions(Options):
     max_new_tokens: PositiveInt = 64
     batch_size: PositiveInt = 8
     reference_dtype: Dtype | None = None
-    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+    reference_device: Device = "auto"
     margin: Points | None = None
     min_agreement: float | None = Field(default=None, gt=0, le=1)
     max_drift: PositiveFloat | None = None
@@ -71,6 +72,7 @@ class InfillEvaluator(Evaluator):
 
     name = "infill"
     Options = InfillOptions
+    options: InfillOptions
 
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Run the sides that are there, take the other from `output`, and report."""
@@ -82,7 +84,7 @@ class InfillEvaluator(Evaluator):
             tables_of,
         )
 
-        options = cast("InfillOptions", self.options)
+        options = self.options
         require_extra("eval", "rouge_score")
         require_sides(port, output, self.name)
         problems = load_problems(options.dataset, options.kind, options.max_problems)
@@ -110,9 +112,7 @@ class InfillEvaluator(Evaluator):
 
 def assign(options: InfillOptions, port: Port, problems: list[Problem]) -> Assignment:
     """Encode the prompts, the same for both sides."""
-    tokenizer = port.tokenizer or (load_tokenizer(port.source) if port.source else None)
-    if tokenizer is None:
-        raise UsageError("the engine has no tokenizer; name a folder with --tokenizer")
+    tokenizer = tokenizer_of(port)
     require_fit(options.as_summaries, port)
     longest = input_len(options.as_summaries.model_copy(update={"max_input_len": None}), port)
     if port.engine is not None:
@@ -146,29 +146,23 @@ def trimmed(side: SideResult | None, kind: Kind) -> SideResult | None:
 
 def with_measures(comparison: Comparison, problems: list[Problem]) -> Comparison:
     """Return the comparison with exact match and edit similarity beside ROUGE."""
-    scored = {}
-    for name, side in (("engine", comparison.engine), ("reference", comparison.reference)):
-        before = getattr(comparison, f"{name}_scores")
-        if side is not None:
-            pairs = list(zip(side.continuations, problems, strict=True))
-            more = {m: [score(c.text, p.wanted) for c, p in pairs] for m, score in MEASURES.items()}
-            before = {**before, **more}
-        scored[f"{name}_scores"] = before
+
+    def measured(side: SideResult | None, rouge: Scores) -> Scores:
+        if side is None:
+            return rouge
+        pairs = list(zip(side.continuations, problems, strict=True))
+        more = {m: [score(c.text, p.wanted) for c, p in pairs] for m, score in MEASURES.items()}
+        return rouge | more
+
     return replace(
         comparison,
-        engine_scores=scored["engine_scores"],
-        reference_scores=scored["reference_scores"],
+        engine_scores=measured(comparison.engine, comparison.engine_scores),
+        reference_scores=measured(comparison.reference, comparison.reference_scores),
     )
 
 
 def measure_table(comparison: Comparison, kind: Kind) -> Table:
     """Return each measure's mean on both sides."""
-    rows = []
-    for name in MEASURES:
-        means = [
-            f"{sum(scores[name]) / len(scores[name]):.2f}" if scores else "-"
-            for scores in (comparison.engine_scores, comparison.reference_scores)
-        ]
-        rows.append((name, *means))
+    rows = tuple((name, *comparison.means(name)) for name in MEASURES)
     title = f"{kind}, {len(comparison.articles)} problems"
-    return Table(title=title, columns=("", "engine", "Hugging Face"), rows=tuple(rows))
+    return Table(title=title, columns=("", "engine", "Hugging Face"), rows=rows)

@@ -75,12 +75,9 @@ def find_place(
 def pieces(weight: Tensor, module: str, config: ModelConfig) -> tuple[Tensor, ...]:
     """Cut a fused projection into query, key and value, and a gated MLP's into its halves."""
     if module.endswith("attention.qkv"):
-        kv = config.n_kv_head * config.head_dim
-        query, key, value = weight.split((config.n_head * config.head_dim, kv, kv))
-        return query, key, value
+        return tuple(weight.split(config.qkv_rows))
     if module.endswith("mlp.up") and config.gated:
-        gate, linear = weight.chunk(2)
-        return gate, linear
+        return tuple(weight.chunk(2))
     return ()
 
 

@@ -97,12 +97,8 @@ def read_parity(path: Path, *, named: bool) -> Report | None:
 
 def heading(report: Report) -> str:
     """Return the title, the two sides and the outcome."""
-    failed = sum(v.passed is not True for v in report.verdicts)
-    text = (
-        f"all {len(report.verdicts)} checks pass"
-        if report.passed
-        else f"{failed} of {len(report.verdicts)} checks failed"
-    )
+    n, failed = len(report.verdicts), len(report.failed)
+    text = f"{failed} of {n} checks failed" if failed else f"all {n} checks pass"
     if not report.verdicts:
         text = "nothing was compared"
     kind = "yes" if report.passed else "no"
@@ -115,7 +111,8 @@ def heading(report: Report) -> str:
 def verdict_table(verdicts: Iterable[Verdict]) -> str:
     """Return verdicts as a table."""
     rows = "".join(
-        f'<tr><td class="{"yes" if v.passed else "no"}">{outcome(v)}</td>'
+        f'<tr><td class="{"yes" if v.passed else "no"}">'
+        f"{'untested' if v.passed is None else v.word}</td>"
         f"<td>{escape(v.name)}</td><td class=number>{escape(v.found)}</td>"
         f"<td class=number>{escape(v.bound)}</td><td>{escape(v.detail)}</td></tr>"
         for v in verdicts
@@ -124,11 +121,6 @@ def verdict_table(verdicts: Iterable[Verdict]) -> str:
         "<div class=scroll><table><thead><tr><th></th><th>check</th><th class=number>found</th>"
         f"<th class=number>bound</th><th></th></tr></thead><tbody>{rows}</tbody></table></div>"
     )
-
-
-def outcome(verdict: Verdict) -> str:
-    """Return a verdict in one word."""
-    return {True: "pass", False: "FAIL", None: "untested"}[verdict.passed]
 
 
 def html_table(table: Table) -> str:

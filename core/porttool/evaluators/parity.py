@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from pydantic import PositiveInt
 
 from porttool.component import Options
 from porttool.config import HALF
+from porttool.device import Device
 from porttool.errors import UsageError
 from porttool.evaluator import Evaluator, Port, Report, Verdict, evaluate, missing_side
 from porttool.progress import SILENT, Progress
@@ -40,7 +41,7 @@ class ParityOptions(Options):
     prompt_len: PositiveInt = 48
     new_tokens: PositiveInt = 16
     seed: int = 0
-    reference_device: Literal["auto", "cpu", "cuda"] = "auto"
+    reference_device: Device = "auto"
     yardstick: bool = True
     long_contexts: bool = True
     diagnose: bool = True
@@ -85,6 +86,7 @@ class ParityEvaluator(Evaluator):
 
     name = "parity"
     Options = ParityOptions
+    options: ParityOptions
 
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Climb the ladder; both sides and the source's converter are needed."""
@@ -93,7 +95,7 @@ class ParityEvaluator(Evaluator):
         from porttool.evaluators.probe import Probe
         from porttool.evaluators.transformers_folder import require_same_shape
 
-        options = cast("ParityOptions", self.options)
+        options = self.options
         if port.runner is None or port.source is None:
             raise UsageError(missing_side(port, "verify"))
         require_same_shape(port.source, port.runner.config)
@@ -201,8 +203,6 @@ def climb_table(port: Port, runner: Runner, findings: Findings) -> VirtualTokens
 
 def climb_logits(probe: Probe, findings: Findings, progress: Progress) -> None:
     """Compare teacher-forced logits in prefill, in decode, and with several tokens a step."""
-    from dataclasses import asdict
-
     from porttool.evaluators.logits import judge_logits, measure
 
     progress.start("logits", 3, unit="passes")
@@ -227,8 +227,6 @@ def climb_reach(
     probe: Probe, options: ParityOptions, findings: Findings, progress: Progress
 ) -> None:
     """Compare logits as far on as the engine goes; say where they part if only that is wrong."""
-    from dataclasses import asdict
-
     if probe.reach is None:
         if not options.long_contexts:
             findings.notes.append("long contexts are not compared: long_contexts is false")
@@ -266,8 +264,6 @@ def climb_tokens(probe: Probe, findings: Findings) -> None:
 
 def climb_arithmetic(probe: Probe, derivation: Derivation, findings: Findings) -> None:
     """Compute in float32 what a half-precision engine's config says; a wider engine did so."""
-    from dataclasses import asdict
-
     from porttool.evaluators.arithmetic import check_arithmetic, shapes_of
 
     if probe.runner.engine.manifest.dtype not in HALF:

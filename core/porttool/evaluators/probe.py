@@ -9,10 +9,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from porttool.config import HALF, Sampling
+from porttool.device import Device
 from porttool.errors import UsageError
 from porttool.evaluators.logits import decode_logits, prefill_logits
 from porttool.evaluators.reach import Reach
-from porttool.evaluators.reference import Device, ReferenceModel
+from porttool.evaluators.reference import ReferenceModel
 from porttool.evaluators.results import Continuation, Decoding
 from porttool.evaluators.sides import generate_all
 from porttool.progress import SILENT, Progress

@@ -6,16 +6,16 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from porttool.config import Dtype
+from porttool.device import Device, choose_device
 from porttool.evaluators.results import Candidate, Continuation, Decoding
 from porttool.evaluators.transformers_folder import load_model, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-Device = Literal["auto", "cpu", "cuda"]
 
 N_CANDIDATES = 10
 """Alternatives kept of every step, to tell a tie with any of them from a real difference."""
@@ -47,8 +47,7 @@ class ReferenceModel:
 
         from porttool.evaluators.virtual import extend_embedding
 
-        has_gpu = torch.cuda.is_available()
-        self.device = ("cuda" if has_gpu else "cpu") if device == "auto" else device
+        self.device = choose_device(device)
         self.dtype = dtype
         self.folder = folder
         self._model = load_model(folder, getattr(torch, dtype)).to(self.device)
@@ -205,8 +204,6 @@ def median_seconds(
     run: Callable[[Sequence[int]], Any], prompts: Sequence[Sequence[int]], most: int = 5
 ) -> float:
     """Median seconds of a call over the first prompts, after one call that does not count."""
-    from statistics import median
-
     run(prompts[0])
     times = []
     for prompt in prompts[:most]:

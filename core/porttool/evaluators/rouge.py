@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from porttool.errors import MissingExtra
+from porttool.errors import importing
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -24,10 +24,8 @@ def split_sentences(text: str) -> str:
 
 def score_summaries(summaries: Sequence[str], highlights: Sequence[str]) -> dict[str, list[float]]:
     """Return each kind's F of every summary, 0 to 100, in their order (Lin 2004)."""
-    try:
+    with importing("eval", "rouge_score"):
         from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise MissingExtra("eval", "rouge_score") from error
     scorer = RougeScorer(list(KINDS), use_stemmer=False)
     scores: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for summary, target in zip(summaries, highlights, strict=True):

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool.config import Dtype, Sampling
+from porttool.device import Device
+from porttool.evaluators.agreement import drift_of
 from porttool.evaluators.logits import feed, make_step
 from porttool.evaluators.reference import (
-    Device,
     ReferenceModel,
     fingerprint_model,
     median_seconds,
@@ -98,9 +99,7 @@ def measure_rounding(
     for prompt, found in islice(((p, c) for p, c in pairs if c.tokens), ROUNDING_PROMPTS):
         if found.logprobs is not None:
             logits = model.logits([*prompt, *found.tokens])[len(prompt) - 1 : -1]
-            chosen = logits.log_softmax(-1)[range(len(found.tokens)), list(found.tokens)]
-            pieces = zip(chosen.tolist(), found.logprobs, strict=True)
-            drift += [abs(a - b) for a, b in pieces]
+            drift += drift_of(logits, found)
     return float(np.quantile(drift, 0.99)) if drift else 0.0
 
 

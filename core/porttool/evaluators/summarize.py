@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from porttool.config import HALF
 from porttool.errors import UsageError, require_extra
 from porttool.evaluator import REPORT, Evaluator, Port, Report, Verdict, evaluate, telling
 from porttool.evaluators.assignment import Assignment, SummarizeOptions, assign
 from porttool.evaluators.results import (
+    Side,
     SideResult,
     Task,
     counterpart_of_engine,
@@ -28,7 +29,6 @@ from porttool.progress import SILENT, Progress
 if TYPE_CHECKING:
     from porttool.converter import Converter
     from porttool.evaluators.comparison import Bounds, Comparison
-    from porttool.evaluators.reference import Device
     from porttool.runner import Runner
     from porttool.text import Tokenizer
 
@@ -65,6 +65,7 @@ class SummarizeEvaluator(Evaluator):
 
     name = "summarize"
     Options = SummarizeOptions
+    options: SummarizeOptions
 
     def run(self, port: Port, output: Path, *, progress: Progress = SILENT) -> Report:
         """Run the sides that are there, take the other from `output`, and report."""
@@ -73,7 +74,7 @@ class SummarizeEvaluator(Evaluator):
         from porttool.evaluators.page import read_parity, write_page
         from porttool.evaluators.transformers_folder import require_same_shape
 
-        options = cast("SummarizeOptions", self.options)
+        options = self.options
         require_extra("eval", "matplotlib", "rouge_score")
         require_sides(port, output, self.name)
         if port.runner is not None and port.source is not None:
@@ -95,7 +96,7 @@ class SummarizeEvaluator(Evaluator):
             notes += [f"{place} is not of this engine, and not shown"] if engine else []
             parity = None
         if parity and not parity.passed:
-            failed = ", ".join(v.name for v in parity.verdicts if v.passed is not True)
+            failed = ", ".join(v.name for v in parity.failed)
             notes.append(f"verify says no to this engine, whatever stands here: {failed} ({place})")
         report = Report(
             evaluator=self.name,
@@ -187,9 +188,8 @@ def outcome_notes(comparison: Comparison, output: Path) -> list[str]:
     from porttool.evaluators.comparison import power_note
 
     notes = []
-    for side in (comparison.engine, comparison.reference):
-        empty = sum(not c.text.strip() for c in side.continuations) if side else 0
-        if side and empty:
+    for side in comparison.sides:
+        if empty := sum(not c.text.strip() for c in side.continuations):
             notes.append(f"{side.side}: {empty} of {len(comparison.articles)} summaries are empty")
     if comparison.both:
         found = comparison.estimate(comparison.differences("rouge1"))
@@ -206,24 +206,11 @@ def run_sides(
     options: SummarizeOptions, port: Port, work: Assignment, output: Path, progress: Progress
 ) -> tuple[SideResult | None, SideResult | None]:
     """Return engine and reference, each run now or else as saved; saved ones are checked first."""
-    saved_engine = None if port.runner else saved_side(output, "engine", work.task)
-    saved_reference = None if port.source else saved_side(output, "reference", work.task)
-    if saved_engine:
-        require_same_engine(saved_engine, port, result_file(output, "engine"))
-    if saved_reference:
-        kept = result_file(output, "reference")
-        require_same_model(saved_reference, port, kept)
-        if port.compare and port.engine:
-            there = Path(port.engine.source.path).exists()
-            why = "is no Hugging Face folder" if there else "is gone"
-            progress.note(f"what the engine was converted from {why}: {kept} is compared")
-    if saved_reference and options.reference_dtype not in (None, saved_reference.dtype):
-        raise UsageError(
-            f"{result_file(output, 'reference')} was made in {saved_reference.dtype}, not "
-            f"{options.reference_dtype}; leave reference_dtype out, or run the reference again"
-        )
-    reference, engine = saved_reference, saved_engine
-    if port.source is not None:
+    engine = None if port.runner else saved_engine(port, work.task, output)
+    reference = None
+    if port.source is None:
+        reference = saved_reference(options, port, work.task, output, progress)
+    else:
         made = make_reference(options, port, port.source, work, output, progress)
         reference = made.model_copy(update={"counterpart": counterpart_of_reference(port)})
         reference.save(output)
@@ -245,7 +232,35 @@ def run_sides(
     return engine, reference
 
 
-def saved_side(output: Path, side: Literal["engine", "reference"], task: Task) -> SideResult | None:
+def saved_engine(port: Port, task: Task, output: Path) -> SideResult | None:
+    """Return the engine's kept result, which has to belong to the reference that runs."""
+    saved = saved_side(output, "engine", task)
+    if saved is not None:
+        require_same_engine(saved, port, result_file(output, "engine"))
+    return saved
+
+
+def saved_reference(
+    options: SummarizeOptions, port: Port, task: Task, output: Path, progress: Progress
+) -> SideResult | None:
+    """Return the reference's kept result, which has to be of the engine's model."""
+    saved, kept = saved_side(output, "reference", task), result_file(output, "reference")
+    if saved is None:
+        return None
+    require_same_model(saved, port, kept)
+    if port.compare and port.engine:
+        there = Path(port.engine.source.path).exists()
+        why = "is no Hugging Face folder" if there else "is gone"
+        progress.note(f"what the engine was converted from {why}: {kept} is compared")
+    if options.reference_dtype not in (None, saved.dtype):
+        raise UsageError(
+            f"{kept} was made in {saved.dtype}, not {options.reference_dtype}; leave "
+            "reference_dtype out, or run the reference again"
+        )
+    return saved
+
+
+def saved_side(output: Path, side: Side, task: Task) -> SideResult | None:
     """Return a saved result of the same task, or None if nothing was saved."""
     saved = load_result(output, side)
     if saved is not None:
@@ -265,8 +280,7 @@ def make_reference(
     from porttool.evaluators.reference import ReferenceModel
     from porttool.evaluators.sides import begin_reference, measure_rounding, run_reference
 
-    device: Device = options.reference_device
-    dtype = options.reference_dtype or "float32"
+    device, dtype = options.reference_device, options.reference_dtype or "float32"
     model = ReferenceModel(source, dtype=dtype, device=device)
     done = begin_reference(model, work.task, batch_size=options.batch_size, output=output)
     with done.told_when_stopped():

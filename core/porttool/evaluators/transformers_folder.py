@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from porttool.config import ModelConfig
-from porttool.errors import MissingExtra, SourceError, UsageError, require_extra
+from porttool.errors import SourceError, UsageError, importing, require_extra
 from porttool.huggingface import read_config
 from porttool.sources.json_file import read_json
 from porttool.weights import listing
@@ -61,11 +61,9 @@ def loading(path: Path) -> Iterator[None]:
 def load_config(folder: Path) -> Any:
     """Load a folder's config in transformers, which must be there: no hub is asked."""
     require_extra("reference", "transformers")
-    try:
+    with importing("reference", "transformers"):
         import transformers
         from transformers import AutoConfig
-    except ImportError as error:
-        raise MissingExtra("reference", "transformers") from error
     if not folder.exists():
         raise UsageError(f"{folder}: there is no such folder; correct --hf-model")
     file = folder / "config.json"

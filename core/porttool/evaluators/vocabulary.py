@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from porttool.errors import MissingExtra, SourceError
+from porttool.errors import SourceError, importing
 from porttool.evaluator import Verdict
 from porttool.evaluators.transformers_folder import quiet
 from porttool.sources.tokenizer_files import is_tokenizer
@@ -42,10 +42,8 @@ def compare_tokenizers(
     where that is in another way the file as it is counts, too. Returns why not where transformers
     has no tokenizer.
     """
-    try:
+    with importing("reference", "transformers"):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    except ImportError as error:
-        raise MissingExtra("reference", "transformers") from error
     if not is_tokenizer(file.name for file in source.iterdir()):
         return f"there is no tokenizer in {source}"  # transformers would make an empty one
     with quiet():

@@ -64,10 +64,9 @@ def swapped_keys_and_values(config: ModelConfig) -> WeightChange:
     def change(weights: Weights) -> Weights:
         import torch
 
-        query, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         result = dict(weights)
         for name in first_projection(weights):
-            q, k, v = weights[name].split((query, kv, kv))
+            q, k, v = weights[name].split(config.qkv_rows)
             result[name] = torch.cat((q, v, k))
         return result
 

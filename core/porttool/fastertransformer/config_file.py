@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ast
 import configparser
+import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +61,16 @@ INERT = (
 """Arguments of the conversion, and attributes of Hugging Face's configs about how it was run."""
 
 
-@dataclass(frozen=True)
-class FolderConfig:
-    """What config.ini says; `tensor_parallel` is None where it does not say that."""
+class FolderConfig(Closed):
+    """What config.ini says; `tensor_parallel` is None where it does not say that.
+
+    Our section [porttool] is all of this, so that nothing is lost that the other keys cannot say.
+    """
 
     config: ModelConfig
     tokens: SpecialTokens
     dtype: Dtype
     tensor_parallel: int | None
-
-
-class OwnSection(Closed):
-    """The section [porttool]: what the other keys cannot express, so that nothing is lost."""
-
-    config: ModelConfig
-    tokens: SpecialTokens
-    dtype: Dtype
-    tensor_parallel: int
 
 
 def read_folder_config(file: Path, *, has_head: bool) -> FolderConfig:
@@ -103,7 +96,8 @@ def read_folder_config(file: Path, *, has_head: bool) -> FolderConfig:
     dtype = source.one_of("storage_dtype", DTYPES, "float32")
     source.finish()
     ids = {key: values.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
-    return FolderConfig(model, check_special_ids(ids, model.vocab_size, file), dtype, ranks)
+    tokens = check_special_ids(ids, model.vocab_size, file)
+    return FolderConfig(config=model, tokens=tokens, dtype=dtype, tensor_parallel=ranks)
 
 
 def renamed(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +143,7 @@ def read_model(source: SourceConfig, *, tied: bool) -> ModelConfig:
 def read_own(file: Path, section: Mapping[str, str], gpt: Mapping[str, Any]) -> FolderConfig:
     """Read our section, and hold the other to it: someone may have edited that one."""
     try:
-        own = OwnSection.model_validate({key: parse_json(text) for key, text in section.items()})
+        own = FolderConfig.model_validate({key: parse_json(text) for key, text in section.items()})
     except ValidationError as error:
         raise SourceError(f"{file}: [porttool] is damaged: {explain(error)}") from error
     except ValueError as error:
@@ -160,13 +154,11 @@ def read_own(file: Path, section: Mapping[str, str], gpt: Mapping[str, Any]) -> 
             f"{file}: [gpt] and [porttool] disagree about {', '.join(wrong)}; take the section "
             "[porttool] away if the other was changed on purpose"
         )
-    return FolderConfig(own.config, own.tokens, own.dtype, own.tensor_parallel)
+    return own
 
 
-def format_config(own: OwnSection) -> str:
+def format_config(own: FolderConfig) -> str:
     """Return the text of config.ini."""
-    import io
-
     parser = configparser.ConfigParser(interpolation=None)
     parser["gpt"] = gpt_section(own)
     parser["porttool"] = {k: json.dumps(v) for k, v in own.model_dump(mode="json").items()}
@@ -175,7 +167,7 @@ def format_config(own: OwnSection) -> str:
     return text.getvalue()
 
 
-def gpt_section(own: OwnSection) -> dict[str, str]:
+def gpt_section(own: FolderConfig) -> dict[str, str]:
     """Return the keys that FasterTransformer and TensorRT-LLM read."""
     c = own.config
     short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}

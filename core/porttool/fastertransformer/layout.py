@@ -6,14 +6,13 @@ query_key_value has its heads' queries, keys and values; with one key head for a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from porttool.config import ModelConfig
 from porttool.errors import UsageError
+from porttool.weights import template_of
 
-_LAYER = re.compile(r"^layers\.(\d+)\.")
 WHOLE = {
     "embedding": "wte",
     "position": "wpe",
@@ -96,10 +95,9 @@ class BinFile:
 
 def bin_files(name: str, config: ModelConfig) -> tuple[BinFile, ...]:
     """Return the files that hold a canonical tensor."""
-    layer = _LAYER.match(name)
-    files = templates(_LAYER.sub("layers.{i}.", name), config)
-    number = layer[1] if layer else ""
-    return tuple(replace(file, stem=file.stem.replace("{i}", number)) for file in files)
+    template, layer = template_of(name)
+    files = templates(template, config)
+    return tuple(replace(file, stem=file.stem.replace("{i}", layer)) for file in files)
 
 
 def templates(name: str, config: ModelConfig) -> tuple[BinFile, ...]:

@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from porttool.config import Dtype, ModelConfig
+from porttool.config import ITEMSIZE, Dtype, ModelConfig
 from porttool.converter import Source
 from porttool.errors import SourceError
 from porttool.fastertransformer.config_file import CONFIG, read_folder_config
 from porttool.fastertransformer.layout import BinFile, Region, bin_files, check_parallel
-from porttool.sources.safetensors_file import CODES, DTYPES, read_exactly
+from porttool.sources.safetensors_file import read_exactly
 from porttool.sources.tokenizer_files import tokenizer_paths
 from porttool.weights import TensorInfo, TensorSource, listing
 
@@ -97,7 +97,7 @@ class BinFolder(TensorSource):
         self._folder = folder
         self._dtype = dtype
         self._tp = tp
-        self._width = DTYPES[CODES[dtype]][1]
+        self._width = ITEMSIZE[dtype]
         self._files = {name: bin_files(name, config) for name in shapes}
         self._infos = {
             name: TensorInfo(shape, dtype, math.prod(shape) * self._width, files[0].name(0))

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from porttool.checkpoint import Checkpoint
-from porttool.config import Dtype, ModelConfig
+from porttool.config import ITEMSIZE, Dtype, ModelConfig
 from porttool.errors import UsageError
-from porttool.fastertransformer.config_file import CONFIG, NAMES, OwnSection, format_config
+from porttool.fastertransformer.config_file import CONFIG, NAMES, FolderConfig, format_config
 from porttool.fastertransformer.layout import BinFile, bin_files, check_parallel
 from porttool.folder import FileRecord, PendingFolder, pending_folder, sync
+from porttool.memory import as_bytes
 from porttool.progress import SILENT, Progress
-from porttool.shards import as_bytes, write_all
-from porttool.sources.safetensors_file import CODES, DTYPES
+from porttool.shards import write_all
 from porttool.standing import require_space
 from porttool.weights import cast
 
@@ -40,7 +40,7 @@ def export(
     check_parallel(checkpoint.config, tp)
     manifest = checkpoint.manifest
     kind = dtype or manifest.dtype
-    own = OwnSection(
+    own = FolderConfig(
         config=plain_norm(checkpoint.config),
         tokens=manifest.tokens,
         dtype=kind,
@@ -50,7 +50,7 @@ def export(
     target = place_of(output, tp)
     names = checkpoint.names()
     shapes = {name: checkpoint.file_of(name).infos()[name].shape for name in names}
-    sizes = {name: math.prod(shape) * DTYPES[CODES[kind]][1] for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * ITEMSIZE[kind] for name, shape in shapes.items()}
     require_space(target, sum(sizes.values()))
     key = hashlib.sha256(f"{checkpoint.digest}{text}".encode()).hexdigest()
     with pending_folder(
@@ -63,7 +63,9 @@ def export(
                 tensor = cast(name, read(checkpoint, name), kind)
                 write_tensor(folder, files, tensor, tp)
             progress.advance(sizes[name])
-        copy_tokenizer(folder, checkpoint)
+        for file in checkpoint.tokenizer_files:  # beside the arrays, as TensorRT-LLM has them
+            folder.add_bytes(Path(file).name, (checkpoint.path / file).read_bytes())
+        checkpoint.require_unchanged()
         folder.finish(CONFIG, text)
         progress.finish()
     return target
@@ -124,10 +126,3 @@ def write_tensor(
                 sync(target)
             digest = hashlib.sha256(data).hexdigest()
             folder.add_file(file.name(rank), FileRecord(bytes=len(data), sha256=digest))
-
-
-def copy_tokenizer(folder: PendingFolder, checkpoint: Checkpoint) -> None:
-    """Put the tokenizer's files beside the arrays, as TensorRT-LLM does."""
-    if checkpoint.tokenizer.is_dir():
-        for file in sorted(checkpoint.tokenizer.iterdir()):
-            folder.add_bytes(file.name, file.read_bytes())

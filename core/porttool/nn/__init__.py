@@ -7,6 +7,7 @@ from porttool.nn.decoder import (
     canonical_shapes,
     meta_decoder,
     n_parameters,
+    randomise,
     require_shapes,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "canonical_shapes",
     "meta_decoder",
     "n_parameters",
+    "randomise",
     "require_shapes",
 ]

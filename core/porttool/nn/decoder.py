@@ -53,6 +53,12 @@ class Step:
         return cls(torch.tensor(where), tokens, torch.zeros(len(prompts), dtype=torch.int64),
                    torch.tensor(lengths))  # fmt: skip
 
+    @classmethod
+    def decode(cls, tokens: list[int], slots: list[int], starts: list[int]) -> Step:
+        """Build a step of one token a row."""
+        ones = torch.ones(len(tokens), dtype=torch.int64)
+        return cls(torch.tensor(slots), torch.tensor(tokens)[:, None], torch.tensor(starts), ones)
+
     @property
     def positions(self) -> Tensor:
         """Position of every token, padding included: [n, width]."""
@@ -157,6 +163,19 @@ def canonical_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 def n_parameters(config: ModelConfig) -> int:
     """Count a canonical checkpoint's numbers."""
     return sum(math.prod(shape) for shape in canonical_shapes(config).values())
+
+
+def randomise(
+    tensor: Tensor, name: str, config: ModelConfig, generator: torch.Generator | None = None
+) -> Tensor:
+    """Fill a canonical tensor with random numbers and return it; the scales of norms are about 1.
+
+    Their deviation is less where a sum has many terms: activations stay finite in 16 bits.
+    """
+    deviation = 0.02 if tensor.ndim == 1 else min(0.02, tensor.shape[-1] ** -0.5)
+    tensor.normal_(0, deviation, generator=generator)
+    scales = "norm" in name and name.endswith("weight") and config.norm != "layernorm1p"
+    return tensor.add_(1) if scales else tensor
 
 
 def require_shapes(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

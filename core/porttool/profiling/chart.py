@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from porttool.errors import MissingExtra
+from porttool.errors import importing
 from porttool.profiling.costs import Peak
 from porttool.profiling.table import Line, over_layers
 
 
 def draw_chart(lines: Sequence[Line], peak: Peak, title: str, path: Path) -> None:
     """Draw one panel a phase; MissingExtra without matplotlib."""
-    try:
+    with importing("eval", "matplotlib"):
         import matplotlib as mpl
-    except ImportError as error:
-        raise MissingExtra("eval", "matplotlib") from error
     mpl.use("Agg")
     from matplotlib import pyplot
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from porttool.config import ModelConfig
+from porttool.config import ITEMSIZE, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class StepSize:
     itemsize: int
 
     @classmethod
-    def prefill(cls, batch: int, n_input: int, itemsize: int) -> Self:
+    def prefill(cls, batch: int, n_input: int, dtype: str) -> Self:
         """Return the step of prompts; a causal query sees half of its own on average."""
-        return cls(batch, n_input, (n_input + 1) // 2, itemsize)
+        return cls(batch, n_input, (n_input + 1) // 2, ITEMSIZE[dtype])
 
     @classmethod
-    def decode(cls, batch: int, n_input: int, n_output: int, itemsize: int) -> Self:
+    def decode(cls, batch: int, n_input: int, n_output: int, dtype: str) -> Self:
         """Return the step of one token of every row, in the middle of the output."""
-        return cls(batch, 1, n_input + (n_output + 1) // 2, itemsize)
+        return cls(batch, 1, n_input + (n_output + 1) // 2, ITEMSIZE[dtype])
 
 
 def linear(size: StepSize, n_in: int, n_out: int) -> Cost:

@@ -63,13 +63,13 @@ def profile(runner: Runner, shape: ProfileShape, output: Path) -> Profile:
             nodes = runner.profiled(lambda: run_steps(runner, shape))
         trace = export_trace(recorder)
         found = summarize(runner, shape, trace, nodes)
-        trace["traceEvents"] += as_events(nodes, step_ranges(trace))
+        steps = step_ranges(trace)
+        trace["traceEvents"] += as_events(nodes, steps)
         (output / "trace.json").write_text(json.dumps(trace))
         write_tables(found, output)
-        names = [event["name"].removeprefix(PREFIX) for event in step_ranges(trace)]
         for phase, layers in runner.layer_information().items():
             (output / f"layers_{phase}.json").write_text(layers, encoding="utf-8")
-            times = layer_times([node for node in nodes if names[node.run] == phase])
+            times = layer_times([n for n in nodes if steps[n.run]["name"] == PREFIX + phase])
             (output / f"profile_{phase}.json").write_text(json.dumps(times, indent=1) + "\n")
     return found
 
@@ -106,8 +106,7 @@ def run_steps(runner: Runner, shape: ProfileShape) -> None:
     """
     tokens = torch.arange(shape.batch * shape.prompt).view(shape.batch, -1)
     tokens %= min(97, runner.config.vocab_size)
-    slots = torch.arange(shape.batch)
-    whole = Step(slots, tokens, torch.zeros_like(slots), torch.full_like(slots, shape.prompt))
+    whole = Step.prefill(tokens.tolist())
     with phase("warm-up"):
         runner.step(whole)
     with phase("warm-up"):
@@ -122,9 +121,8 @@ def run_steps(runner: Runner, shape: ProfileShape) -> None:
 
 def decode(runner: Runner, shape: ProfileShape, i: int) -> int:
     """Decode behind i tokens that were decoded before; return how many a row it made."""
-    ones = torch.ones(shape.batch, dtype=torch.int64)
-    slots = torch.arange(shape.batch)
-    step = Step(slots, 0 * ones[:, None], (shape.prompt + i) * ones, ones)
+    n = shape.batch
+    step = Step.decode([0] * n, list(range(n)), [shape.prompt + i] * n)
     if runner.decodes_on_device:
         return runner.decode(step, shape.new - i).shape[1]
     runner.step(step)
@@ -170,10 +168,9 @@ def summarize(
     made = runner.engine.manifest
     ranges = step_ranges(trace)
     names = [event["name"].removeprefix(PREFIX) for event in ranges]
-    itemsize = getattr(torch, made.dtype).itemsize
     sizes = {
-        "prefill": StepSize.prefill(shape.batch, shape.prompt, itemsize),
-        "decode": StepSize.decode(shape.batch, shape.prompt, shape.new, itemsize),
+        "prefill": StepSize.prefill(shape.batch, shape.prompt, made.dtype),
+        "decode": StepSize.decode(shape.batch, shape.prompt, shape.new, made.dtype),
     }
     on_gpu = "cuda" if any(e.get("cat") == "kernel" for e in trace["traceEvents"]) else "cpu"
     peak = measure_peak(on_gpu, made.dtype)

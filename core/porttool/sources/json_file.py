@@ -8,7 +8,6 @@ from typing import Any
 
 from porttool.errors import SourceError
 from porttool.sources.places import is_present, refuse_pointer
-from porttool.sources.safetensors_file import unique_pairs
 
 MAX_JSON = 64_000_000
 MAX_DIGITS = 100
@@ -34,6 +33,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(data: str | bytes) -> Any:
     """Parse JSON with each key once and no number that cannot be one; ValueError otherwise."""
     return json.loads(data, object_pairs_hook=unique_pairs, parse_int=parse_integer)
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; ValueError for a name that is there twice."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
 
 
 def parse_integer(digits: str) -> int:

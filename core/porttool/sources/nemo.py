@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from porttool.errors import MissingExtra, SourceError
+from porttool.errors import SourceError, importing
 from porttool.sources.archive import Archive, Member, is_gzip, peek
 from porttool.sources.json_file import MAX_DIGITS
 from porttool.sources.ranks import STACKED, find_ranks, require_ranks
@@ -123,10 +123,8 @@ def tunes_prompts(values: Mapping[str, Any]) -> bool:
 
 def parse_yaml(data: bytes, path: Path) -> dict[str, Any]:
     """Parse a YAML mapping without constructing anything but plain values."""
-    try:
+    with importing("gpt-next", "yaml"):
         import yaml
-    except ImportError as error:
-        raise MissingExtra("gpt-next", "yaml") from error
     try:
         values = construct(shallow(yaml.SafeLoader)(data))
     except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porttool.errors import SourceError
+from porttool.sources.safetensors_file import is_size
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,8 +73,3 @@ def read_header(data: bytes) -> dict[str, Any]:
     if not isinstance(header["fortran_order"], bool):
         raise ValueError("an order that is none")
     return {**header, "start": start}
-
-
-def is_size(value: object) -> bool:
-    """Tell a possible dimension."""
-    return type(value) is int and 0 <= value < 1 << 62

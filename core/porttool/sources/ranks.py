@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import TYPE_CHECKING, Self
 
 from porttool.errors import SourceError
+from porttool.memory import digest
 from porttool.weights import TensorInfo, TensorSource, listing
 
 if TYPE_CHECKING:
@@ -162,12 +162,9 @@ class JoinedRanks(TensorSource):
 
 def equals(ranks: Iterable[TensorSource], name: str) -> list[list[TensorSource]]:
     """Return the groups of two or more ranks whose parts of a tensor are the same, bit by bit."""
-    import torch
-
     groups: dict[bytes, list[TensorSource]] = {}
     for rank in ranks:
-        data = rank.load(name).contiguous().reshape(-1).view(torch.uint8).numpy()
-        groups.setdefault(sha256(memoryview(data)).digest(), []).append(rank)  # type: ignore[arg-type]
+        groups.setdefault(digest(rank.load(name)), []).append(rank)
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -8,7 +8,6 @@ bounded; a memory map would count every page that was touched.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
@@ -16,21 +15,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from porttool.config import ITEMSIZE
 from porttool.errors import SourceError
 from porttool.folder import FileRecord, Stamp
-from porttool.memory import empty
+from porttool.memory import as_bytes, empty
+from porttool.sources.json_file import parse_json
 from porttool.sources.places import refuse_pointer
 from porttool.weights import TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
-    "U8": ("uint8", 1), "BOOL": ("bool", 1),
+CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
+    "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
-CODES = {name: code for code, (name, _) in DTYPES.items()}
+DTYPES = {code: name for name, code in CODES.items()}
 MAX_HEADER = 100_000_000
 """The format's own limit on the header, in bytes."""
 
@@ -87,7 +87,7 @@ class SafetensorsFile(TensorSource):
             while begin < self._infos[name].nbytes:
                 piece = room(name, begin)
                 read_exactly(self.path, piece, offset + begin)
-                digest.update(memoryview(piece.numpy()))  # type: ignore[arg-type]
+                digest.update(as_bytes(piece))
                 filled(name, begin, piece)
                 begin += len(piece)
         return FileRecord(bytes=self._size, sha256=digest.hexdigest())
@@ -127,11 +127,12 @@ def stamp_of(path: Path) -> Stamp:
 
 def _begin(entry: Any) -> int:
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    return offsets[0] if isinstance(offsets, list) and offsets and _is_size(offsets[0]) else -1
+    return offsets[0] if isinstance(offsets, list) and offsets and is_size(offsets[0]) else -1
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+def is_size(value: object) -> bool:
+    """Tell a possible dimension or place in a file."""
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -144,7 +145,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
                 refuse_pointer(path)
                 raise SourceError(f"{path}: not a safetensors file, or its header length lies")
             text = file.read(length)
-            header = json.loads(text, object_pairs_hook=unique_pairs)
+            header = parse_json(text)
     except FileNotFoundError as error:
         raise SourceError(f"{path}: the file is missing") from error
     except (ValueError, RecursionError) as error:
@@ -152,14 +153,6 @@ def read_header(path: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(header, dict):
         raise SourceError(f"{path}: the safetensors header is not an object")
     return header, prefix + text
-
-
-def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object of its pairs; ValueError for a name that is there twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name appears twice")
-    return result
 
 
 def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
@@ -171,13 +164,13 @@ def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
             "the model unquantised, as F32, F16 or BF16"
         )
     try:
-        dtype, width = DTYPES[entry["dtype"]]
+        dtype = DTYPES[entry["dtype"]]
         shape, (begin, end) = entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"{path}: the header entry of {name} is malformed") from error
-    if not (isinstance(shape, list) and all(map(_is_size, [*shape, begin, end]))):
+    if not (isinstance(shape, list) and all(map(is_size, [*shape, begin, end]))):
         raise SourceError(f"{path}: the header entry of {name} has impossible numbers")
-    nbytes = math.prod(shape) * width
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if end - begin != nbytes:
         raise SourceError(
             f"{path}: {name} of shape {shape} needs {nbytes} bytes, the header gives {end - begin}"
@@ -187,7 +180,7 @@ def check_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
 
 def read_exactly(path: Path, buffer: Tensor, offset: int) -> None:
     """Fill a uint8 tensor from a file; a short file is a SourceError."""
-    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+    view = as_bytes(buffer)
     done = 0
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from porttool.config import ITEMSIZE
 from porttool.errors import SourceError
 from porttool.sources.crc32c import crc32c, masked
 from porttool.sources.safetensors_file import read_exactly
@@ -31,10 +32,10 @@ FOOTER = 48
 MAX_INDEX = 1 << 28
 LATEST = re.compile(rb'^model_checkpoint_path: "([^"\n]+)"', re.MULTILINE)
 DTYPES = {
-    1: ("float32", 4), 2: ("float64", 8), 3: ("int32", 4), 4: ("uint8", 1), 5: ("int16", 2),
-    6: ("int8", 1), 9: ("int64", 8), 10: ("bool", 1), 14: ("bfloat16", 2), 19: ("float16", 2),
+    1: "float32", 2: "float64", 3: "int32", 4: "uint8", 5: "int16", 6: "int8", 9: "int64",
+    10: "bool", 14: "bfloat16", 19: "float16",
 }  # fmt: skip
-"""TensorFlow's type numbers → torch names and bytes an element. Others (strings) cannot be read."""
+"""TensorFlow's type numbers → torch names. Others (strings) cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class TensorBundle(TensorSource):
         return buffer.view(getattr(torch, info.dtype)).view(info.shape)
 
     def _add(self, prefix: Path, name: str, entry: Entry, n_shards: int) -> None:
-        dtype, width = DTYPES.get(entry.dtype, ("of another type", 0))
-        if width and math.prod(entry.shape) * width != entry.size:
+        dtype = DTYPES.get(entry.dtype, "of another type")
+        if dtype in ITEMSIZE and math.prod(entry.shape) * ITEMSIZE[dtype] != entry.size:
             raise ValueError(f"{name} of shape {entry.shape} cannot have {entry.size} bytes")
         file = prefix.with_name(f"{prefix.name}.data-{entry.shard:05}-of-{n_shards:05}")
         if not file.is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from porttool.config import InfillTokens, SpecialTokens
-from porttool.errors import CheckpointError, MissingExtra, SourceError
+from porttool.errors import CheckpointError, SourceError, importing
 from porttool.sources.json_file import read_json
 from porttool.sources.places import is_present, refuse_pointer
 
@@ -195,10 +195,8 @@ def special_tokens(files: Mapping[str, bytes]) -> tuple[SpecialTokens, int | Non
 
 def sentencepiece_tokens(data: bytes) -> tuple[SpecialTokens, int]:
     """Read the ids that a sentencepiece model itself declares."""
-    try:
+    with importing("gpt-next", "sentencepiece"):
         from sentencepiece import SentencePieceProcessor
-    except ImportError as error:
-        raise MissingExtra("gpt-next", "sentencepiece") from error
     try:
         model = SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:

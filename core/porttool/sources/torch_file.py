@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from porttool.config import dtype_name
 from porttool.errors import SourceError
-from porttool.memory import empty
+from porttool.memory import as_bytes, empty
 from porttool.sources.places import refuse_pointer
 from porttool.sources.torch_legacy import (
     Stored,
@@ -47,13 +48,7 @@ class TensorTree(TensorSource):
     def __init__(self, tensors: Mapping[str, Tensor], file: str, *, mapped: bool) -> None:
         self._tensors = dict(tensors)
         self._mapped = mapped
-        self._infos = {
-            name: TensorInfo(
-                tuple(t.shape), str(t.dtype).removeprefix("torch."),
-                t.numel() * t.element_size(), file,
-            )
-            for name, t in tensors.items()
-        }  # fmt: skip
+        self._infos = {name: info_of(tensor, file) for name, tensor in tensors.items()}
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Return every tensor's name, shape, type and size."""
@@ -72,6 +67,11 @@ class TensorTree(TensorSource):
         return copy.as_strided(tensor.shape, tensor.stride())
 
 
+def info_of(tensor: Tensor, file: str) -> TensorInfo:
+    """Return what is known of a tensor of torch's own in a file."""
+    return TensorInfo(tuple(tensor.shape), dtype_name(tensor.dtype), tensor.nbytes, file)
+
+
 def span(tensor: Tensor) -> int:
     """Elements from a tensor's first to its last in memory."""
     if tensor.numel() == 0:
@@ -85,12 +85,10 @@ def copy_pages(old: Tensor, new: Tensor, file: str) -> None:
 
     Touching such a page would end the process (mmap(2), SIGBUS).
     """
-    import torch
-
     if not OWN_MEMORY.exists():
         new.copy_(old)
         return
-    view = memoryview(new.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    view = as_bytes(new)
     with OWN_MEMORY.open("rb", buffering=0) as memory:
         memory.seek(old.data_ptr())
         while view:

@@ -18,6 +18,7 @@ from porttool.sources.archive import Member, Section
 from porttool.sources.safetensors_file import read_exactly
 from porttool.sources.torch_file import (
     check_entries,
+    info_of,
     require_safe_torch,
     span,
     unpickling,
@@ -51,13 +52,7 @@ class TorchZip(TensorSource):
         }
         for name, value in self._metas.items():
             check_stored(name, value, entries, label)
-        self._infos = {
-            name: TensorInfo(
-                tuple(t.shape), str(t.dtype).removeprefix("torch."),
-                t.numel() * t.element_size(), label,
-            )
-            for name, t in self._metas.items()
-        }  # fmt: skip
+        self._infos = {name: info_of(meta, label) for name, meta in self._metas.items()}
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Return every tensor's name, shape, type and size."""

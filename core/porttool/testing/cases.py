@@ -98,7 +98,7 @@ def find_plugin(registry: Registry, name: str) -> str:
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise UsageError(
         f"there is no plugin or family named {name!r}{hint}; `porttool plugins list` shows what "
-        f"there is{registry.set_aside()}"
+        f"there is{registry.hint()}"
     )
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from porttool.errors import MissingExtra, require_extra
+from porttool.errors import importing, require_extra
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,10 +77,8 @@ def transformers_model(path: Path) -> Any:
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     require_extra("reference", "transformers")
-    try:
+    with importing("reference", "transformers"):
         from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise MissingExtra("reference", "transformers") from error
     with widened():
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float64, trust_remote_code=False

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from porttool import Activation, Converter, ModelConfig, Source, SourceConfig
 from porttool.reading import (
+    GATED,
     NemoModel,
     Norm,
     Position,
@@ -28,12 +29,7 @@ from porttool.reading import (
 ACTIVATIONS: dict[str, tuple[Activation, bool]] = {
     "gelu": ("gelu", False),
     "squared-relu": ("relu2", False),
-    "geglu": ("gelu", True),
-    "reglu": ("relu", True),
-    "swiglu": ("silu", True),
-    "fast-geglu": ("gelu", True),
-    "fast-reglu": ("relu", True),
-    "fast-swiglu": ("silu", True),
+    **{name: (gate, True) for name, gate in GATED.items()},
 }
 """Name in the YAML → what is computed, and whether it gates a second projection."""
 

@@ -81,8 +81,7 @@ def prompts(n: int, vocab: int = 211) -> list[list[int]]:
 
 
 def one_each(pair: Pair, starts: list[int], slots: list[int]) -> Step:
-    tokens = torch.tensor([[(13 * s + 5) % 211] for s in starts])
-    return Step(torch.tensor(slots), tokens, torch.tensor(starts), torch.ones(len(slots)).long())
+    return Step.decode([(13 * s + 5) % 211 for s in starts], slots, starts)
 
 
 @pytest.mark.parametrize("native", [pytest.param(True, marks=compiled), False])

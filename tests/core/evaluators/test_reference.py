@@ -116,6 +116,12 @@ def test_a_config_that_transformers_does_not_know(tmp_path, config):
         ReferenceModel(tmp_path)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_to_be_missing(writer):
+    with pytest.raises(UsageError, match="torch sees no GPU; use device cpu"):
+        ReferenceModel(writer, device="cuda")
+
+
 def test_a_folder_that_is_none_of_transformers_says_what_to_name(tmp_path):
     """A family that transformers has not is nobody's mistake: no advice to update helps."""
     (tmp_path / "config.json").write_text('{"model_type": "no_such_model"}')

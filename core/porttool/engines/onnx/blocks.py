@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from porttool.config import Dtype, ModelConfig
 from porttool.engines.onnx.element_types import ELEMENT_TYPES
 from porttool.engines.onnx.graph import Graph
+from porttool.engines.onnx.record import Form
 
 if TYPE_CHECKING:
     from porttool.engines.onnx.weights import StoredTensor
 
-Form = Literal["scatter", "concat"]
 OPSETS: dict[Form, int] = {"scatter": 24, "concat": 20}
 """`scatter` needs Attention and TensorScatter (TensorRT 10.15); `concat` needs neither (10.13)."""
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.component import Options
 from porttool.config import Closed
 from porttool.engines.onnx.export import MODEL, export_model, require_single_rank
-from porttool.engines.onnx.record import BuildRecord
+from porttool.engines.onnx.record import BuildRecord, Form
 
 if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
     from porttool.progress import Progress
 
-Cache = Literal["scatter", "concat"]
 Optimization = Literal["none", "basic", "extended", "all"]
 
 
@@ -28,7 +27,7 @@ class OnnxOptions(Options):
     Runtime rewrites the graph.
     """
 
-    cache: Cache = "scatter"
+    cache: Form = "scatter"
     optimization: Optimization = "all"
 
 
@@ -44,7 +43,7 @@ class GraphRecord(BuildRecord):
     of_what = "ONNX graph"
     graph: Literal["model.onnx"]
     opset: int
-    cache: Cache
+    cache: Form
     capacity: int
     nodes: int
     session: SessionRecord
@@ -55,6 +54,7 @@ class OnnxBuilder(Builder):
 
     name = "onnx"
     Options = OnnxOptions
+    options: OnnxOptions
 
     def build_rank(
         self,
@@ -67,7 +67,7 @@ class OnnxBuilder(Builder):
     ) -> Mapping[str, Any]:
         """Export the model; the session's options go into the manifest."""
         require_single_rank(rank, self.name)
-        options = cast("OnnxOptions", self.options)
+        options = self.options
         made = export_model(checkpoint, request, out, form=options.cache, progress=progress)
         record = GraphRecord(
             graph=MODEL,

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from porttool.builder import BuildRequest, Rank
-from porttool.errors import MissingExtra, UsageError, require_extra
+from porttool.errors import UsageError, importing, require_extra
 
 if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
-    from porttool.engines.onnx.blocks import Form, GraphSpec
+    from porttool.engines.onnx.blocks import GraphSpec
+    from porttool.engines.onnx.record import Form
     from porttool.progress import Progress
 
 MODEL: Final = "model.onnx"
@@ -62,10 +63,8 @@ def export_model(
 def require_onnx() -> None:
     """Raise MissingExtra if the onnx package is not installed, or too old."""
     require_extra("onnx", "onnx")
-    try:
+    with importing("onnx", "onnx"):
         import onnx  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("onnx", "onnx") from error
 
 
 def require_single_rank(rank: Rank, kind: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from porttool.config import dtype_name
 from porttool.engines.onnx.cached_graph import PROJECTED, Program
 from porttool.engines.onnx.element_types import ELEMENT_TYPES
 from porttool.engines.onnx.session import translated_errors
@@ -38,7 +39,7 @@ class SessionProgram(Program):
         io = self.session.io_binding()
         for name, tensor in tensors.items():
             bind = io.bind_input if name in self.inputs else io.bind_output
-            element = ELEMENT_TYPES[str(tensor.dtype).removeprefix("torch.")]
+            element = ELEMENT_TYPES[dtype_name(tensor.dtype)]
             index = tensor.device.index or 0
             place = tensor.data_ptr() or NOWHERE.data_ptr()
             bind(name, tensor.device.type, index, element, list(tensor.shape), place)

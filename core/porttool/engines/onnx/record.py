@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from porttool.engine import Engine
 
 
+Form = Literal["scatter", "concat"]
+"""How a graph keeps its cache: written in place inside the graph, or joined with what is new."""
+
+
 class BuildRecord(Closed):
     """The record of the only rank; `of_what` is what it describes, in words."""
 

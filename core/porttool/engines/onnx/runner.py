@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt
 
 from porttool.component import Options
+from porttool.device import Device
 from porttool.engines.onnx.builder import GraphRecord
 from porttool.engines.onnx.export import require_onnx
 from porttool.engines.onnx.session import SessionSettings, choose_device, known_gap, make_session
@@ -33,7 +34,7 @@ class OnnxRunnerOptions(Options):
     compute all logits for greedy tokens on a CPU, too, as where there is no compiler.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     threads: NonNegativeInt = 0
     tf32: bool = False
     compiled: bool = True
@@ -44,6 +45,7 @@ class OnnxRunner(Runner):
 
     name = "onnx"
     Options = OnnxRunnerOptions
+    options: OnnxRunnerOptions
     traces = True
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
@@ -54,7 +56,7 @@ class OnnxRunner(Runner):
         from porttool.engines.onnx.stored_graph import read_graph
         from porttool.engines.onnx.weights import stored_weights
 
-        asked = cast("OnnxRunnerOptions", self.options)
+        asked = self.options
         self._record = GraphRecord.of(engine)
         optimization = self._record.session.optimization
         self._settings = SessionSettings(

@@ -10,7 +10,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from porttool.errors import EngineError, MissingExtra, UsageError, require_extra
+from porttool.device import Device
+from porttool.errors import EngineError, UsageError, importing, require_extra
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -35,14 +36,12 @@ class SessionSettings:
 def require_onnxruntime() -> Any:
     """Import ONNX Runtime, or raise MissingExtra."""
     require_extra("onnx", "onnxruntime")
-    try:
+    with importing("onnx", "onnxruntime"):
         import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("onnx", "onnxruntime") from error
     return onnxruntime
 
 
-def choose_device(wanted: str) -> str:
+def choose_device(wanted: Device) -> str:
     """Return cpu or cuda; auto takes the GPU where both ONNX Runtime and torch see one.
 
     Raises UsageError if the GPU was asked for and ONNX Runtime has no provider for it.

@@ -18,7 +18,7 @@ from porttool.errors import EngineError, intact
 
 if TYPE_CHECKING:
     from porttool.engine import Engine
-    from porttool.engines.onnx.blocks import Form
+    from porttool.engines.onnx.record import Form
     from porttool.engines.onnx.weights import StoredTensor
 
 

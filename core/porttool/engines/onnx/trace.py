@@ -11,6 +11,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from porttool.config import dtype_name
 from porttool.engines.onnx.element_types import ELEMENT_TYPES
 from porttool.engines.onnx.graph import MODULES
 from porttool.engines.onnx.session import SessionSettings, make_session, translated_errors
@@ -90,5 +91,5 @@ def as_ort_value(tensor: Tensor) -> Any:
     from onnxruntime import OrtValue
 
     bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-    number = ELEMENT_TYPES[str(tensor.dtype).removeprefix("torch.")]
+    number = ELEMENT_TYPES[dtype_name(tensor.dtype)]
     return OrtValue.ortvalue_from_numpy_with_onnx_type(bits.numpy(), number)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any
 
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.engines.onnx.export import export_model, require_single_rank
-from porttool.engines.onnx.record import BuildRecord
+from porttool.engines.onnx.record import BuildRecord, Form
 from porttool.engines.tensorrt.gpu import Gpu, PlanOrigin
 from porttool.engines.tensorrt.library import SCATTER, parse_version, require_tensorrt
 from porttool.engines.tensorrt.options import TensorrtOptions
@@ -17,7 +17,6 @@ from porttool.engines.tensorrt.timing_cache import cache_file
 
 if TYPE_CHECKING:
     from porttool.checkpoint import Checkpoint
-    from porttool.engines.onnx.blocks import Form
     from porttool.progress import Progress
 
 PLAN = "decoder.plan"
@@ -28,7 +27,7 @@ class BuiltPlan(BuildRecord):
 
     of_what = "TensorRT plan"
     origin: PlanOrigin
-    cache: Literal["scatter", "concat"]
+    cache: Form
     capacity: int
     options: TensorrtOptions
     inputs: dict[str, list[int | str]]
@@ -47,6 +46,7 @@ class TensorrtBuilder(Builder):
 
     name = "tensorrt"
     Options = TensorrtOptions
+    options: TensorrtOptions
 
     def build_rank(
         self,
@@ -59,7 +59,7 @@ class TensorrtBuilder(Builder):
     ) -> Mapping[str, Any]:
         """Export, check and build; what the runner must check goes into the manifest."""
         require_single_rank(rank, self.name)
-        options = cast("TensorrtOptions", self.options)
+        options = self.options
         version = require_tensorrt()
         gpu = Gpu.current()
         profiles = make_profiles(
@@ -88,7 +88,7 @@ class TensorrtBuilder(Builder):
         from porttool.engines.tensorrt.limits import require_supported, tensor_shapes
         from porttool.engines.tensorrt.plan import PlanJob, build_plan
 
-        options = cast("TensorrtOptions", self.options)
+        options = self.options
         require_supported(model, parse_version(version))
         timings = options.timing_cache and cache_file(
             options.timing_cache, version=version, gpu=gpu.name,

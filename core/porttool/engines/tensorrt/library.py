@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porttool.errors import EngineError, MissingExtra
+from porttool.errors import EngineError, importing
 
 OLDEST = (10, 13)
 SCATTER = (10, 15)
@@ -11,10 +11,8 @@ SCATTER = (10, 15)
 
 def require_tensorrt() -> str:
     """Return TensorRT's version; MissingExtra if it is not there, EngineError if too old."""
-    try:
+    with importing("tensorrt", "tensorrt"):
         import tensorrt
-    except ImportError as error:
-        raise MissingExtra("tensorrt", "tensorrt") from error
     found = str(tensorrt.__version__)
     if parse_version(found) < OLDEST:
         raise EngineError(f"TensorRT {found} is installed; porttool needs 10.13 or later")

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from porttool.component import Options
+from porttool.engines.onnx.record import Form
 
 Hardware = Literal["same_gpu", "same_compute_capability", "ampere_plus"]
 
@@ -24,7 +25,7 @@ class TensorrtOptions(Options):
     are put in at load from the ONNX file, which is then kept. `keep_graph` keeps it anyway.
     """
 
-    cache: Literal["auto", "scatter", "concat"] = "auto"
+    cache: Literal["auto", Form] = "auto"
     static_batch: bool = True
     opt_batch_size: PositiveInt | None = None
     opt_input_len: PositiveInt | None = None

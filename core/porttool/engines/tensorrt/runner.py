@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt
 
@@ -38,6 +38,7 @@ class TensorrtRunner(Runner):
 
     name = "tensorrt"
     Options = TensorrtRunnerOptions
+    options: TensorrtRunnerOptions
 
     def __init__(self, engine: Engine, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(engine, options)
@@ -115,7 +116,7 @@ class TensorrtRunner(Runner):
             log=log,
             host_code=self._origin.version_compatible,
             graph=folder / MODEL if self._record.options.strip else None,
-            budget=cast("TensorrtRunnerOptions", self.options).weight_streaming_budget,
+            budget=self.options.weight_streaming_budget,
         )
         program = PlanProgram(engine, log, DeviceStream())
         wanted = {*self._record.inputs, *self._record.outputs}

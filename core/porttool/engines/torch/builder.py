@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.builder import Builder, BuildRequest, Rank
 from porttool.component import Options
@@ -14,7 +14,7 @@ from porttool.config import Dtype
 from porttool.sharding import rank_config, shard
 from porttool.shards import TensorJob, write_files
 from porttool.standing import require_space
-from porttool.weights import cast as cast_tensor
+from porttool.weights import cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,7 @@ class TorchBuilder(Builder):
 
     name = "torch"
     Options = TorchBuildOptions
+    options: TorchBuildOptions
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(options)
@@ -61,12 +62,11 @@ class TorchBuilder(Builder):
         """Return the tiles' part of a rank's record; ranks of one shape share what is measured."""
         from porttool.engines.torch.tiles import tiles_at_build
 
-        tune = cast("TorchBuildOptions", self.options).tune
-        if tune == "auto" and rank.world_size > 1:
+        if self.options.tune == "auto" and rank.world_size > 1:
             return {"not_tuned": "no runner takes several ranks yet"}
         shape = replace(request, config=rank_config(request.config, rank.world_size))
         if shape not in self._tiles:
-            self._tiles[shape] = tiles_at_build(shape, tune, progress.note).record()
+            self._tiles[shape] = tiles_at_build(shape, self.options.tune, progress.note).record()
         return self._tiles[shape]
 
     def write_rank(
@@ -99,7 +99,7 @@ def rank_job(checkpoint: Checkpoint, name: str, dtype: Dtype, rank: Rank) -> Ten
 
     def make() -> Tensor:
         part = shard(name, checkpoint.config, rank, partial(file.load_rows, name), info.shape[0])
-        return cast_tensor(name, part, dtype)
+        return cast(name, part, dtype)
 
     return TensorJob(name, rank_shape(checkpoint, name, rank), dtype, info.nbytes, make)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from porttool.config import Limits, ModelConfig
+from porttool.config import Limits, ModelConfig, dtype_name
 from porttool.engines.native.library import NativeUnavailable
 from porttool.engines.torch.cpu_native import KINDS, NativeModel
 from porttool.engines.torch.device_decoder import DeviceDecoder
@@ -153,7 +153,7 @@ class CpuDecoder(DeviceDecoder):
         if not wanted:
             raise NativeUnavailable("as asked")
         if self.dtype not in KINDS:
-            raise NativeUnavailable(f"no compiled code for {str(self.dtype).split('.')[-1]}")
+            raise NativeUnavailable(f"no compiled code for {dtype_name(self.dtype)}")
         return NativeModel(self.module, self.cache)
 
     def _check_ids(self, step: Step) -> None:

@@ -64,7 +64,7 @@ _BESIDE = ((32, 128, 4, 6), (64, 128, 4, 4), (64, 256, 8, 4), (128, 64, 4, 4))
 def stream_candidates(n: int, k: int, *, gated: bool) -> Iterator[StreamTile]:
     """Tiles worth trying for a single row of a matrix [n, k], the rule's choices among them."""
     for residual in (False, True):
-        yield default_stream(n, k, gated=gated, residual=residual)
+        yield default_stream(k, gated=gated, residual=residual)
     for block_n, block_k, warps, held in _STREAM:
         block_n //= 2 if gated else 1
         tiles = -(-k // block_k)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from porttool.config import Limits, ModelConfig
+from porttool.config import Limits, ModelConfig, dtype_name
 from porttool.engines.torch.cuda_prefill import prefill_bytes
 from porttool.engines.torch.cuda_tuning import SHARED_BYTES
 from porttool.errors import EngineError
@@ -21,7 +21,7 @@ LIBRARY_BYTES = 64 << 20
 def unsupported(config: ModelConfig, dtype: torch.dtype) -> str | None:
     """Say why the kernels cannot run a model, or None."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"they compute in float16, bfloat16 and float32, not in {str(dtype)[6:]}"
+        return f"they compute in float16, bfloat16 and float32, not in {dtype_name(dtype)}"
     if config.head_dim > 256:
         return f"they hold a head of up to 256 elements, and these have {config.head_dim}"
     return None

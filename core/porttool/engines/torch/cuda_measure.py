@@ -10,7 +10,7 @@ from torch import Tensor
 
 from porttool.config import Limits, ModelConfig
 from porttool.engines.torch.cuda_weights import allocate
-from porttool.nn import canonical_shapes
+from porttool.nn import canonical_shapes, randomise
 
 _COLD_BYTES = 400 << 20
 """Weights that one measurement passes through: several times the L2 cache."""
@@ -39,13 +39,11 @@ def limits_of(n_slots: int, max_len: int) -> Limits:
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Draw every canonical tensor from a normal distribution scaled for finite activations."""
+    """Draw every canonical tensor."""
     kinds = {name: (shape, dtype) for name, shape in canonical_shapes(config).items()}
     out = allocate(kinds, device)
     for name, value in out.items():
-        value.normal_(0, 0.02 if value.ndim == 1 else min(0.02, value.shape[-1] ** -0.5))
-        if "norm" in name and name.endswith("weight") and config.norm != "layernorm1p":
-            value.add_(1)
+        randomise(value, name, config)
     return out
 
 

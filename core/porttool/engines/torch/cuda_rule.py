@@ -15,8 +15,8 @@ from porttool.engines.torch.cuda_tuning import (
 )
 
 
-def default_stream(n: int, k: int, *, gated: bool, residual: bool) -> StreamTile:
-    """Cut [n, k]: long pieces of few rows where k is long, else short pieces of more rows."""
+def default_stream(k: int, *, gated: bool, residual: bool) -> StreamTile:
+    """Cut rows of k elements: long pieces of few rows where k is long, else short ones of more."""
     if residual and k > 512:
         block_k = 1024 if k >= 1024 else 512
         return StreamTile(2 if k >= 1024 else 4, block_k, 4, held=min(3, -(-k // block_k)))
@@ -47,8 +47,8 @@ def default_tuning(config: ModelConfig, device: str) -> Tuning:
     c = config
     gated = {name: c.gated and name == "up" for name in shapes(c)}
     stream = {
-        name: default_stream(n, k, gated=gated[name], residual=name in ("out", "down"))
-        for name, (n, k) in shapes(c).items()
+        name: default_stream(k, gated=gated[name], residual=name in ("out", "down"))
+        for name, (_, k) in shapes(c).items()
     }
     wide = {
         str(rows): {

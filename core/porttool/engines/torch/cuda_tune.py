@@ -51,9 +51,7 @@ RETRIED = 8
 
 def step_milliseconds(decoder: CudaDecoder, n: int, context: int, tokens: int = 8) -> float:
     """Return the device time of one greedy step of n rows at about `context` tokens."""
-    ones = torch.ones(n, dtype=torch.int64)
-    step = Step(torch.arange(n), ones[:, None], ones * context, ones)
-    decoder.decode(step, tokens)
+    decoder.decode(Step.decode([1] * n, list(range(n)), [context] * n), tokens)
     times: list[float] = []
     while len(times) < 3 or (len(times) < 6 and sum(times) * 3 * tokens < _MEASURED_MS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

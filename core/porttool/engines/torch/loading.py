@@ -71,14 +71,14 @@ class _CopyingReader(_Reader):
             event.record(torch.cuda.current_stream(self.device))
 
 
-def load_weights(engine: Engine, device: str = "cpu", rank: int = 0) -> dict[str, Tensor]:
-    """Read every tensor of one rank's files, which are those that the manifest knows.
+def load_weights(engine: Engine, device: str = "cpu") -> dict[str, Tensor]:
+    """Read every tensor of an engine of one rank, from the files that the manifest knows.
 
     On a GPU they lie in one allocation. Raises CheckpointError for a file that is not the one that
     the manifest knows, that cannot be read, or that has a tensor of another file's; SourceError for
     one that is no safetensors file.
     """
-    names = engine.weight_files(rank)
+    names = engine.weight_files()
     files = [open_weights(engine.path / name) for name in names]
     kinds = kinds_in(files)
     if device == "cpu":

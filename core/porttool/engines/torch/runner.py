@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from porttool.component import Options
-from porttool.errors import EngineError, MissingExtra, UsageError
+from porttool.device import Device, choose_device
+from porttool.errors import EngineError, MissingExtra
 from porttool.runner import Choose, Runner
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class TorchOptions(Options):
     GPU's kernels one by one, for profilers that shall see every layer as a range.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     canonical: bool = False
     compiled: bool = True
     retune: bool | Literal["auto"] = "auto"
@@ -43,6 +44,7 @@ class TorchRunner(Runner):
 
     name = "torch"
     Options = TorchOptions
+    options: TorchOptions
     traces = True
     hashes_weights = True
 
@@ -53,7 +55,7 @@ class TorchRunner(Runner):
                 f"{engine.path} is built for {engine.manifest.world_size} ranks; "
                 "build it with --tp 1 to run it in one process"
             )
-        self.device = choose_device(cast("TorchOptions", self.options).device)
+        self.device = choose_device(self.options.device)
         self._decoder = self._make_decoder()
         self._table: Tensor | None = None
 
@@ -120,8 +122,7 @@ class TorchRunner(Runner):
         )
 
     def _make_decoder(self) -> DeviceDecoder:
-        options = cast("TorchOptions", self.options)
-        if options.canonical:
+        if self.options.canonical:
             return self._canonical()
         import torch
 
@@ -136,7 +137,7 @@ class TorchRunner(Runner):
             load_weights(self.engine),
             dtype=getattr(torch, manifest.dtype),
             limits=manifest.limits,
-            native=options.compiled,
+            native=self.options.compiled,
         )
 
     def _cuda(self) -> DeviceDecoder:
@@ -157,8 +158,7 @@ class TorchRunner(Runner):
             decoder = self._canonical()
             decoder.description += f" (not the Triton kernels: {reason})"
             return decoder
-        asked = cast("TorchOptions", self.options)
-        tiles = tiles_at_load(self.engine, self.device, asked.retune, _log.warning)
+        tiles = tiles_at_load(self.engine, self.device, self.options.retune, _log.warning)
         return CudaDecoder(
             manifest.config,
             load_weights(self.engine, self.device),
@@ -166,15 +166,5 @@ class TorchRunner(Runner):
             limits=manifest.limits,
             device=self.device,
             tuning=tiles.tuning.as_dict() if tiles.tuning else None,
-            graphs=asked.graphs,
+            graphs=self.options.graphs,
         )
-
-
-def choose_device(wanted: str) -> str:
-    """Return cpu or cuda; a GPU that was asked for and is not there is a UsageError."""
-    import torch
-
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UsageError("device cuda was asked for, but torch sees no GPU; use device cpu")
-    return ("cuda" if available else "cpu") if wanted == "auto" else wanted

@@ -77,7 +77,6 @@ class TileFile(Manifest):
     """The file: what the tiles hold for, and the tiles as `Tuning.as_dict` gives them."""
 
     format: Literal["porttool-tiles"] = "porttool-tiles"
-    format_version: Literal[1] = 1
     key: TileKey
     tuning: dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from porttool.builder import BuildRequest
-from porttool.config import ModelConfig
+from porttool.config import ITEMSIZE, ModelConfig
 from porttool.engine import Engine
 from porttool.engines.torch.cuda_tuning import Tuning, gpu_name, multiprocessors
 from porttool.engines.torch.tile_cache import Say, TileKey, keep_tiles, read_tiles, read_tuning
@@ -166,8 +166,7 @@ def obstacle(request: BuildRequest) -> str | None:
 
 def small(request: BuildRequest) -> bool:
     """Return true for a model that is not worth the minutes."""
-    itemsize: int = getattr(torch, request.dtype).itemsize
-    return n_parameters(request.config) * itemsize < WORTH_BYTES
+    return n_parameters(request.config) * ITEMSIZE[request.dtype] < WORTH_BYTES
 
 
 def key_of(request: BuildRequest, device: str) -> TileKey:
