@@ -137,7 +137,8 @@ def build(
     space = workspace or Workspace.choose(None)
     builder = registry.builders.get(engine)(options)
     if model is None and (checkpoint is None or output is None):
-        raise UsageError("name the checkpoint and --output, or a model with --model")
+        missing = "the checkpoint" if checkpoint is None else "with --output where the engine goes"
+        raise UsageError(f"say {missing}, or name a model with --model, which names both")
     if checkpoint is not None and model is not None:
         require_family_of(checkpoint, model)
     target = output or space.engine(str(model))

@@ -166,7 +166,8 @@ def test_where_the_source_is_gone_another_models_reference_is_refused(
 
 def test_engines_of_one_folder_do_not_share_a_report(summarize, engine, tmp_path):
     second = shutil.copytree(engine, tmp_path / "second")
-    assert summarize(engine, "--test-hf")[0] == 0
+    status, said = summarize(engine, "--test-hf")
+    assert (status, "nothing was checked" in said, "verdict" in said) == (0, True, False)
     assert (tmp_path / "gpt2-reports" / "summarize" / "reference.json").is_file()
     assert summarize(second, "--test-engine")[0] == 0
     report = json.loads((tmp_path / "second-reports" / "summarize" / "report.json").read_text())
