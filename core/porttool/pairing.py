@@ -9,7 +9,7 @@ from pathlib import Path
 from porttool.checkpoint import Checkpoint, SourceRecord
 from porttool.engine import Engine
 from porttool.errors import UsageError
-from porttool.evaluator import Port
+from porttool.evaluator import EXPORTED, Port
 from porttool.hub import resolve_source
 from porttool.plugins import Registry, choose_converter, named_converters
 from porttool.progress import Progress
@@ -135,7 +135,8 @@ def recorded_source(
         recorded = there or resolve_source(None, default_hub_id(registry, label))
     if not (recorded / "config.json").is_file():
         raise UsageError(f"{recorded} has no config.json, so that transformers cannot run it: name "
-                         "the Hugging Face folder of this model with --hf-model")  # fmt: skip
+                         "the Hugging Face folder of this model with --hf-model, "
+                         + EXPORTED)  # fmt: skip
     return recorded
 
 

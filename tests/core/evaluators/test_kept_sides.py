@@ -336,9 +336,11 @@ def test_a_source_that_is_no_model_folder_says_that_one_is_to_be_named(summarize
     status, said = summarize(foreign, "--test-hf")
     assert status == 2
     assert "has no config.json, so that transformers cannot run it: name the Hugging" in said
+    assert "or make one with `porttool export CHECKPOINT --format huggingface`" in said
     status, said = summarize(foreign, "--check-accuracy")
     assert status == 2
     assert "has no config.json, so that transformers cannot run it: summarize needs" in said
+    assert "or make one with `porttool export CHECKPOINT --format huggingface`" in said
 
 
 def test_another_engines_kept_result_is_refused_before_the_reference_runs(
