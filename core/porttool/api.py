@@ -247,7 +247,7 @@ def evaluate(
         raise UsageError("runner options (--runner-set) are the engine's, which does not run here")
     source = None if hf_model is None else resolve_source(str(hf_model), None)
     if subject is not None:
-        refuse_dummy(subject, name)
+        refuse_dummy(subject)
     if test_engine:
         loaded = load(engine, model=model, tokenizer=tokenizer, options=runner_options,
                       workspace=space, registry=registry)  # fmt: skip

@@ -50,12 +50,12 @@ def report_folder(space: Workspace, engine: Path | None, model: str | None, kind
     return folder.parent / f"{folder.name}-reports" / kind
 
 
-def refuse_dummy(engine: Path, evaluator: str) -> None:
+def refuse_dummy(engine: Path) -> None:
     """Refuse to evaluate an engine that is no port of anything."""
     if engine.is_dir() and Engine.open(engine, verify=False).manifest.dummy:
         raise UsageError(
-            f"{engine} has random weights (build --dummy): {evaluator} would say nothing; "
-            "it can be benchmarked and profiled"
+            f"{engine} has random weights (build --dummy): it is a port of nothing that it could "
+            "be compared with; it can be benchmarked and profiled"
         )
 
 

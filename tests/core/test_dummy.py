@@ -169,7 +169,9 @@ def test_it_runs_with_token_ids_and_a_warning(dummy, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["verify", "summarize"])
 def test_there_is_nothing_to_verify(dummy, command, capsys, source):
     assert invoke([command, str(dummy), "--hf-model", str(source)]) == 2
-    assert "has random weights (build --dummy)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has random weights (build --dummy): it is a port of nothing" in said
+    assert "parity" not in said  # the evaluator's name is no command's
 
 
 def test_ranks_and_other_engines(tmp_path):
