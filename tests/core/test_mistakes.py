@@ -159,6 +159,7 @@ def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command
         ("build -o out", "say the checkpoint, or name a model with --model"),
         ("convert --model Writer/camel-5b-hf", "a path or a hub id is given without an option"),
         ("convert --model ./{}", "a path or a hub id is given without an option"),
+        ("convert --model gpt2-xl", "mean 'gpt2'? One of its models is a SOURCE, as OWNER/gpt2-xl"),
         ("run --model camel5b", "--input-tokens, --instruction and --prefix"),
         ("summarize --check-accuracy --max-articles 9", "--max-articles 9: a verdict on the"),
         ("infill --dataset x --check-accuracy --max-problems 9", "needs at least 10; leave --che"),
