@@ -15,7 +15,9 @@ from porttool.config import ModelConfig
 from porttool.dummy import Knobs, drawn_checkpoint, dummy_config, find_shape, read_shape
 from porttool.engine import Engine
 from porttool.errors import SourceError, UsageError
-from porttool.nn import meta_decoder
+from porttool.nn import KVCache, meta_decoder
+from porttool.progress import format_bytes
+from porttool.sharding import rank_config
 
 TINY = ["--n-layer", "2", "--n-embd", "32", "--n-head", "4", "--vocab-size", "61",
         "--n-positions", "40"]  # fmt: skip
@@ -32,6 +34,7 @@ def parameters(config):
         ("camel5b", 5_047_369_728),
         ("santacoder", 1_124_886_528),
         ("gpt_next", 2_253_590_528),
+        ("starcoder", 15_517_456_384),
     ],
 )
 def test_families_name_the_shape_they_are_published_with(registry, model, n_parameters):
@@ -144,6 +147,25 @@ def test_the_engine_says_that_it_is_a_dummy(dummy, capsys):
     assert manifest.source.path == "random weights, seed 0"
     assert invoke(["inspect", str(dummy), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dummy"] is True
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_inspect_tells_how_much_memory_an_engine_takes(tmp_path, capsys, n_ranks):
+    engine = tmp_path / "engine"
+    build = ["build", "--dummy", *TINY, "--output", str(engine), "--tp", str(n_ranks)]
+    assert invoke([*build, "--dtype", "float32", "--max-batch-size", "3"]) == 0
+    capsys.readouterr()
+    assert invoke(["inspect", str(engine), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["memory"]
+    weights = sum(file.stat().st_size for file in engine.rglob("*.safetensors")) // n_ranks
+    made = Engine.open(engine).manifest
+    cache = KVCache(rank_config(made.config, n_ranks), 3, made.limits.max_len)
+    n_bytes = cache.keys.nbytes + cache.values.nbytes
+    rows = f"(3 rows of {made.limits.max_len} tokens)" + " on each rank" * (n_ranks > 1)
+    assert said == (
+        f"{format_bytes(weights)} of weights and {format_bytes(n_bytes)} of cache {rows}, "
+        "and what a step needs"
+    )
 
 
 @pytest.mark.parametrize(("batch", "width", "beams"), [("2", "8", 2), ("8", "4", 4)])
