@@ -17,7 +17,7 @@ from porttool import huggingface_export, shards
 from porttool.checkpoint import Checkpoint
 from porttool.cli import invoke as porttool
 from porttool.config import ModelConfig
-from porttool.errors import UsageError
+from porttool.errors import CheckpointError, UsageError
 from porttool.huggingface_export.architectures import architecture_of
 from porttool.testing import transformers_logits
 from porttool_gpt2.conformance import GPT2Conformance
@@ -71,16 +71,23 @@ def test_what_was_exported_converts_to_the_same_checkpoint(tmp_path):
     source = tiny.write_source(tmp_path / "source", tiny.gpt2(vocab_size=320))
     tiny.train_tokenizer(source)
     first = tiny.converted(source, tmp_path / "first")
+    (first.tokenizer / "notes.txt").write_text("of nobody's manifest")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SMALL_SHARD_BYTES", 1 << 12)
         folder = huggingface_export.export(first, tmp_path / "hf")
     assert len(list(folder.glob("*.safetensors"))) > 2
+    assert not (folder / "notes.txt").exists()
     again = tiny.converted(folder, tmp_path / "again")
     assert again.config == first.config
     assert again.manifest.tokens == first.manifest.tokens
     assert (again.tokenizer / "tokenizer.json").read_bytes() == (
         source / "tokenizer.json"
     ).read_bytes()
+    with (first.tokenizer / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: has \d+ bytes, the manifest says"):
+        huggingface_export.export(first, tmp_path / "third")
+    assert not (tmp_path / "third").exists()
     for name in first.names():
         theirs = again.file_of(name).load(name)
         assert theirs.equal(first.file_of(name).load(name)), name

@@ -78,9 +78,11 @@ def export(
 
 def copy_tokenizer(folder: PendingFolder, checkpoint: Checkpoint) -> None:
     """Put the tokenizer's files beside the weights, as far as transformers reads them alike."""
-    for file in sorted(checkpoint.tokenizer.glob("*")):
-        if file.name != MISREAD:
+    for name in checkpoint.manifest.files:
+        file = checkpoint.path / name
+        if file.parent == checkpoint.tokenizer and file.name != MISREAD:
             folder.add_bytes(file.name, file.read_bytes())
+    checkpoint.require_unchanged()
 
 
 def config_values(checkpoint: Checkpoint, found: Architecture, dtype: Dtype) -> dict[str, object]:
