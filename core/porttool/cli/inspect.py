@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from porttool.weights import TensorSource
 
 
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element of a cache."""
+
+
 @click.command("inspect")
 @click.argument("path", type=Place(exists=True))
 @table_options(UNTOLD)
@@ -73,13 +77,12 @@ def examine(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 def memory_of(engine: EngineManifest) -> str:
     """Say how much memory an engine's weights and cache take, on each rank."""
     from porttool.sharding import rank_config
-    from porttool.sources.safetensors_file import CODES, DTYPES
 
     n_ranks, limits = engine.world_size, engine.limits
     weights = sum(f.bytes for name, f in engine.files.items() if name.startswith("rank"))
     config = rank_config(engine.config, n_ranks)
     token = 2 * config.n_layer * config.n_kv_head * config.head_dim
-    cache = limits.max_batch_size * limits.max_len * token * DTYPES[CODES[engine.dtype]][1]
+    cache = limits.max_batch_size * limits.max_len * token * WIDTHS[engine.dtype]
     return (
         f"{format_bytes(weights // n_ranks)} of weights and {format_bytes(cache)} of cache "
         f"({limits.max_batch_size} rows of {limits.max_len} tokens)"
