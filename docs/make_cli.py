@@ -14,8 +14,9 @@ HEAD = """\
 # The command line
 
 What `--help` says, written by `python docs/make_cli.py`. Exit status: 0 done, 1 a failed check or
-operation, 2 a usage error, 130 interrupted. Tab completion, in `~/.bashrc` (or with `zsh_source`,
-`fish_source`): `eval "$(_PORTTOOL_COMPLETE=bash_source porttool)"`.
+operation, 2 a usage error, 130 interrupted. Options may be written with underscores. Tab
+completion, in `~/.bashrc` (or with `zsh_source`, `fish_source`):
+`eval "$(_PORTTOOL_COMPLETE=bash_source porttool)"`.
 """
 WIDTH = 100
 

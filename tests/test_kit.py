@@ -208,7 +208,9 @@ def test_cases_are_found_by_plugin_and_by_family(registry):
     assert {c.__name__ for c in find_cases(registry, "santacoder")} == {
         "BigCodeConformance",
         "SantaCoderConformance",
+        "StarCoderConformance",
     }
+    assert [c.__name__ for c in find_cases(registry, "starcoder")] == ["StarCoderConformance"]
     with pytest.raises(UsageError, match=r"no plugin or family named 'gpt3' .did you mean 'gpt2'"):
         find_cases(registry, "gpt3")
     with pytest.raises(UsageError, match=r"the plugin 'torch' brings no family of models"):

@@ -137,7 +137,8 @@ def build(
     space = workspace or Workspace.choose()
     builder = registry.builders.get(engine)(options)
     if model is None and (checkpoint is None or output is None):
-        raise UsageError("name the checkpoint and --output, or a model with --model")
+        missing = "the checkpoint" if checkpoint is None else "with --output where the engine goes"
+        raise UsageError(f"say {missing}, or name a model with --model, which names both")
     if checkpoint is not None and model is not None:
         require_family_of(checkpoint, model)
     target = output or space.engine(str(model))
@@ -246,7 +247,7 @@ def evaluate(
         raise UsageError("runner options (--runner-set) are the engine's, which does not run here")
     source = None if hf_model is None else resolve_source(str(hf_model), None)
     if subject is not None:
-        refuse_dummy(subject, name)
+        refuse_dummy(subject)
     if test_engine:
         loaded = load(engine, model=model, tokenizer=tokenizer, options=runner_options,
                       workspace=space, registry=registry)  # fmt: skip

@@ -103,7 +103,10 @@ class Catalog(Generic[T]):
             return self.classes[name]
         aside = self.hint()
         close = [] if name in aside else difflib.get_close_matches(name, self.classes, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        place = "; a path or a hub id is given without an option" if "/" in name else ""
+        hint = f"; did you mean {close[0]!r}?" if close else place
+        if close and self.kind == "converter" and name.startswith(f"{close[0]}-"):
+            hint += f" One of its models is a SOURCE, as OWNER/{name}"
         known = ", ".join(sorted(self.classes)) or "none"
         raise UsageError(
             f"there is no {self.kind} named {name!r}{hint} (installed: {known}){aside}"

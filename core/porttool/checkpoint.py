@@ -276,11 +276,14 @@ def explain_missing(path: Path, name: str) -> PorttoolError:
         return UsageError(f"{path}: this is a Hugging Face folder: {step}")
     if path.is_file():
         return UsageError(f"{path}: this is a file, not {wanted}: `porttool convert` it first")
+    steps = "convert` and `build`" if wanted == "an engine" else "convert`"
     said = f"{path}: there is no {name} here, so this is not {wanted} of porttool"
     near = [p.parent for p in (path.parent / name, *sorted(path.glob(f"*/{name}"))) if p.is_file()]
     if near:
         return UsageError(f"{said}, but {', '.join(map(str, near[:3]))} is: name that")
-    return CheckpointError(f"{said}; if it was one, make it again")
+    return CheckpointError(
+        f"{said}; if it is a source, `porttool {steps} it first; if it was one, make it again"
+    )
 
 
 def linked(source: Path, target: Path) -> bool:

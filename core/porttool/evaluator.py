@@ -129,6 +129,10 @@ class Evaluator(Component):
         """
 
 
+EXPORTED = "or make one with `porttool export CHECKPOINT --format huggingface`"
+"""Where a Hugging Face folder comes from if the source is none."""
+
+
 def missing_side(port: Port, command: str) -> str:
     """Say what a command lacks, and why the recorded source is not it."""
     said = (
@@ -142,7 +146,8 @@ def missing_side(port: Port, command: str) -> str:
     why = (
         "has no config.json, so that transformers cannot run it" if there else "is no longer there"
     )
-    return f"{recorded}, which the engine was converted from, {why}: {said}"
+    made = f", {EXPORTED}" if there else ""
+    return f"{recorded}, which the engine was converted from, {why}: {said}{made}"
 
 
 def evaluate(

@@ -13,7 +13,7 @@ from porttool.converter import Converter, Source, validated
 from porttool.errors import PluginError, SourceError, require_kind
 from porttool.sources.huggingface_keys import INERT_KEYS, MUST_BE
 from porttool.sources.json_file import read_json
-from porttool.sources.places import is_present
+from porttool.sources.places import UNFETCHED, is_present
 from porttool.sources.ranks import Renamed, ShardedTensors
 from porttool.sources.safetensors_file import SafetensorsFile
 from porttool.sources.tokenizer_files import added_tokens, known_spelling, tokenizer_paths
@@ -235,7 +235,7 @@ def open_tensors(source: Path) -> TensorSource:
             index = name.endswith(".json")
             return open_indexed(source, name) if index else open_weight_file(source / name)
     others = sorted({p.name for pattern in OTHER_WEIGHTS for p in source.glob(pattern)})
-    found = f"; of {listing(others)} porttool reads none: {REMEDY}" if others else ""
+    found = f"; of {listing(others)} porttool reads none: {REMEDY}" if others else UNFETCHED
     raise SourceError(
         f"{source}: no model.safetensors, no pytorch_model.bin and no index of them{found}"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from porttool.checkpoint import Checkpoint, SourceRecord
 from porttool.engine import Engine
 from porttool.errors import UsageError
-from porttool.evaluator import Port
+from porttool.evaluator import EXPORTED, Port
 from porttool.hub import resolve_source
 from porttool.plugins import Registry, choose_converter, named_converters
 from porttool.progress import Progress
@@ -50,12 +50,12 @@ def report_folder(space: Workspace, engine: Path | None, model: str | None, kind
     return folder.parent / f"{folder.name}-reports" / kind
 
 
-def refuse_dummy(engine: Path, evaluator: str) -> None:
+def refuse_dummy(engine: Path) -> None:
     """Refuse to evaluate an engine that is no port of anything."""
     if engine.is_dir() and Engine.open(engine, verify=False).manifest.dummy:
         raise UsageError(
-            f"{engine} has random weights (build --dummy): {evaluator} would say nothing; "
-            "it can be benchmarked and profiled"
+            f"{engine} has random weights (build --dummy): it is a port of nothing that it could "
+            "be compared with; it can be benchmarked and profiled"
         )
 
 
@@ -135,7 +135,8 @@ def recorded_source(
         recorded = there or resolve_source(None, default_hub_id(registry, label))
     if not (recorded / "config.json").is_file():
         raise UsageError(f"{recorded} has no config.json, so that transformers cannot run it: name "
-                         "the Hugging Face folder of this model with --hf-model")  # fmt: skip
+                         "the Hugging Face folder of this model with --hf-model, "
+                         + EXPORTED)  # fmt: skip
     return recorded
 
 

@@ -15,7 +15,9 @@ from porttool.config import ModelConfig
 from porttool.dummy import Knobs, drawn_checkpoint, dummy_config, find_shape, read_shape
 from porttool.engine import Engine
 from porttool.errors import SourceError, UsageError
-from porttool.nn import meta_decoder
+from porttool.nn import KVCache, meta_decoder
+from porttool.progress import format_bytes
+from porttool.sharding import rank_config
 
 TINY = ["--n-layer", "2", "--n-embd", "32", "--n-head", "4", "--vocab-size", "61",
         "--n-positions", "40"]  # fmt: skip
@@ -32,6 +34,7 @@ def parameters(config):
         ("camel5b", 5_047_369_728),
         ("santacoder", 1_124_886_528),
         ("gpt_next", 2_253_590_528),
+        ("starcoder", 15_517_456_384),
     ],
 )
 def test_families_name_the_shape_they_are_published_with(registry, model, n_parameters):
@@ -146,6 +149,25 @@ def test_the_engine_says_that_it_is_a_dummy(dummy, capsys):
     assert json.loads(capsys.readouterr().out)["dummy"] is True
 
 
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_inspect_tells_how_much_memory_an_engine_takes(tmp_path, capsys, n_ranks):
+    engine = tmp_path / "engine"
+    build = ["build", "--dummy", *TINY, "--output", str(engine), "--tp", str(n_ranks)]
+    assert invoke([*build, "--dtype", "float32", "--max-batch-size", "3"]) == 0
+    capsys.readouterr()
+    assert invoke(["inspect", str(engine), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["memory"]
+    weights = sum(file.stat().st_size for file in engine.rglob("*.safetensors")) // n_ranks
+    made = Engine.open(engine).manifest
+    cache = KVCache(rank_config(made.config, n_ranks), 3, made.limits.max_len)
+    n_bytes = cache.keys.nbytes + cache.values.nbytes
+    rows = f"(3 rows of {made.limits.max_len} tokens)" + " on each rank" * (n_ranks > 1)
+    assert said == (
+        f"{format_bytes(weights)} of weights and {format_bytes(n_bytes)} of cache {rows}, "
+        "and what a step needs"
+    )
+
+
 @pytest.mark.parametrize(("batch", "width", "beams"), [("2", "8", 2), ("8", "4", 4)])
 def test_a_build_tells_how_many_beams_can_run(tmp_path, capsys, batch, width, beams):
     """Beams are rows of the batch."""
@@ -169,7 +191,9 @@ def test_it_runs_with_token_ids_and_a_warning(dummy, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["verify", "summarize"])
 def test_there_is_nothing_to_verify(dummy, command, capsys, source):
     assert invoke([command, str(dummy), "--hf-model", str(source)]) == 2
-    assert "has random weights (build --dummy)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has random weights (build --dummy): it is a port of nothing" in said
+    assert "parity" not in said  # the evaluator's name is no command's
 
 
 def test_ranks_and_other_engines(tmp_path):

@@ -150,6 +150,35 @@ def test_another_kind_of_folder(said, source, checkpoint, engine_folder, command
     assert message in told
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("build {}/1-gpu -o out", "if it is a source, `porttool convert` it first"),
+        ("export {}/1-gpu -o out --format fastertransformer", "`porttool convert` it first"),
+        ("build {}", "say with --output where the engine goes, or name a model with --model"),
+        ("build -o out", "say the checkpoint, or name a model with --model"),
+        ("convert --model Writer/camel-5b-hf", "a path or a hub id is given without an option"),
+        ("convert --model ./{}", "a path or a hub id is given without an option"),
+        ("convert --model gpt2-xl", "mean 'gpt2'? One of its models is a SOURCE, as OWNER/gpt2-xl"),
+        ("run --model camel5b", "--input-tokens, --instruction and --prefix"),
+        ("summarize --check-accuracy --max-articles 9", "--max-articles 9: a verdict on the"),
+        ("infill --dataset x --check-accuracy --max-problems 9", "needs at least 10; leave --che"),
+    ],
+)
+def test_the_next_step_is_said(said, command, message):
+    """`build` of a c-model folder is what the ancestor's users type first."""
+    Path("c-model/1-gpu").mkdir(parents=True)
+    status, told = said(*command.format("c-model").split())
+    assert status in (1, 2)
+    assert message in told
+
+
+def test_a_folder_with_a_config_alone(copy, said):
+    (copy / "model.safetensors").unlink()
+    status, told = said("convert", copy, "-o", "out")
+    assert (status, told.endswith("draw them: `porttool build --dummy --config`")) == (1, True)
+
+
 @pytest.mark.parametrize("command", ["build / -o out", "run / --input-text x", "verify /"])
 def test_the_root_is_a_folder_as_any_other(said, command):
     status, told = said(*command.split())
@@ -249,8 +278,8 @@ def test_a_folder_is_named_by_a_dot(said):
     status, message = said("run", ".", "--input-text", "x")
     assert status == 1
     assert message == (
-        "error: .: there is no engine.json here, so this is not an engine of porttool; if it was "
-        "one, make it again"
+        "error: .: there is no engine.json here, so this is not an engine of porttool; if it is a "
+        "source, `porttool convert` and `build` it first; if it was one, make it again"
     )
     Path("table.npy").touch()
     with pytest.raises(UsageError, match="this is a file, not a prompt table: `porttool convert`"):

@@ -19,7 +19,7 @@ from porttool.benchmark.roofline import decode_cost, prefill_cost
 from porttool.errors import EngineError, UsageError
 from porttool.nn import meta_decoder
 from porttool.plugins import load_registry
-from porttool.profiling import ProfileShape, profile
+from porttool.profiling import ProfileShape, peak, profile
 from porttool.profiling.costs import Cost, Peak, StepSize, total_cost
 from porttool.profiling.counters import Counter, by_kernel, read_counters, write_counters
 from porttool.profiling.run import outermost
@@ -45,6 +45,14 @@ def test_decoding_one_token_costs_every_weight_once(name):
     assert cost.flops == 2 * matrices + attention
     cache = 2 * config.n_kv_head * config.head_dim * 10 * config.n_layer
     assert 4 * (matrices + cache) < cost.nbytes < 4.8 * (matrices + cache)
+
+
+def test_a_cpus_speed_is_not_that_of_a_type_it_lacks(monkeypatch):
+    """Products in float16 may take a CPU a hundred times float32's time: more than 1000 %."""
+    seconds = {torch.float16: 3.0, torch.bfloat16: 0.5, torch.float32: 1.0, torch.uint8: 1.0}
+    monkeypatch.setattr(peak, "best_seconds", lambda call, cuda: seconds[call().dtype])
+    assert peak.measure_peak("cpu", "float16").flops == 2 * 1024**3
+    assert peak.measure_peak("cpu", "bfloat16").flops == 4 * 1024**3
 
 
 def test_roofline_is_the_slower_of_the_two():

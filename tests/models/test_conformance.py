@@ -5,7 +5,11 @@ from __future__ import annotations
 from porttool_camel5b.conformance import Camel5bConformance
 from porttool_gpt2.conformance import GPT2Conformance
 from porttool_gpt_next.conformance import NemoConformance
-from porttool_santacoder.conformance import BigCodeConformance, SantaCoderConformance
+from porttool_santacoder.conformance import (
+    BigCodeConformance,
+    SantaCoderConformance,
+    StarCoderConformance,
+)
 from source_cases import GPT2B, CompressedNemo, FasterTransformer, Megatron, MegatronRanks, OpenAI
 
 
@@ -34,6 +38,10 @@ class TestCamel5b(Camel5bConformance):
 
 
 class TestBigCode(BigCodeConformance):
+    pass
+
+
+class TestStarCoder(StarCoderConformance):
     pass
 
 

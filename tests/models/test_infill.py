@@ -86,6 +86,13 @@ def test_another_model_fails(tmp_path, problems, engine):
     assert {v.name: v.passed for v in report.verdicts}["token agreement"] is False
 
 
+def test_too_few_problems_are_told_by_their_name(tmp_path, problems, coder, engine):
+    report = measure(tmp_path, problems, engine=engine, source=coder, max_problems=3)
+    first = report.verdicts[0]
+    assert (first.passed, first.found) == (None, "3 problems")
+    assert "at least 10 different problems" in first.detail
+
+
 def test_sides_may_run_apart(tmp_path, problems, coder, engine):
     alone = measure(tmp_path, problems, source=coder, kind="completion")
     assert not alone.passed and alone.verdicts == ()

@@ -20,7 +20,11 @@ from porttool.testing import REFERENCE
 from porttool_camel5b.conformance import Camel5bConformance
 from porttool_gpt2.conformance import GPT2Conformance
 from porttool_gpt_next.conformance import NemoConformance
-from porttool_santacoder.conformance import BigCodeConformance, SantaCoderConformance
+from porttool_santacoder.conformance import (
+    BigCodeConformance,
+    SantaCoderConformance,
+    StarCoderConformance,
+)
 
 CASES = {
     "gpt2": GPT2Conformance,
@@ -31,6 +35,7 @@ CASES = {
     "camel5b": Camel5bConformance,
     "santacoder": SantaCoderConformance,
     "santacoder/bigcode": BigCodeConformance,
+    "starcoder": StarCoderConformance,
     "gpt_next": NemoConformance,
     "gpt_next, two ranks": foreign.GPT2B,
     "gpt_next, gzipped": foreign.CompressedNemo,
@@ -93,11 +98,12 @@ def test_from_the_file_to_the_verdict(tmp_path, monkeypatch, capsys, case):
 
 
 def test_the_wrong_family_names_the_right_one(tmp_path, case, registry):
-    """camel-5b is a GPT-2 that GPT-2's own converter reads as well."""
+    """camel-5b is a GPT-2 that GPT-2's own converter reads as well, StarCoder a GPTBigCode."""
     case.write_source(tmp_path / "source", 0)
     families = {c.family for c in (*registry.converters, *registry.tables)}
-    assert len(families) == 5
-    for wrong in families - {case.family, "gpt2" if case.family == "camel5b" else ""}:
+    assert len(families) == 6
+    wider = {"camel5b": "gpt2", "starcoder": "santacoder"}.get(case.family, "")
+    for wrong in families - {case.family, wider}:
         with pytest.raises(UsageError, match=f"not a source of '{wrong}'.*like {case.family}( |$)"):
             api.convert_prompts(tmp_path / "source", tmp_path / "out", model=wrong)
             api.convert(tmp_path / "source", tmp_path / "out", model=wrong)

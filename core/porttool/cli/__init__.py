@@ -7,7 +7,7 @@ from importlib import import_module
 
 import click
 
-from porttool.cli import console
+from porttool.cli import ancestor, console
 from porttool.errors import PorttoolError, said_by_system
 
 COMMANDS = (
@@ -42,7 +42,10 @@ class LazyGroup(click.Group):
             load_registry().add_commands(self, COMMANDS)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": ancestor.with_dashes}
+
+
+@click.group(cls=LazyGroup, context_settings=SETTINGS)
 @click.version_option(package_name="porttool")
 def cli() -> None:
     """Port a GPT-family model to a fast engine, and prove that it is still the same model.
@@ -70,7 +73,7 @@ def invoke(arguments: list[str] | None = None) -> int:
         console.error("; ".join(["interrupted", *getattr(error.__cause__, "__notes__", ())]))
         return 130
     except click.ClickException as error:
-        error.show()
+        ancestor.explain(error, sys.argv[1:] if arguments is None else arguments).show()
         return error.exit_code
     except BrokenPipeError:
         return 1

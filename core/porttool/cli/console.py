@@ -128,8 +128,9 @@ def show_report(report: Report) -> None:
     rows = [(v.word, v.name, v.found, v.bound, v.detail) for v in report.verdicts]
     for found in report.tables:
         table(found.title, found.columns, found.rows)
-    title = f"{report.evaluator}: {report.engine} beside {report.reference}"
-    table(title, ("verdict", "check", "found", "bound", ""), rows)
+    if rows:
+        title = f"{report.evaluator}: {report.engine} beside {report.reference}"
+        table(title, ("verdict", "check", "found", "bound", ""), rows)
     for remark in report.notes:
         if remark not in _noted:
             say(remark)

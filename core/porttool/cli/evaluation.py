@@ -41,9 +41,23 @@ def choose_sides(params: Mapping[str, Any]) -> dict[str, Any]:
     asked = dict(params)
     if asked["check_accuracy"] and asked["test_hf"] and not asked["test_engine"]:
         raise UsageError("--test-hf alone compares nothing, so there is no accuracy to check")
+    if asked["check_accuracy"]:
+        require_enough(asked)
     if not (asked["test_hf"] or asked["test_engine"]):
         asked["test_hf"] = asked["test_engine"] = True
     return asked
+
+
+def require_enough(asked: Mapping[str, Any]) -> None:
+    """Refuse to check the accuracy on too few articles for any verdict, before hours are spent."""
+    from porttool.evaluators.statistics import MIN_ARTICLES
+
+    for name in ("max_articles", "max_problems"):
+        if (most := asked.get(name)) is not None and most < MIN_ARTICLES:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {most}: a verdict on the accuracy needs at least "
+                f"{MIN_ARTICLES}; leave --check-accuracy out to look at fewer"
+            )
 
 
 def run_evaluation(

@@ -25,7 +25,12 @@ from porttool.errors import UntoldError, UsageError, naming
 from porttool.progress import format_bytes
 
 if TYPE_CHECKING:
+    from porttool.engine import EngineManifest
     from porttool.weights import TensorSource
+
+
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of an element of a cache."""
 
 
 @click.command("inspect")
@@ -52,7 +57,7 @@ def command(context: click.Context, /, path: Path, as_json: bool, **_: Any) -> N
 def examine(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts of a folder, verified where it is ours; `options` are for a converter."""
     from porttool.checkpoint import Checkpoint
-    from porttool.engine import Engine
+    from porttool.engine import Engine, EngineManifest
     from porttool.prompt_table import PromptTable
     from porttool.standing import kind_of
 
@@ -64,8 +69,25 @@ def examine(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     openers: dict[str, type[Checkpoint | Engine | PromptTable]] = {
         "a checkpoint": Checkpoint, "an engine": Engine, "a prompt table": PromptTable,
     }  # fmt: skip
-    manifest = openers[kind].open(path).manifest.model_dump(mode="json")
-    return facts(kind.split(" ", 1)[1], manifest)
+    made = openers[kind].open(path).manifest
+    found = facts(kind.split(" ", 1)[1], made.model_dump(mode="json"))
+    return {**found, "memory": memory_of(made)} if isinstance(made, EngineManifest) else found
+
+
+def memory_of(engine: EngineManifest) -> str:
+    """Say how much memory an engine's weights and cache take, on each rank."""
+    from porttool.sharding import rank_config
+
+    n_ranks, limits = engine.world_size, engine.limits
+    weights = sum(f.bytes for name, f in engine.files.items() if name.startswith("rank"))
+    config = rank_config(engine.config, n_ranks)
+    token = 2 * config.n_layer * config.n_kv_head * config.head_dim
+    cache = limits.max_batch_size * limits.max_len * token * WIDTHS[engine.dtype]
+    return (
+        f"{format_bytes(weights // n_ranks)} of weights and {format_bytes(cache)} of cache "
+        f"({limits.max_batch_size} rows of {limits.max_len} tokens)"
+        + " on each rank" * (n_ranks > 1) + ", and what a step needs"
+    )  # fmt: skip
 
 
 def facts(kind: str, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def check_inputs(asked: dict[str, Any]) -> None:
     """Refuse other than one input, and files that are not there, before anything is loaded."""
     given = {k for k in set().union(*INPUT_CHOICES) if asked[k]}
     if given not in INPUT_CHOICES:
-        raise UsageError("give one of --input-text, --input-file, --input-tokens and --prefix")
+        raise UsageError(
+            "give one of --input-text, --input-file, --input-tokens, --instruction and --prefix"
+        )
     for path in (asked["input_file"], asked["input_tokens"]):
         if path is not None and not path.exists():
             hint = "; only --input-text reads standard input" if str(path) == "-" else ""

@@ -78,6 +78,7 @@ class Comparison:
     reference_scores: Scores
     agreements: tuple[Agreement, ...]
     bounds: Bounds
+    unit: str = "articles"
 
     @property
     def sides(self) -> list[SideResult]:
@@ -159,21 +160,21 @@ def judge_rouge(comparison: Comparison, kind: str) -> Verdict:
     """Non-inferiority: the lower bound of the mean paired difference lies above -margin."""
     differences = comparison.differences(kind)
     found, level = comparison.estimate(differences), comparison.bounds.confidence
-    margin = comparison.tolerance.margin
+    margin, unit = comparison.tolerance.margin, comparison.unit
     name, bound = f"{kind} not inferior", f"> {-margin:.2f}"
     if (n_worded := comparison.n_worded) < MIN_ARTICLES:
         return Verdict(
-            name=name, passed=None, found=f"{n_worded} articles", bound=bound,
-            detail=f"a verdict needs at least {MIN_ARTICLES} different articles that a side has "
+            name=name, passed=None, found=f"{n_worded} {unit}", bound=bound,
+            detail=f"a verdict needs at least {MIN_ARTICLES} different {unit} that a side has "
             "words for",
         )  # fmt: skip
     detail = f"mean difference {found.mean:+.2f}, sd {found.sd:.2f}, n {found.n}"
     if not any(differences):
-        detail += f"; of all articles up to {unseen_share(n_worded, level):.1%} may still differ"
+        detail += f"; of all {unit} up to {unseen_share(n_worded, level):.1%} may still differ"
     passed = found.low > -margin
     if not passed and found.high > -margin:
         needed = articles_needed(found.sd, margin, confidence=level)
-        detail += f"; undecided: an equal port would need {needed} articles"
+        detail += f"; undecided: an equal port would need {needed} {unit}"
     return Verdict(name=name, passed=passed, found=f"{found.low:+.2f}", bound=bound, detail=detail)
 
 
@@ -239,12 +240,12 @@ def power_note(n: int, sd: float, margin: float, confidence: float, what: str) -
     )
 
 
-def tables_of(comparison: Comparison, unit: str = "articles") -> tuple[Table, ...]:
-    """Return what a console or a page shows: ROUGE and speed. `unit` is what was worked on."""
-    return (rouge_table(comparison, unit), speed_table(comparison, unit))
+def tables_of(comparison: Comparison) -> tuple[Table, ...]:
+    """Return what a console or a page shows: ROUGE and speed."""
+    return (rouge_table(comparison), speed_table(comparison))
 
 
-def rouge_table(comparison: Comparison, unit: str) -> Table:
+def rouge_table(comparison: Comparison) -> Table:
     """Return each kind's mean on both sides and the difference between its bounds."""
     rows = []
     for kind in KINDS:
@@ -255,11 +256,11 @@ def rouge_table(comparison: Comparison, unit: str) -> Table:
         rows.append((kind, *comparison.means(kind), *between))
     level = f"{comparison.bounds.confidence:.0%}"
     columns = ("", "engine", "Hugging Face", "difference", f"{level} low", f"{level} high")
-    return Table(title=f"ROUGE F, {len(comparison.articles)} {unit}", columns=columns,
+    return Table(title=f"ROUGE F, {len(comparison.articles)} {comparison.unit}", columns=columns,
                  rows=tuple(rows))  # fmt: skip
 
 
-def speed_table(comparison: Comparison, unit: str) -> Table:
+def speed_table(comparison: Comparison) -> Table:
     """Return how fast each side was."""
     rows = [
         (
@@ -273,7 +274,7 @@ def speed_table(comparison: Comparison, unit: str) -> Table:
         for name, side in (("engine", comparison.engine), ("Hugging Face", comparison.reference))
         if side is not None
     ]
-    columns = ("", "tokens/s", f"{unit}/s", "first token ms", "seconds", "how")
+    columns = ("", "tokens/s", f"{comparison.unit}/s", "first token ms", "seconds", "how")
     return Table(title="Speed", columns=columns, rows=tuple(rows))
 
 

@@ -101,7 +101,7 @@ class InfillEvaluator(Evaluator):
             engine=engine.description if engine else "not run",
             reference=reference.description if reference else "not run",
             verdicts=(*verdicts, *judge(found)),
-            tables=(measure_table(found, options.kind), *tables_of(found, "problems")),
+            tables=(measure_table(found, options.kind), *tables_of(found)),
             measurements={
                 "options": options.model_dump(mode="json"),
                 "models": {s.side: s.model for s in (engine, reference) if s},
@@ -145,7 +145,7 @@ def trimmed(side: SideResult | None, kind: Kind) -> SideResult | None:
 
 
 def with_measures(comparison: Comparison, problems: list[Problem]) -> Comparison:
-    """Return the comparison with exact match and edit similarity beside ROUGE."""
+    """Return the comparison of problems, with exact match and edit similarity beside ROUGE."""
 
     def measured(side: SideResult | None, rouge: Scores) -> Scores:
         if side is None:
@@ -158,6 +158,7 @@ def with_measures(comparison: Comparison, problems: list[Problem]) -> Comparison
         comparison,
         engine_scores=measured(comparison.engine, comparison.engine_scores),
         reference_scores=measured(comparison.reference, comparison.reference_scores),
+        unit="problems",
     )
 
 

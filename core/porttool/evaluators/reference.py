@@ -13,6 +13,7 @@ from porttool.config import Dtype
 from porttool.device import Device, choose_device
 from porttool.evaluators.results import Candidate, Continuation, Decoding
 from porttool.evaluators.transformers_folder import load_model, quiet
+from porttool.huggingface_export import MARK
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,7 +60,8 @@ class ReferenceModel:
         """Which library, of which version, on which device and in which type."""
         import transformers
 
-        return f"transformers {transformers.__version__} on {self.device}, {self.dtype}"
+        own = ", of porttool's own export" if (self.folder / MARK).is_file() else ""
+        return f"transformers {transformers.__version__} on {self.device}, {self.dtype}{own}"
 
     def generate(
         self, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int = 8

@@ -25,6 +25,11 @@ UNREAD = {
 }
 """Files that people have of these families and nobody reads, by suffix."""
 
+UNFETCHED = (
+    "; fetch them, or, where speed alone is measured, draw them: `porttool build --dummy --config`"
+)
+"""What to do about a folder that has a config and no weights of any kind."""
+
 MAX_NEAR = 50
 """Folders and files that are looked at where the folder that they lie in is read by nobody."""
 

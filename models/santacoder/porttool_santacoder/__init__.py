@@ -16,7 +16,11 @@ api_version = 1
 
 @hookimpl
 def porttool_converters() -> Iterable[type[Converter]]:
-    """Return the converters of this family."""
-    from porttool_santacoder.converter import BigCodeConverter, SantaCoderConverter
+    """Return the converters of both families."""
+    from porttool_santacoder.converter import (
+        BigCodeConverter,
+        SantaCoderConverter,
+        StarCoderConverter,
+    )
 
-    return [SantaCoderConverter, BigCodeConverter]
+    return [SantaCoderConverter, BigCodeConverter, StarCoderConverter]

@@ -24,6 +24,15 @@ class BigCodeConformance(TransformersConformance):
     }  # fmt: skip
 
 
+class StarCoderConformance(BigCodeConformance):
+    """The same with StarCoder's positions and the exact GELU of the 7B and 15B."""
+
+    family = "starcoder"
+    sizes: ClassVar = {
+        **BigCodeConformance.sizes, "n_positions": 8192, "activation_function": "gelu",
+    }  # fmt: skip
+
+
 class SantaCoderConformance(BigCodeConformance):
     """SantaCoder as it was published: [in, out] matrices, the query apart from key and value."""
 

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from porttool import HuggingFaceConverter, ModelConfig, SourceConfig, WeightMap, take, transpose
+from porttool import (
+    HuggingFaceConverter,
+    ModelConfig,
+    Refinement,
+    SourceConfig,
+    WeightMap,
+    take,
+    transpose,
+)
 from porttool.reading import (
     InfillTokens,
     SourceError,
@@ -117,6 +125,23 @@ class BigCodeConverter(HuggingFaceConverter):
         return gpt2_weight_map(
             config, as_is, {part: take(name, via=fused) for part, name in names.items()}
         )
+
+
+class StarCoderConverter(Refinement):
+    """bigcode/starcoder and its kin: GPTBigCode with four times SantaCoder's positions."""
+
+    name = "starcoder"
+    family = "starcoder"
+    refines = "santacoder/bigcode"
+    hub_id = "bigcode/starcoder"
+    shape = ModelConfig(
+        vocab_size=49152, n_positions=8192, n_layer=40, n_head=48, n_kv_head=1, head_dim=128,
+        d_model=6144, d_ff=24576, activation="gelu", attention_scale=128**-0.5,
+    )  # fmt: skip
+
+    def recognises(self, config: ModelConfig) -> bool:
+        """Tell StarCoder 1B to 15B from SantaCoder by what all of their configs fix."""
+        return (config.n_positions, config.n_kv_head) == (8192, 1)
 
 
 def joined_columns(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:

@@ -124,6 +124,8 @@ def test_build_measures_where_there_is_a_gpu(machine, checkpoint, tmp_path):
                            limits=limits, builder_options={"tune": tune},
                            progress=Notes(machine.said))  # fmt: skip
         assert len(machine.calls) == n_calls
+        told = [text for text in machine.said if "an engine of --tp 1 can" in text]
+        assert len(told) == (1 if n_calls < 2 else 2)  # once a build of several ranks
         for record in built.manifest.built:
             if n_calls == 0:
                 assert record["not_tuned"] == "no runner takes several ranks yet"

@@ -113,6 +113,27 @@ def test_rotary_beyond_the_trained_positions(native):
     pair.check(one_each(pair, [40, 1], [1, 3]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("able", [False, True])
+def test_prompts_in_float16_are_multiplied_in_float32(monkeypatch, dtype, able):
+    """A processor without float16 takes four times as long for the products otherwise."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(cpu, "multiplies_float16", lambda: able)
+    types = []
+    linear = cpu.F.linear
+    monkeypatch.setattr(cpu.F, "linear", lambda x, *w: types.append(x.dtype) or linear(x, *w))
+    pair = Pair(dtype=dtype, native=False)
+    pair.check(Step.prefill(prompts(3)))
+    maps = 2 * (4 * pair.config.n_layer + 1)
+    assert types.count(dtype) + types.count(torch.float32) == maps
+    heads, few = 2, 3  # the last layer's maps of three last tokens but for q, k and v
+    wide = dtype is torch.float16 and not able
+    assert types.count(dtype) == (heads + few if wide else maps)
+    types.clear()
+    pair.check(one_each(pair, [3], [0]))
+    assert set(types) == {dtype, torch.float64}  # the reference's
+
+
 def test_a_fresh_prompt_needs_no_mask():
     """Of a long one it would take the square of the length, for every row."""
 

@@ -166,7 +166,8 @@ def test_where_the_source_is_gone_another_models_reference_is_refused(
 
 def test_engines_of_one_folder_do_not_share_a_report(summarize, engine, tmp_path):
     second = shutil.copytree(engine, tmp_path / "second")
-    assert summarize(engine, "--test-hf")[0] == 0
+    status, said = summarize(engine, "--test-hf")
+    assert (status, "nothing was checked" in said, "verdict" in said) == (0, True, False)
     assert (tmp_path / "gpt2-reports" / "summarize" / "reference.json").is_file()
     assert summarize(second, "--test-engine")[0] == 0
     report = json.loads((tmp_path / "second-reports" / "summarize" / "report.json").read_text())
@@ -335,9 +336,11 @@ def test_a_source_that_is_no_model_folder_says_that_one_is_to_be_named(summarize
     status, said = summarize(foreign, "--test-hf")
     assert status == 2
     assert "has no config.json, so that transformers cannot run it: name the Hugging" in said
+    assert "or make one with `porttool export CHECKPOINT --format huggingface`" in said
     status, said = summarize(foreign, "--check-accuracy")
     assert status == 2
     assert "has no config.json, so that transformers cannot run it: summarize needs" in said
+    assert "or make one with `porttool export CHECKPOINT --format huggingface`" in said
 
 
 def test_another_engines_kept_result_is_refused_before_the_reference_runs(

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from porttool.progress import Progress
 
 
+NOT_JOINED = "no runner takes several ranks yet"
+
+
 class TorchBuildOptions(Options):
     """`tune`: measure the kernels' tiles on this GPU and keep the fastest, which takes minutes.
 
@@ -54,6 +57,11 @@ class TorchBuilder(Builder):
         progress: Progress,
     ) -> Mapping[str, Any]:
         """Choose the kernels' tiles for one rank's shape, then link or write its weights."""
+        if rank.world_size > 1 and rank.index == 0:
+            progress.note(
+                f"{NOT_JOINED}: these {rank.world_size} ranks' slices can be inspected, not run; "
+                "an engine of --tp 1 can"
+            )
         tiles = self._tiles_of(request, rank, progress)
         found = self.write_rank(checkpoint, request, rank, out=out, progress=progress)
         return {**found, **tiles}
@@ -63,7 +71,7 @@ class TorchBuilder(Builder):
         from porttool.engines.torch.tiles import tiles_at_build
 
         if self.options.tune == "auto" and rank.world_size > 1:
-            return {"not_tuned": "no runner takes several ranks yet"}
+            return {"not_tuned": NOT_JOINED}
         shape = replace(request, config=rank_config(request.config, rank.world_size))
         if shape not in self._tiles:
             self._tiles[shape] = tiles_at_build(shape, self.options.tune, progress.note).record()

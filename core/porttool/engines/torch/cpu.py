@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from porttool.config import Limits, ModelConfig, dtype_name
@@ -24,8 +24,41 @@ from porttool.nn.decoder import Layer
 
 NATIVE_TOKENS = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 16}
 """Tokens of a step up to which compiled code is faster than torch: see bench/cpu_decode.py."""
+WIDE_ROWS = 16
+"""Rows of a product from which reading a matrix in float32 costs less than it saves."""
 READ_AT_ONCE = 1 << 32
 """Bytes of weights that decoding reads before the host sees the tokens: some 200 ms."""
+
+
+class WideLinear(nn.Linear):
+    """A linear map in float32 of what is stored in float16, for processors that multiply no such.
+
+    torch widens there as well, at a quarter of the speed; few rows are as fast either way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features], in the type of x."""
+        if x.numel() < WIDE_ROWS * x.shape[-1]:
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(x.float(), self.weight.float(), bias).to(x.dtype)
+
+
+def widen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let a module's linear maps be wide ones where torch's products in float16 are the slow ones.
+
+    Those are oneDNN's without the processor's help; other libraries are left to themselves.
+    """
+    slow = torch.backends.mkldnn.is_available() and not multiplies_float16()
+    if dtype is torch.float16 and slow:
+        for part in module.modules():
+            if type(part) is nn.Linear:
+                part.__class__ = WideLinear
+
+
+def multiplies_float16() -> bool:
+    """Whether oneDNN has instructions of the processor for float16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 @dataclass(frozen=True)
@@ -84,6 +117,7 @@ class CpuDecoder(DeviceDecoder):
         self.module.load_state_dict(
             {name: w.to(dtype).contiguous() for name, w in weights.items()}, assign=True
         )
+        widen(self.module, dtype)
         self.cache = KVCache(config, self.n_slots, self.max_len, dtype=dtype)
         self.native: NativeModel | None = None
         try:
