@@ -21,16 +21,13 @@ from porttool.cli.options import (
     spelling,
     table_options,
 )
+from porttool.config import ITEMSIZE
 from porttool.errors import UntoldError, UsageError, naming
 from porttool.progress import format_bytes
 
 if TYPE_CHECKING:
     from porttool.engine import EngineManifest
     from porttool.weights import TensorSource
-
-
-WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of an element of a cache."""
 
 
 @click.command("inspect")
@@ -82,7 +79,7 @@ def memory_of(engine: EngineManifest) -> str:
     weights = sum(f.bytes for name, f in engine.files.items() if name.startswith("rank"))
     config = rank_config(engine.config, n_ranks)
     token = 2 * config.n_layer * config.n_kv_head * config.head_dim
-    cache = limits.max_batch_size * limits.max_len * token * WIDTHS[engine.dtype]
+    cache = limits.max_batch_size * limits.max_len * token * ITEMSIZE[engine.dtype]
     return (
         f"{format_bytes(weights // n_ranks)} of weights and {format_bytes(cache)} of cache "
         f"({limits.max_batch_size} rows of {limits.max_len} tokens)"

@@ -78,9 +78,9 @@ def export(
 
 def copy_tokenizer(folder: PendingFolder, checkpoint: Checkpoint) -> None:
     """Put the tokenizer's files beside the weights, as far as transformers reads them alike."""
-    for name in checkpoint.manifest.files:
+    for name in checkpoint.tokenizer_files:
         file = checkpoint.path / name
-        if file.parent == checkpoint.tokenizer and file.name != MISREAD:
+        if file.name != MISREAD:
             folder.add_bytes(file.name, file.read_bytes())
     checkpoint.require_unchanged()
 
