@@ -30,7 +30,12 @@ class Case:
         n_kv_head: int, head_dim: int, capacity: int = 300, device: str = "cpu",
     ) -> None:  # fmt: skip
         self.config = c = cases.config(
-            "learned", n_head=n_head, n_kv_head=n_kv_head, head_dim=head_dim, d_model=64
+            "learned",
+            n_head=n_head,
+            n_kv_head=n_kv_head,
+            head_dim=head_dim,
+            d_model=64,
+            inverse_layer_scale=True,
         )
         draw = torch.Generator().manual_seed(len(rows))
         self.starts, self.lengths = (list(column) for column in zip(*rows, strict=True))

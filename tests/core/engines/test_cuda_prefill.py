@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from porttool.engines.torch import cuda_prefill, cuda_prefill_graph, cuda_prompt
 from porttool.engines.torch.cuda import CudaDecoder
 from porttool.engines.torch.cuda_packed import Packed
 from porttool.engines.torch.cuda_prefill import (
+    Prompt,
     Together,
     _mlp_width,
     _parts,
@@ -268,6 +270,31 @@ class TestUnderTheInterpreter:
         """Four of them, or, of thirty-two, sixteen."""
         made = make(case, graphs=False, n_head=heads, head_dim=16, d_ff=640)
         assert_groups_agree(made, [9, 4, 11, 1], 2e-5, monkeypatch)
+
+    def test_what_has_enough_to_do_has_an_attention_of_its_own(self) -> None:
+        """Every layer of a prompt, but for its last tokens alone."""
+        plain, made = (make("learned", graphs=False, n_layer=3) for _ in range(2))
+        bound: list[tuple[int, int]] = []
+
+        class Attention:
+            def suits(self, n: int) -> bool:
+                return n >= 40
+
+            def bind(self, query: Tensor, prompt: Prompt, out: Tensor) -> Callable[[int], None]:
+                def attend(layer: int) -> None:
+                    bound.append((layer, len(query)))
+                    cuda_prefill._attend(made.model, layer, query, prompt, out)
+
+                return attend
+
+        made._prompts = cuda_prompts.Prompts(replace(made.model, prompts=Attention()))
+        for lengths in ([30, 13], [7, 11]):
+            step = Step.prefill([list(range(n)) for n in lengths])
+            for every in (False, True):
+                assert torch.equal(made.step(step, all_positions=every),
+                                   plain.step(step, all_positions=every))  # fmt: skip
+        n = padded_tokens(43)
+        assert bound == [(0, n), (1, n), (0, n), (1, n), (2, n)]
 
     @pytest.mark.parametrize("case", list(cases.CASES))
     def test_padded_equals_unpadded(self, case: str) -> None:

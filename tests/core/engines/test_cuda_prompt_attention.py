@@ -59,6 +59,19 @@ def test_every_kind_of_heads(heads: tuple[int, int, int], dtype: torch.dtype) ->
     assert torch.equal(case.run(made), found[part])
 
 
+@needs_compiler
+@pytest.mark.usefixtures("on_cpu")
+def test_rows_that_see_no_key_are_left_alone() -> None:
+    """As a single token's padding is: it would come before the first position."""
+    case = Case([(5, 1), (-1, 1), (9, 1), (-1, 1)], torch.float16, n_head=2, n_kv_head=2,
+                head_dim=64)  # fmt: skip
+    made = PromptAttention(case.config, case.cache)
+    for _ in range(2):
+        found = case.run(made)
+        assert error(found[::2], case.wanted()[::2]) < TOLERANCE[torch.float16]
+        assert bool(found[1::2].isnan().all())
+
+
 BROKEN = {
     "keys and values are read before they came":
         "«barrier_wait(shared_address(&s.full[copy % RING]), copy / RING & 1);»",
@@ -208,6 +221,9 @@ class TestInADecoder:
             later = Step.prefill(cases.prompts([80, 33]))
             steps.append(Step(torch.tensor([3, 1]), later.tokens, torch.tensor([190, 7]),
                               later.lengths))  # fmt: skip
-            found.append([made.step(step, all_positions=True).clone() for step in steps])
+            found.append([
+                made.step(step, all_positions=every).clone() for every in (True, False)
+                for step in steps
+            ])  # fmt: skip
         for ours, other in zip(*found, strict=True):
             assert cases.relative_error(ours, other.double().cpu()) < cases.TOLERANCE[dtype]

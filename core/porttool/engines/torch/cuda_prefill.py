@@ -152,8 +152,9 @@ def prefill_layers(
         append(model, prompt.rows, index, Projected(v.qkv), v.query, n)
         if index == c.n_layer - 1 and not every:
             prompt, v = _last_tokens(model, prompt, v)
-            attend = _attention(model, v.query, prompt, v.attended)
-        attend(index)
+            _attend(model, index, v.query, prompt, v.attended)
+        else:
+            attend(index)
         product(w.out, v.attended, v.delta, biased=False)
         _norm(model, v.x, v.delta, w.out, w.up, v.normed)
         for rows, gates, hidden in v.mlp:

@@ -63,6 +63,7 @@ struct Item {
         tokens = from < 0 ? 0 : max(min(a.first[row + 1] - token, TOKENS), 0);
         begin = a.starts[row] + from;
         end = begin + tokens;
+        if (end <= 0) tokens = 0;  // padding that sees no key
         cached = (a.slots[row] * KV + head / (HEADS / KV)) * a.capacity;
     }
 
