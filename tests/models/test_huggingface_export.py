@@ -93,6 +93,13 @@ def test_what_was_exported_converts_to_the_same_checkpoint(tmp_path):
         assert theirs.equal(first.file_of(name).load(name)), name
 
 
+def test_scores_that_are_not_scaled_stay_so(tmp_path):
+    source = tiny.write_source(tmp_path / "source", tiny.gpt2(scale_attn_weights=False))
+    folder = huggingface_export.export(tiny.converted(source, tmp_path / "c"), tmp_path / "hf")
+    ours, theirs = (transformers_logits(place, IDS) for place in (folder, source))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
 def test_norms_stored_minus_one_lose_nothing_and_what_a_reader_should_know_is_said(tmp_path):
     model = nemo_writer.sentencepiece_model(50)
     values = {**nemo_writer.GPT_2B, "tokenizer": {"library": "sentencepiece", "model": "nemo:b_a"}}

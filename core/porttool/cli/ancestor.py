@@ -61,7 +61,7 @@ def explain(error: click.ClickException, arguments: Sequence[str]) -> click.Clic
         return error
     known = {o for p in error.ctx.command.params for o in p.opts} if error.ctx else set()
     found = [error.option_name, *(spelled(word) for word in arguments if word[:1] == "-")]
-    told = {name: CALLED[name] for name in found if name in CALLED and name not in known}
+    told = {name: CALLED[name] for name in found if name in CALLED}
     lines = [
         f"\n  {name}: {f'here it is {here}' if here[0] == '-' else here}"
         for name, here in told.items()
