@@ -21,7 +21,6 @@ from porttool.cli.options import (
     spelling,
     table_options,
 )
-from porttool.config import ITEMSIZE
 from porttool.errors import UntoldError, UsageError, naming
 from porttool.progress import format_bytes
 
@@ -73,6 +72,7 @@ def examine(path: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def memory_of(engine: EngineManifest) -> str:
     """Say how much memory an engine's weights and cache take, on each rank."""
+    from porttool.config import ITEMSIZE
     from porttool.sharding import rank_config
 
     n_ranks, limits = engine.world_size, engine.limits
